@@ -30,7 +30,10 @@ RESULTS = Path(__file__).parent / "results" / "packed.json"
 MODELS = {"minilm": "minilm", "bert-base": "hf-config:bert"}
 LENGTHS = ("uniform", "lognormal")
 BATCHES = (8, 32)
-DEFAULT = ("turbotx-packed", "turbotx", "eager", "onnxruntime", "onnxruntime-optimized")
+DEFAULT = (
+    "turbotx-packed", "turbotx-packed-int8", "turbotx", "eager", "onnxruntime",
+    "onnxruntime-optimized", "onnxruntime-int8", "openvino", "openvino-int8",
+)  # fmt: skip
 SEED = 7
 LONGEST = 500
 
@@ -57,7 +60,7 @@ def write_inputs(lengths: list[int], vocab: int, path: Path) -> None:
 
 
 def measure(
-    runner: Runner, lengths: list[int], vocab: int, rounds: int, folder: str
+    runner: Runner, lengths: list[int], vocab: int, load: CallPattern, folder: str
 ) -> dict[str, Any]:
     """Return what every engine takes for the batch, and for one text of the mean length."""
     batch, one = Path(folder) / "batch.pt", Path(folder) / "one.pt"
@@ -65,7 +68,6 @@ def measure(
     write_inputs(lengths, vocab, batch)
     write_inputs([mean], vocab, one)
     with OthersUse(runner) as others:
-        load = CallPattern(rounds=rounds)
         whole, single = runner.measure(batch, load), runner.measure(one, load)
     found: dict[str, Any] = {"others_cores": others.cores, "mean": mean, "engines": {}}
     for name, spread in whole.items():
@@ -85,11 +87,13 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--engines", nargs="+", default=list(DEFAULT), choices=ENGINES)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=3, help="calls that are not counted")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--dry-run", action="store_true", help="show the rows, run nothing")
     options = parser.parse_args()
     rows = [(d, b, take_lengths(d, b)) for d in options.lengths for b in options.batches]
+    load = CallPattern(rounds=options.rounds, warmup=options.warmup)
     if options.dry_run:
         for distribution, batch, lengths in rows:
             padded, tokens = batch * max(lengths), sum(lengths)
@@ -105,7 +109,7 @@ def main() -> None:
         ):
             for distribution, batch, lengths in rows:
                 key = {"model": name, "lengths": distribution, "batch": batch}
-                found = measure(runner, lengths, vocab, options.rounds, folder)
+                found = measure(runner, lengths, vocab, load, folder)
                 row = key | {"tokens": sum(lengths), "longest": max(lengths)} | found
                 row["failed"] = dict(runner.failed)
                 kept = [r for r in record["rows"] if any(r[k] != v for k, v in key.items())]

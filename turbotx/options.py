@@ -159,11 +159,6 @@ class Options:
                 f"quantize={self.quantize!r} computes with packed weights: leave out "
                 "pack_weights=False"
             )
-        if self.quantize != "none" and self.padding == "packed":
-            raise OptionsError(
-                f"quantize={self.quantize!r} does not run over tokens alone yet: leave out "
-                'padding="packed"'
-            )
 
     @property
     def schedule_pairs(self) -> tuple[tuple[str, str], ...]:

@@ -144,7 +144,6 @@ def test_nothing_is_quantised_unasked_and_a_capture_serves_one_option() -> None:
     [
         ({"quantize": "int4"}, "quantize='int4' is not one of"),
         ({"quantize": "int8", "pack_weights": False}, "leave out pack_weights=False"),
-        ({"quantize": "int8", "padding": "packed"}, "leave out padding"),
         ({"quantize": "int8", "keep_float": "head"}, "must be a list of patterns"),
         ({"quantize": "int8", "keep_float": ("heads",)}, "fits no module of Block"),
     ],

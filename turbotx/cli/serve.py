@@ -59,7 +59,7 @@ Device = Annotated[str, _option(MODEL, "PyTorch's name of it: cpu, cuda, cuda:1.
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], _option(MODEL, "Of the weights.")]
 Quantize = Annotated[
     Literal["none", "int8", "int8-weights"],
-    _option(MODEL, "Products in int8, or by int8 weights alone; batches are padded then."),
+    _option(MODEL, "Products in int8, or by int8 weights alone."),
 ]
 Weights = Annotated[
     Path | None,

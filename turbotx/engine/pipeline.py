@@ -22,6 +22,7 @@ from torch import fx, nn
 from turbotx import ir
 from turbotx.capture.trace import Captured
 from turbotx.engine.compiled import AssembledCall, Compiled, Specialization, UnboundProgram
+from turbotx.engine.gemm_roles import GemmRoles
 from turbotx.errors import InputError, OptionsError
 from turbotx.ir import verifier as verify
 from turbotx.kernels.fusion.epilogue import find_epilogues
@@ -57,6 +58,7 @@ from turbotx.program.assembly import Assembled, Assembly
 from turbotx.program.cache_stores import use_contiguous
 from turbotx.program.fold_norms import assemble_folded
 from turbotx.program.gemm_fallback import add_gemm_fallbacks
+from turbotx.program.row_peaks import assemble_with_peaks
 from turbotx.program.steps import add_split_workspaces, find_steps
 from turbotx.runtime.cpu.runtime import CpuCode, CpuRuntime, build_for_cpu
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
@@ -200,30 +202,6 @@ def quantize_rows_once(captured: Captured, options: Options, target: str) -> Cap
     return replace(captured, graph_module=made)
 
 
-@dataclass(frozen=True)
-class GemmRoles:
-    """What GEMM launches may do besides the product.
-
-    epilogues: compute the following region before storing.
-    fallbacks: each can also run as a library GEMM followed by kernels.
-    norms: normalise their input while reading it.
-    """
-
-    epilogues: bool
-    fallbacks: bool
-    norms: bool
-
-    @classmethod
-    def of(cls, options: Options, target: str) -> GemmRoles:
-        """Return what the options allow on a target."""
-        on_gpu = target != "cpu"
-        generated = on_gpu and options.backend != "aten" and options.gemms != "cublas"
-        epilogues = options.epilogues and (generated or not on_gpu)
-        # The kernels that normalise rows of int8 products also quantise them.
-        norms = generated and epilogues and options.norms != "store" and options.quantize == "none"
-        return cls(epilogues, generated, norms)
-
-
 def assemble_call(captured: Captured, options: Options, target: str) -> AssembledCall:
     """Return a captured call as launches, for CPUs or for GPUs; independent of the GPU model."""
     roles = GemmRoles.of(options, target)
@@ -232,14 +210,14 @@ def assemble_call(captured: Captured, options: Options, target: str) -> Assemble
     graph, dims = captured.graph, captured.dims
     check_rewritten(captured)
     hoisted = find_hoisted(graph)
-    regions = check_regions(partition(graph, hoisted))
-    fused = log_fused(fuse_all(graph, regions, hoisted))
+    fused = log_fused(fuse_all(graph, check_regions(partition(graph, hoisted)), hoisted))
     kinds = {n: kind_of(n, hoisted) for n in graph.nodes}
     epilogues = find_epilogues(fused, kinds) if roles.epilogues else {}
     folds = find_folds(fused, kinds, epilogues) if roles.norms else {}
     given = (graph, fused, hoisted, dims, epilogues)
     programs = [Assembled(assemble(*given), fused, epilogues)]
     programs += [assemble_folded(*given, folds)] if folds else []
+    programs += assemble_with_peaks(*given, kinds) if roles.rows else []
     for program in programs if roles.fallbacks else []:
         add_gemm_fallbacks(program)
     for program in programs if target != "cpu" or options.backend == "aten" else []:

@@ -120,8 +120,7 @@ class Launch:
 class KernelLaunch(Launch):
     """A generated kernel.
 
-    args, nodes: the operand and the graph node of each of its params; the equivalent PyTorch call
-    is derived from the nodes.
+    args, nodes: the operand and the graph node of each param; the PyTorch call follows from nodes.
     """
 
     kind = "kernel"
@@ -152,8 +151,7 @@ class KernelLaunch(Launch):
 class NormOperands:
     """Further operands of a GEMM with folded norms, all float32.
 
-    sums, scales: of the weight's rows.
-    x_stats, residual_stats: statistics of the rows that it normalises.
+    sums, scales: of the weight's rows. x_stats, residual_stats: of the rows that it normalises.
     residual_affine: gamma and beta for the residual.
     stats: where statistics of its own rows are stored.
     """
@@ -171,23 +169,26 @@ class Int8Operands:
     """Further operands of a GEMM with int8 weights, float32.
 
     weight_scale: of the weight's rows, (n,).
-    x_scale: of x's rows, (.., 1); None if x is in floating point.
-    float_rows: multiply floating-point rows directly; otherwise they are quantised first.
+    x_scale: of x's rows, (.., 1); None if x is in floating point, and then float_rows says whether
+    its rows are multiplied directly or quantised first.
+    x_peaks: largest magnitudes of x's rows by part, int32 (rows, room for parts), to quantise by.
+    peaks: where the largest magnitudes of the output's rows are stored.
     """
 
     weight_scale: Operand
     x_scale: Operand | None = None
     float_rows: bool = False
+    x_peaks: Operand | None = None
+    peaks: Operand | None = None
 
 
 @dataclass(frozen=True)
 class GemmLaunch(Launch):
     """out = epilogue(x weight^T).
 
-    x: (rows, k) with a row stride of `x_stride` elements.
-    weight: (n, k).
+    x: (rows, k) with a row stride of `x_stride` elements; weight: (n, k).
     call: the equivalent PyTorch call.
-    norm: set if norms are folded into it. int8: set if its weight is quantised.
+    norm, int8: set if norms are folded into it, or if its weight is quantised.
     fallback: equivalent launches that a runtime may run instead at some shapes.
     """
 
@@ -217,7 +218,9 @@ class GemmLaunch(Launch):
         for absent ones."""
         own, n = (self.x, self.weight, self.bias, self.out, self.residual), self.norm
         if self.int8 is not None:
-            return *own, self.int8.weight_scale, self.int8.x_scale
+            scales = self.int8.weight_scale, self.int8.x_scale or self.int8.x_peaks
+            left = () if self.int8.peaks is None else (self.int8.peaks,)
+            return *own, *scales, *left
         if n is None:
             return own
         read = (n.sums, n.scales, n.x_stats, n.residual_affine, n.residual_stats)
@@ -238,6 +241,7 @@ class GemmLaunch(Launch):
     def writes(self) -> tuple[str, ...]:
         """The output, and the row statistics if stored."""
         left = None if self.norm is None else self.norm.stats
+        left = left if self.int8 is None else self.int8.peaks
         return (self.out.tensor,) if left is None else (self.out.tensor, left.tensor)
 
 
@@ -265,12 +269,11 @@ class AttentionLaunch(ExtentsLaunch):
     """out = softmax(scale q k^T + bias) v.
 
     q, k, v: (batch, heads, rows, head_dim); out: (batch, q_len, heads, head_dim).
-    keys: a key mask or lengths.
-    sinks: float32 (heads,).
+    keys: a key mask or lengths; sinks: float32 (heads,).
     call: the equivalent PyTorch call.
     sequences: bounds and starts, if packed (`ir.packed_ops`).
-    blocks: if keys or values are in a cache: its memory, and the rows of its block table for keys
-    and values.
+    blocks: if keys or values are in a cache: its memory, and its block table's rows for both.
+    peaks: where the largest magnitudes of the output's rows are stored, int32 (rows, heads).
     """
 
     kind = "attention"
@@ -288,18 +291,19 @@ class AttentionLaunch(ExtentsLaunch):
     call: AtenCall
     sequences: tuple[Operand, ...] = ()
     blocks: tuple[Operand | None, ...] = ()
+    peaks: Operand | None = None
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
         """q, k, v, out, keys, bias and sinks, None for absent ones; then bounds and starts if
-        packed, or a cache's memory and the table rows of keys and of values."""
+        packed, or a cache's memory and the table rows of keys and of values; then peaks."""
         own = self.q, self.k, self.v, self.out, self.keys, self.bias, self.sinks
-        return *own, *self.sequences, *self.blocks
+        return *own, *self.sequences, *self.blocks, *([] if self.peaks is None else [self.peaks])
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """The name of the output."""
-        return (self.out.tensor,)
+        """The name of the output, and that of the rows' largest magnitudes if stored."""
+        return (self.out.tensor, *([] if self.peaks is None else [self.peaks.tensor]))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ equal kernels of different layers are built once. For example::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -70,6 +70,7 @@ class AttentionKernel:
     sinks: each head has one more float32 score, whose weight goes to no value.
     packed: over sequences on one token axis (`ir.packed_ops`).
     cached: keys or values may lie in a cache's blocks.
+    peaks: the largest magnitude of each output row is stored, by head.
     """
 
     dtype: torch.dtype
@@ -86,6 +87,7 @@ class AttentionKernel:
     sinks: bool = False
     packed: bool = False
     cached: bool = False
+    peaks: bool = field(default=False, repr=False)  # what was tuned goes by the text of the others
 
     @property
     def name(self) -> str:
@@ -100,7 +102,7 @@ class AttentionKernel:
         base = "packed_attention" if self.packed else "attention"
         sinks = "_sinks" * self.sinks
         masks = f"{causal}{window}{keys}{bias}"
-        return f"{base}_{kind}_{self.head_dim}{masks}{capped}{sinks}{blind}"
+        return f"{base}_{kind}_{self.head_dim}{masks}{capped}{sinks}{blind}{'_peaks' * self.peaks}"
 
 
 @dataclass(frozen=True)

@@ -226,10 +226,12 @@ def _check_dtypes(launch: ir.Launch, tensors: dict[str, ir.Tensor]) -> None:
 
 def _check_int8(launch: ir.GemmLaunch, int8: ir.Int8Operands) -> None:
     narrow = [launch.weight, *((launch.x,) if int8.x_scale is not None else ())]
-    scales = [s for s in (int8.weight_scale, int8.x_scale) if s is not None]
-    for operands, dtype in ((narrow, torch.int8), (scales, torch.float32)):
+    floats = (int8.weight_scale, int8.x_scale)
+    bits = (int8.x_peaks, int8.peaks)
+    given = ((narrow, torch.int8), (floats, torch.float32), (bits, torch.int32))
+    for operands, dtype in given:
         for operand in operands:
-            if operand.dtype is not dtype:
+            if operand is not None and operand.dtype is not dtype:
                 raise VerifyError(
                     f"{launch.name} takes {operand.tensor!r} of {dtype}, and it is {operand.dtype}"
                 )
@@ -237,6 +239,9 @@ def _check_int8(launch: ir.GemmLaunch, int8: ir.Int8Operands) -> None:
         raise VerifyError(f"{launch.name} has {int8.weight_scale.shape} scales for its weight")
     if int8.x_scale is not None and product(int8.x_scale.shape) != launch.rows:
         raise VerifyError(f"{launch.name} has {int8.x_scale.shape} scales for {launch.rows} rows")
+    for peaks in (p for p in bits if p is not None):
+        if peaks.shape[0] != launch.rows:
+            raise VerifyError(f"{launch.name} has peaks of {peaks.shape} for {launch.rows} rows")
 
 
 def _of_one_dtype(launch: ir.Launch) -> tuple[ir.Operand | None, ...]:

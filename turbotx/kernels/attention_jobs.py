@@ -64,7 +64,8 @@ def attention_pointers(kernel: AttentionKernel) -> list[tuple[str, str]]:
         kinds = {"boolean": "*i1", "float32": "*fp32", "storage": stored}
         pointers.append(("bias_ptr", kinds[kernel.bias]))
     pointers += [("sinks_ptr", "*fp32")] * kernel.sinks
-    return pointers + [("bounds_ptr", "*i64"), ("starts_ptr", "*i64")] * kernel.packed
+    pointers += [("bounds_ptr", "*i64"), ("starts_ptr", "*i64")] * kernel.packed
+    return pointers + [("peaks_ptr", "*i32")] * kernel.peaks
 
 
 def product_job(

@@ -81,6 +81,8 @@ DEVICES = {
 # costs inside a CUDA graph. Assumptions, not measured: `turbotx tune` replaces them.
 TEMPLATE_RATE = {2: 0.75, 4: 0.3}
 LAUNCH_US = 2.5
+# How many times the memory's bytes a second L2 gives. An assumption, too.
+L2_RATE = 2.0
 # Up to here the weight's way through the processors is what takes the time.
 FEW_TOKENS = 64
 # Up to here norms are folded where that is expected to win. Assumed, as the rates are: what a
@@ -163,6 +165,8 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
     # Row statistics of 128 x 32 x 64 spilled 12 words there, at 72 registers, and a gate 6; 8 warps
     # take 56.
     few = (template.stats or template.gated) and (m_tile, n_tile, k_tile) == (128, 32, 64)
+    if template.quantizes and m_tile == 128:  # x is in registers: 4 to 31 words spilled beyond
+        few, k_tile = True, min(k_tile, 64 if n_tile == 32 else 128)
     warps = 8 if m_tile * n_tile * (1 + template.gated) >= most or few else 4
     splits = _splits(template, bucket, m_tile, n_tile, k_tile, device)
     schedule = GemmSchedule(m_tile, n_tile, k_tile, warps, stages, splits)
@@ -198,10 +202,10 @@ def _widest_that_fills(
 ) -> int:
     """Return the widest n tile that still gives every processor a program; 32 if none does."""
     widest = device.widest_of(template)[1] // (1 + template.gated)
-    # Beside a norm, or another activation than a 16-bit GELU, sums of 128 x 256 do not fit: GELU by
-    # erf spilled 20 words. H200, 4096 x 3072 x 768: 40.6 us where 128 x 128 took 48.9.
+    # Sums of 128 x 256 do not fit beside a norm, rows to be rounded, or another activation than a
+    # 16-bit GELU: by erf it spilled 20 words. H200, 4096 x 3072 x 768: 40.6 us, 128 x 128: 48.9.
     fits = template.activation == "none" or template.light_gelu
-    if m_tile <= 32 or not fits or template.folds:
+    if m_tile <= 32 or not fits or template.folds or template.quantizes:
         widest = min(widest, 128)
     for n_tile in (256, 128, 64):
         tiles = -(-bucket // m_tile) * -(-template.n // n_tile)
@@ -229,7 +233,8 @@ def _on_ordinary_units(template: GemmTemplate, bucket: int, device: DeviceClass)
 
 
 def _held_nbytes(template: GemmTemplate, m: int, n: int, k: int, stages: int) -> int:
-    return (m + n * (1 + template.gated)) * k * template.item_nbytes * stages
+    x, w = m * template.x_nbytes, n * (1 + template.gated) * template.item_nbytes
+    return (x + w) * k * stages
 
 
 def shared_nbytes(template: GemmTemplate, schedule: GemmSchedule) -> int:
@@ -322,6 +327,19 @@ def prefers_folding(
     for t in folded:  # a norm's kernel reads the sums and a residual, and writes rows and result
         plain_us += t.stats * (LAUNCH_US + 4 * t.dtype.itemsize * bucket * t.n / rate)
     return sum(expected_us(t, bucket, target)[0] for t in folded) < plain_us
+
+
+def prefers_quantizing(folded: Iterable[GemmTemplate], tokens: int, target: str) -> bool:
+    """Return whether products should quantise the rows that they read, rather than a kernel before
+    each: by the bytes of x. A kernel reads floats and writes int8, which each tile of columns then
+    reads from L2; or each tile reads floats."""
+    extra = saved_us = 0.0
+    for t in folded:
+        if t.quantizes:
+            read = -(-t.n // choose_tiles(t, tokens, target).n_tile)
+            extra += tokens * t.k * (read * (t.x_nbytes - 1) - t.x_nbytes - 1)
+            saved_us += LAUNCH_US
+    return extra / (L2_RATE * device_class(target).tb_per_s * 1e6) <= saved_us
 
 
 def _is_exact(template: GemmTemplate) -> bool:

@@ -24,6 +24,7 @@ from turbotx.kernels.gemm_heuristics import (
     device_class,
     fits_scratch,
     prefers_folding,
+    prefers_quantizing,
     prefers_template,
     shared_nbytes,
 )
@@ -52,7 +53,8 @@ def structure_of(
     if isinstance(made, GemmTemplate) and made.experts:
         return f"{structure_of(replace(made, experts=0))}x{made.experts}"
     if isinstance(made, GemmTemplate) and made.int8:
-        return f"{structure_of(replace(made, int8=False))}int8"
+        plain = replace(made, int8=False, quantizes=False, peaks=False)
+        return f"{structure_of(plain)}int8{'q' * made.quantizes}{'p' * made.peaks}"
     return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
 
 
@@ -103,11 +105,13 @@ class Tiles:
     def folds(
         self, plain: Sequence[GemmTemplate], folded: Sequence[GemmTemplate], tokens: int
     ) -> bool:
-        """Return whether a program folds its norms at the bucket of `tokens`.
+        """Return whether a program folds its norms, or its products quantise what they read, at the
+        bucket of `tokens`.
 
         plain, folded: the templates of all GEMMs that this makes a difference to.
         """
-        if self.norms != "auto":
+        quantizes = any(t.quantizes for t in folded)
+        if self.norms != "auto" and not quantizes:  # of which norms are no part
             return self.norms == "fold"
         if any(self._asked(t.name)[-1:] == [LIBRARY] for t in folded):
             return False
@@ -115,6 +119,8 @@ class Tiles:
         tuned = self.tuned.get(structure_of(tuple(folded)), {}).get(str(bucket))
         if tuned is not None:
             return tuned == FOLDED
+        if quantizes:
+            return prefers_quantizing(folded, bucket, self.target)
         return prefers_folding(plain, folded, bucket, self.target)
 
     def attention(self, kernel: AttentionKernel | ProductKernel, q_len: int) -> AttentionTiles:

@@ -30,6 +30,7 @@ from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.known_values import KnownValues
 from turbotx.passes.packer import Inputs, Packer
 from turbotx.passes.packing import MASK, PackedInput, PackedOutput, TokenPacking
+from turbotx.passes.quantized_tokens import QUANTIZED
 from turbotx.passes.spare_rows import find_spare
 from turbotx.passes.token_attention import ATTENTION
 from turbotx.passes.token_rules import RULES
@@ -64,7 +65,8 @@ def pack(captured: Captured) -> PackedCapture:
     graph, nodes = captured.graph, captured.graph.find_nodes(op="placeholder")
     fakes = _make_fakes(captured, nodes, sizes)
     inputs = Inputs(graph, sizes, fakes)
-    packer = Packer(graph, sizes, inputs, KnownValues(nodes[mask]), {**RULES, **SUMS, **ATTENTION})
+    rules = {**RULES, **SUMS, **ATTENTION, **QUANTIZED}
+    packer = Packer(graph, sizes, inputs, KnownValues(nodes[mask]), rules)
     sources = {}
     try:
         for place, node in enumerate(nodes):

@@ -26,6 +26,7 @@ from turbotx.ir.packed_ops import (
     sequence_sum,
     sequence_token,
 )
+from turbotx.ir.quantized_ops import quantized_linear, weight_only_linear
 from turbotx.ir.strides import contiguous_strides
 from turbotx.ir.views import SPLITS, VIEWS, is_view, view_source
 from turbotx.ops import OPS
@@ -35,7 +36,7 @@ from turbotx.ops.scalarizer import Scalarizer
 aten = torch.ops.aten
 _PRODUCTS: dict[Any, int] = {
     aten.linear.default: 0, aten.mm.default: 0, aten.bmm.default: 0, aten.matmul.default: 0,
-    aten.addmm.default: 1,
+    aten.addmm.default: 1, quantized_linear: 0, weight_only_linear: 0,
 }  # fmt: skip
 """Products, with the index of the operand whose rows may be tokens."""
 _ALONG = frozenset({sequence_sum, sequence_max, sequence_token, sequence_cumsum})
@@ -81,9 +82,12 @@ class _Check:
         elif node.target in _PRODUCTS:
             rows = g.operand(node, _PRODUCTS[node.target])
             at = self.axis(rows)
-            if over != [rows] or at is None or at == len(g.shape(rows)) - 1:
+            scale = g.optional(node, 4) if node.target is quantized_linear else None
+            own = [rows] if scale is None else [rows, scale]
+            twice = sum(a is rows for a in node.args) > 1
+            if over != own or twice or at is None or at == len(g.shape(rows)) - 1:
                 raise VerifyError(f"{node.name} multiplies tokens with each other")
-            self._same_axis(node, [rows], at, at)
+            self._same_axis(node, own, at, at)
         elif node.target is aten.cat.default:  # parts are read under masks on positions
             rank = len(g.shape(node))
             joined = int(g.argument(node, "dim")) % rank

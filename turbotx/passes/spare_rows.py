@@ -27,6 +27,12 @@ from turbotx.ir.packed_ops import (
     sequence_sum,
     sequence_token,
 )
+from turbotx.ir.quantized_ops import (
+    quantize_rows,
+    quantized_linear,
+    row_scale,
+    weight_only_linear,
+)
 from turbotx.ir.views import VIEWS
 from turbotx.ops import OPS
 
@@ -51,8 +57,9 @@ _ALONG: dict[Any, str] = {
 """Ops that work along dims, with the name of that argument."""
 _ROWS: dict[Any, int] = {
     aten.linear.default: 0, aten.mm.default: 0, aten.matmul.default: 0, aten.addmm.default: 1,
+    weight_only_linear: 0, row_scale: 0,
 }  # fmt: skip
-"""Products, with the index of the operand whose rows may grow."""
+"""Products and other ops along each row, with the index of the operand whose rows may grow."""
 
 
 def find_spare(graph: fx.Graph, batch: str, seq: str) -> tuple[str, ...]:
@@ -129,7 +136,8 @@ class _Room:
             aten.slice.Tensor: self._is_whole, aten.select.int: self._is_whole,
             aten.layer_norm.default: self._normalizes, aten.rms_norm.default: self._normalizes,
             aten.index_select.default: self._looks_up, aten.index.Tensor: self._looks_up,
-            aten.embedding.default: self._looks_up,
+            aten.embedding.default: self._looks_up, quantize_rows: self._has_scaled_rows,
+            quantized_linear: self._has_scaled_rows,
         }.get(target)  # fmt: skip
 
     def _keeps_place(self, source: fx.Node, node: fx.Node) -> bool:
@@ -153,6 +161,11 @@ class _Room:
     def _has_rows(self, node: fx.Node, grown: list[fx.Node]) -> bool:
         rows = g.operand(node, _ROWS[node.target])
         return grown == [rows] and len(g.shape(rows)) - 1 not in self.places(rows)
+
+    def _has_scaled_rows(self, node: fx.Node, grown: list[fx.Node]) -> bool:
+        rows, scale = node.args[0], node.args[1 if node.target is quantize_rows else 4]
+        own = [n for n in (rows, scale) if n is not None]
+        return grown == own and not any(len(g.shape(n)) - 1 in self.places(n) for n in grown)
 
     def _is_whole(self, node: fx.Node, grown: list[fx.Node]) -> bool:
         """Return whether a slice or select is along another dim, or takes all of this one."""

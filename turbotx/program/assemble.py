@@ -1,7 +1,7 @@
-"""Assemble: the partitioned graph becomes a flat list of launches over named tensors.
+"""Assemble: converts the partitioned graph to a flat list of launches over named tensors.
 
 In: the rewritten graph, its fused regions, its hoisted constants. Out: an `Assembly`: tensors,
-launches in order, what the call returns, and what must hold of the dims. For a BERT layer::
+launches in order, outputs, and requirements on the dims. For a BERT layer::
 
     linear (gemm), attention, linear (gemm), fused_add_layer_norm, linear (gemm), ...
 """
@@ -57,9 +57,9 @@ def assemble(
     graph: fx.Graph, fused: Sequence[FusedRegion], hoisted: frozenset[fx.Node],
     dims: Sequence[str], epilogues: Mapping[fx.Node, Epilogue] | None = None,
 ) -> Assembly:  # fmt: skip
-    """Return the launches of a partitioned graph, in an order that respects every dependency.
+    """Return the launches of a partitioned graph in dependency order.
 
-    `epilogues`: the linears whose launch computes a region as well.
+    epilogues: by linear, the region that its launch also computes.
     """
     return _Assembler(graph, fused, hoisted, dims, epilogues or {}).run()
 
@@ -82,7 +82,7 @@ class _Assembler:
         self.leaves: Any = self.output.args[0]
         self.returns: Any = self.output.meta.get(RETURNS) or [None] * len(self.leaves)
         self.copied = copied_leaves(self.output, self.kinds)
-        # The nodes whose memory leaves with the caller.
+        # Nodes whose memory is returned to the caller.
         self.outside = {
             layout_with_copies(leaf).root
             for k, (leaf, returned) in enumerate(zip(self.leaves, self.returns, strict=True))
@@ -104,16 +104,16 @@ class _Assembler:
         return self.out
 
     def _ensure(self, node: fx.Node) -> None:
-        """Emit the launches that make `node`, after those that it needs.
+        """Emit the launches that compute `node`, after those of its inputs.
 
-        A region's launches may have to come before or after calls that stand between its nodes.
+        A region's launches may have to precede or follow calls that lie between its nodes.
         """
         region = self.region_of.get(node)
         unit: Any = node if region is None else id(region)
         if unit in self.done:
             return
         self.done.add(unit)
-        if node in self.drawn_before:  # numbers come from the generator in the model's own order
+        if node in self.drawn_before:  # random numbers are drawn in the model's order
             self._ensure(self.drawn_before[node])
         for needed in node.all_input_nodes if region is None else region.region.needs:
             self._ensure(needed)
@@ -157,7 +157,7 @@ class _Assembler:
         return ir.Operand(name, g.dtype(node), layout.shape, layout.strides, layout.offset)
 
     def _materialize(self, view: fx.Node) -> None:
-        """Add the copy, by ATen, of a view that strides cannot express; once, and listed."""
+        """Add a copy, by ATen, of a view that strides cannot express; once, and reported."""
         if view.name not in self.out.tensors:
             source = self._operand(g.operand(view, 0))
             name, shape = self._tensor(view), list(g.shape(view))
@@ -189,7 +189,7 @@ class _Assembler:
         return whole(node, self.out.tensors[self._tensor(node)])
 
     def _place(self, node: fx.Node, base: str, source: str = "") -> dict[str, Any]:
-        """Return the name of the launch that makes a node, and where it comes from."""
+        """Return the name and origin of the launch that computes a node."""
         stack = node.meta.get("nn_module_stack") or {}
         module = next(reversed(list(stack.values())), ("", ""))[0] if stack else ""
         module = str(module).removeprefix("model").removeprefix(".")
@@ -206,7 +206,7 @@ class _Assembler:
         self.out.launches.append(make_gemm(end, self._operand, out, place))
 
     def _route(self, node: fx.Node) -> None:
-        """Add the launch that orders rows by their experts, or what PyTorch runs for it."""
+        """Add the launch that sorts rows by expert, or the PyTorch op."""
         pieces, chosen = {u.args[1]: u for u in node.users}, self._operand(g.operand(node, 0))
         if len(pieces) < 3 or chosen.strides != (ONE,):
             self._extern(node, "only all of its results, of dense rows, are counted natively")
@@ -226,7 +226,7 @@ class _Assembler:
         self._require_equal("q's and k's batch", q.shape[0], k.shape[0])
         self._require_equal("k's and v's batch", k.shape[0], v.shape[0])
         self._require_equal("k's and v's length", k.shape[2], v.shape[2])
-        if added is not None and len(node.args) <= 6:  # that of packed attention is by columns
+        if added is not None and len(node.args) <= 6:  # the bias of packed attention is per column
             scores = (*q.shape[:3], k.shape[2])
             for given, size in zip(reversed(added.shape), reversed(scores), strict=False):
                 self._require_equal("a bias of attention and its scores", given, size)
@@ -258,7 +258,7 @@ class _Assembler:
         )
 
     def _store(self, node: fx.Node) -> None:
-        """Add the launch that writes new rows behind those that a cache holds of a layer."""
+        """Add the launch that appends new rows to one layer of a cache."""
         held, new = self._operand(node), self._rows(g.operand(node, 2))
         call = ir.AtenCall(store_rows, self._arguments(node.args), {}, ())
         sizes, place = describe_store(held, new), self._place(node, "cache_store")
@@ -268,19 +268,19 @@ class _Assembler:
         self.out.launches.append(ir.StoreLaunch(held, new, sizes, call, tuple(blocks), **place))
 
     def _call(self, node: fx.Node, out: ir.Operand, has_out: bool = False) -> ir.AtenCall:
-        """Return the call of a node itself, by PyTorch."""
+        """Return the node's own call, run by PyTorch."""
         target: Any = node.target
         args = self._arguments(node.args)
         return ir.AtenCall(target, args, dict(node.kwargs), (out,), has_out)
 
     def _require_equal(self, what: str, a: Expr, b: Expr) -> None:
-        """Refuse calls where sizes differ that kernels read as one, unless one of them is 1."""
+        """Require two sizes that kernels treat as one to be equal, unless one of them is 1."""
         if ONE not in (a, b):
             for less in {(a - b).expand(), (b - a).expand()} - {ZERO}:
                 self.out.requirements.append((less, f"{a} = {b} ({what})"))
 
     def _rows(self, node: fx.Node) -> ir.Operand:
-        """Return an operand whose elements lie side by side along its last dim."""
+        """Return an operand whose last dim is contiguous."""
         operand = self._operand(node)
         side_by_side = operand.strides[-1] == 1 or operand.shape[-1] == 1
         if side_by_side:
@@ -294,7 +294,7 @@ class _Assembler:
     # --- through ATen ---
 
     def _fallback(self, node: fx.Node, out: bool) -> None:
-        """Add a GEMM that the native kernels do not take, as PyTorch's own op."""
+        """Add a GEMM that the native kernels do not support, as PyTorch's op."""
         args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
         self._aten(node, node.target, args, kwargs, (self._tensor(node),), out=out)
 
@@ -314,17 +314,17 @@ class _Assembler:
         self.out.externs.append((str(node.target), reason))
 
     def _read_strides(self, node: fx.Node) -> list[Any]:
-        """Return eager's strides of each tensor argument, None where any will do."""
+        """Return eager's strides of each tensor argument, None if any will do."""
         given = tensor_arguments(node)
         if node.target in SEQUENCE_OPS:
             return [contiguous_strides(g.shape(n)) for n in given]
         if node.target in OPS or takes_any_layout(node.target):
             return [None] * len(given)
-        noted = node.meta.get(READS, ())  # before passes took a clone for what it clones
+        noted = node.meta.get(READS, ())  # recorded before passes replaced a clone by its source
         return list(noted if len(noted) == len(given) else map(strides_of, given))
 
     def _as_strided(self, node: fx.Node) -> None:
-        """Add the copy of a window by strides on an argument's memory, laid out as eager's."""
+        """Add a copy of a strided window on an argument's memory, laid out as in eager."""
         given = tensor_arguments(node)[0]
         source = self._laid_out(given, node.meta[READS][0])
         window, rest = show_by_strides(node, given, source)
@@ -338,7 +338,7 @@ class _Assembler:
         self, node: fx.Node, strides: Sequence[Expr] | None,
         reason: str = "an op that PyTorch runs reads it as eager's",
     ) -> ir.Operand:  # fmt: skip
-        """Return an operand that lies by these strides, None for any, copied where it does not."""
+        """Return an operand with these strides (None: any), copied if it has others."""
         operand = self._operand(node)
         if strides is None or are_equal_strides(operand.shape, operand.strides, strides):
             return operand
@@ -355,7 +355,7 @@ class _Assembler:
     def _arguments(self, args: Any, laid_out: list[Any] | None = None) -> Any:
         """Replace tensor nodes by operands and size nodes by expressions.
 
-        laid_out: the strides of each tensor in order, None where any will do.
+        laid_out: the strides of each tensor in order, None if any will do.
         """
 
         def convert(n: fx.Node) -> Any:
@@ -387,8 +387,8 @@ class _Assembler:
             self.out.outputs.append(made)
 
     def _copy_out(self, leaf: fx.Node, fresh: Fresh) -> ir.Operand:
-        """Copy a leaf into memory laid out as eager's, and shared with other views of it."""
-        if fresh.overlaps:  # such a window cannot be written to
+        """Copy a leaf into memory laid out as in eager, shared with other views of that memory."""
+        if fresh.overlaps:  # overlapping windows cannot be written
             fresh = fresh.apart(leaf.name)
         name = f"{fresh.memory}_returned"
         tensor, source, written, leaves = lay_out_returned(name, self._operand(leaf), fresh)

@@ -1,6 +1,6 @@
 """Assembly: launches and named tensors of a program, before it is bound to parameters and memory.
 
-In: nothing. Out: tensors by name, launches in order, and what a call returns, for example::
+In: nothing. Out: tensors by name, launches in order, and the outputs, for example::
 
     assembly.outputs  ->  [Operand("layer_norm_24", ...), Alias("input_ids", ())]
 """
@@ -23,13 +23,13 @@ from turbotx.kernels.fusion.fuse import FusedRegion
 
 @dataclass
 class Assembly:
-    """A program before it is bound to any machine.
+    """A program before linking.
 
-    outputs: per leaf of the model's output an Operand, an `Alias` of an input or a parameter, or a
-    plain constant or size expression.
-    externs: ops that run through ATen, with the reason. raw: inputs whose memory is read by strides
-    of the call's own, so that they must be dense. orders: the order of an input's dims by which it
-    is taken, None for its own.
+    outputs: for each leaf of the model's output an Operand, an `Alias` of an input or parameter, a
+    constant or a size expression.
+    externs: ops that run through ATen, with the reason.
+    raw: inputs read through explicit strides, which must be dense.
+    orders: by input, the order in which its dims lie in memory, None for contiguous.
     """
 
     tensors: dict[str, ir.Tensor] = field(default_factory=dict)
@@ -43,14 +43,14 @@ class Assembly:
 
     @property
     def returned(self) -> list[str]:
-        """The tensors that the call returns, or views of which it returns."""
+        """The tensors that are returned, or of which views are returned."""
         named = {ir.Operand: "tensor", Alias: "root"}
         return [getattr(x, named[type(x)]) for x in self.outputs if type(x) in named]
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """An assembly, the regions that it was made of, and the epilogues by their linears."""
+    """An assembly with the regions it was made from and the epilogues by linear."""
 
     assembly: Assembly
     fused: Sequence[FusedRegion]
@@ -58,12 +58,13 @@ class Assembled:
 
 
 def dense(tensor: ir.Tensor) -> ir.Operand:
-    """Return the whole of a tensor that owns its memory."""
+    """Return an operand that covers a contiguous tensor."""
     strides = contiguous_strides(tensor.shape)
     return ir.Operand(tensor.name, tensor.dtype, tensor.shape, strides, ZERO)
 
 
 def whole(node: fx.Node, tensor: ir.Tensor) -> ir.Operand:
-    """Return the whole of a node's tensor: dense, or a parameter as its user has laid it out."""
+    """Return an operand that covers a node's tensor: contiguous, or a parameter with its own
+    strides."""
     strides = root_layout(node).strides if node.op == "get_attr" else None
     return dense(tensor) if strides is None else replace(dense(tensor), strides=strides)

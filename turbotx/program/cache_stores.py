@@ -1,11 +1,11 @@
-"""Cache stores: the launch that writes one layer's new keys or values into a cache, and its blocks.
+"""Cache stores: the sizes of a launch that appends a layer's new keys or values to a cache.
 
-In: where a layer's rows lie in the cache's memory, and the new ones. Out: the sizes of
-`ttx_store_rows`, strides and offsets in bytes::
+In: the operand of a layer's rows in the cache's memory, and the new rows. Out: the size arguments
+of `ttx_store_rows`, with strides and offsets in bytes::
 
-    sizes: batch, heads, rows, bytes of a row; strides of batch, head and row where the rows come
-        from, and of batch and head where they go, and where the first goes; with blocks the columns
-        of their table, the rows and the bytes of an element of one
+    sizes: batch, heads, rows, bytes per row; source strides of batch, head and row; destination
+           strides of batch and head, and offset of the first row; for a cache in blocks also the
+           columns of the block table, rows per block and bytes per element
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from turbotx.program.assembly import Assembly
 
 
 def describe_store(held: ir.Operand, new: ir.Operand) -> tuple[Expr, ...]:
-    """Return a store's sizes, less those of blocks.
+    """Return a store's sizes, without those of blocks.
 
-    held: all rows of a layer after the call, (batch, heads, length, width), in the memory. new:
-    (batch, heads, rows, width), the last of them, elements of a row side by side.
+    held: all rows of a layer after the call, (batch, heads, length, width), in the cache's memory.
+    new: (batch, heads, rows, width), stored last; its last dim must be contiguous.
     """
     batch, heads, count, width = new.shape
     nbytes = new.dtype.itemsize
@@ -40,8 +40,8 @@ def describe_store(held: ir.Operand, new: ir.Operand) -> tuple[Expr, ...]:
 def describe_blocks(
     store: fx.Node, name_of: Callable[[fx.Node], str]
 ) -> tuple[ir.Operand, ir.Operand, tuple[Expr, Expr]]:
-    """Return a cache's memory from its first element, the row of its table that tells where the
-    blocks of a `cache_store` lie, and the table's columns and the rows of a block."""
+    """Return the cache's memory from its first element, the layer's row of the block table, and the
+    sizes (columns of the table, rows per block) of a `cache_store`."""
     memory, table = g.operand(store, 0), g.operand(store, 1)
     _, batch, columns = g.shape(table)
     index: int = store.args[5]  # type: ignore[assignment]
@@ -56,8 +56,8 @@ def describe_blocks(
 def find_blocks(
     node: fx.Node, name_of: Callable[[fx.Node], str]
 ) -> tuple[tuple[ir.Operand | None, ...], tuple[Expr, ...]]:
-    """Return an attention's `blocks`, and their sizes; nothing where neither keys nor values lie in
-    a cache."""
+    """Return an attention's `blocks` operands and their sizes; both empty if neither keys nor
+    values lie in a cache."""
     given = [root_of(g.operand(node, i)) for i in (1, 2)]
     found = [describe_blocks(n, name_of) if n.target is cache_store else None for n in given]
     first = next((x for x in found if x is not None), None)
@@ -67,13 +67,13 @@ def find_blocks(
 
 
 def require_room(held: ir.Operand, columns: Expr, capacity: Expr) -> tuple[Expr, str]:
-    """Return the requirement that a cache has room for a call's rows."""
+    """Return the requirement that the cache has capacity for the call's rows."""
     length = held.shape[2]
     return product((capacity, columns)) - length, f"{length} positions in a cache's memory"
 
 
 def use_contiguous(assembly: Assembly) -> None:
-    """Let launches over a cache take contiguous memory alone, and refuse a call with a table."""
+    """Make launches over a cache use contiguous memory only, and require a table of one column."""
     for i, launch in enumerate(assembly.launches):
         if isinstance(launch, (ir.AttentionLaunch, ir.StoreLaunch)) and launch.blocks:
             table = next(t for t in launch.blocks[1:] if t is not None)

@@ -1,9 +1,9 @@
 """Copies: tensors and windows for copies with eager's strides, for raw reads and for outputs.
 
-In: an operand as the program has it, and eager's strides. Out: a tensor to copy into and the
-windows on it; nothing here makes a launch::
+In: an operand of the program and eager's strides. Out: a tensor to copy into, and windows on it; no
+launch is made here::
 
-    lay_out("k_copied", k, strides)  ->  tensor (seq, batch, 64), window by eager's strides
+    lay_out("k_copied", k, strides)  ->  tensor (seq, batch, 64), window with eager's strides
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from turbotx.ir.strides import contiguous_strides
 def lay_out(
     name: str, operand: ir.Operand, strides: Sequence[Expr]
 ) -> tuple[ir.Tensor, ir.Operand]:
-    """Return a tensor of a name and the window on it that shows `operand` by these strides.
+    """Return a new tensor and a window on it with the shape of `operand` and these strides.
 
-    Strides with gaps become those of dense rows: nothing that reads elements reads the gaps.
+    Strides with gaps are made dense: nothing reads the gaps.
     """
     order = order_of(operand.shape, strides)
     extents = by_order(operand.shape, order)
@@ -39,9 +39,10 @@ def lay_out(
 def lay_out_returned(
     name: str, operand: ir.Operand, fresh: Fresh
 ) -> tuple[ir.Tensor, ir.Operand, ir.Operand, ir.Operand]:
-    """Return the caller's tensor, what is read, where it is written, and what is returned.
+    """Return the caller's tensor, the operand to read, the window to write, and the window to
+    return.
 
-    A dim of stride 0 shows one element many times, which is written once.
+    A dim of stride 0 repeats one element, which is written once.
     """
     shape, strides, kind = fresh.shape, fresh.strides, operand.dtype
     once = tuple(ONE if s == 0 else n for n, s in zip(shape, strides, strict=True))
@@ -51,10 +52,10 @@ def lay_out_returned(
 
 
 def show_by_strides(node: fx.Node, given: fx.Node, source: ir.Operand) -> tuple[ir.Operand, Expr]:
-    """Return the window that an `as_strided` call shows of the memory of its argument, and how many
-    elements that memory has past its last one.
+    """Return the window of an `as_strided` call on its argument's memory, and how many elements
+    follow the window's last one there.
 
-    source: the argument, laid out as eager's.
+    source: the argument, laid out as in eager.
     """
     value = g.tensor(node)
     shape, strides, start = g.shape(node), g.strides(node), g.size(value.storage_offset(), value)

@@ -1,7 +1,7 @@
-"""Executable: a program as plain data; it is what runs, what is saved and what is loaded.
+"""Executable: a program as plain data, which is what runs and what is saved and loaded.
 
 In: nothing, these are types; `program.link` makes one from an assembly. Sizes are Python source,
-tensors are places in a table of addresses; there is no symbolic algebra and no compiler here::
+tensors are indices into a table of addresses; no sympy and no compiler is needed to run it::
 
     Executable(dims=("batch", "seq"), values=Sizes(("batch * seq", ...)), launches=(...), ...)
 """
@@ -19,12 +19,12 @@ from turbotx.ir.sizes import Evaluate, Sizes
 from turbotx.memory.liveness import Liveness
 from turbotx.memory.planner.orientation import Orientation
 
-# --- what PyTorch runs ---
+# --- calls of PyTorch ---
 
 
 @dataclass(frozen=True)
 class Window:
-    """A strided window on a tensor, in elements; `offset` is one size."""
+    """A strided window on a tensor, in elements; `offset` holds one size."""
 
     tensor: str
     dtype: torch.dtype
@@ -35,10 +35,11 @@ class Window:
 
 @dataclass(frozen=True)
 class PytorchCall:
-    """A call: args and kwargs nested, a `Window` for each tensor, `Sizes` of one for each size.
+    """A call of a PyTorch op or of a graph of ops.
 
-    target: an op, or a graph of ops. writes: where its results go, None for one that nothing reads.
-    has_out: the op's `out` overload writes the first one itself.
+    args, kwargs: nested; a `Window` for each tensor, a `Sizes` of one for each size.
+    writes: where its results go, None for an unused one.
+    has_out: the op's `out` overload writes the first result.
     """
 
     target: Callable[..., Any]
@@ -50,8 +51,11 @@ class PytorchCall:
 
 @dataclass(frozen=True)
 class LibraryGemm:
-    """out = x weight^T + bias by cuBLAS, all of two dims. relu: it does that too. fixed: the call
-    may be kept for a shape, since all that it looks at stays where it is."""
+    """out = x weight^T + bias by cuBLAS; all operands are 2-D.
+
+    relu: applied to the result.
+    fixed: the call may be cached per shape, since its addresses do not change.
+    """
 
     x: Window
     weight: Window
@@ -66,8 +70,10 @@ class LibraryGemm:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkedLaunch:
-    """A launch with its tensors found. checks: of indices: a tensor whose values must lie in
-    [0, limit), and the limit, in words."""
+    """A launch over slots of the address table.
+
+    checks: tensors of indices, each with the limit (as text) below which its values must lie.
+    """
 
     name: str
     source: str
@@ -77,8 +83,12 @@ class LinkedLaunch:
 
 @dataclass(frozen=True, kw_only=True)
 class NativeLaunch(LinkedLaunch):
-    """A function of a library, "runtime" or "kernels". slots: in the table of addresses, -1 for
-    none; offsets: in the table of sizes, in bytes, -1 for none; sizes: in the table of sizes."""
+    """A function of a native library, "runtime" or "kernels".
+
+    slots: indices into the table of addresses, -1 for none.
+    offsets: indices into the table of sizes, in bytes, -1 for none.
+    sizes: indices into the table of sizes.
+    """
 
     library: str
     symbol: str
@@ -89,8 +99,11 @@ class NativeLaunch(LinkedLaunch):
 
 @dataclass(frozen=True, kw_only=True)
 class QueuedLaunch(LinkedLaunch):
-    """A launch of a GPU program. family: index of the family of kernels that selects one by sizes;
-    gemm: the library call that is used where that family, or no family, selects it."""
+    """A launch of a GPU program.
+
+    family: index of the kernel family that selects a kernel by sizes.
+    gemm: the library call used if the family selects it, or if there is no family.
+    """
 
     family: int | None
     gemm: LibraryGemm | None = None
@@ -98,17 +111,21 @@ class QueuedLaunch(LinkedLaunch):
 
 @dataclass(frozen=True, kw_only=True)
 class CalledLaunch(LinkedLaunch):
-    """A call of PyTorch."""
+    """A launch that calls PyTorch."""
 
     call: PytorchCall
 
 
-# --- what goes in and out ---
+# --- inputs and outputs ---
 
 
 @dataclass(frozen=True)
 class InputTensor:
-    """order: of its dims in memory, None where it is their own. raw: it must be dense."""
+    """A tensor argument of a call.
+
+    order: the order of its dims in memory, None if contiguous.
+    raw: it must be dense.
+    """
 
     name: str
     dtype: torch.dtype
@@ -119,7 +136,7 @@ class InputTensor:
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor that every call makes anew."""
+    """A tensor that every call allocates."""
 
     name: str
     dtype: torch.dtype
@@ -128,7 +145,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class WholeTensor:
-    """A leaf of the output that is all of a tensor; other leaves are `Window`s, `ReturnedView`s,
+    """A leaf of the output that is a whole tensor; other leaves are `Window`s, `ReturnedView`s,
     `Sizes` or constants."""
 
     name: str
@@ -137,9 +154,9 @@ class WholeTensor:
 
 @dataclass(frozen=True)
 class ReturnedView:
-    """A leaf of the output that is an input, as the caller gave it, or a parameter, or a view.
+    """A leaf of the output that is an input object or a parameter, or a view of one.
 
-    steps: the calls to make of it, each (op, arguments after the first, keywords).
+    steps: the view ops to apply, each (op, arguments after the first, keywords).
     """
 
     root: str
@@ -151,9 +168,10 @@ class ReturnedView:
 
 @dataclass(frozen=True)
 class MemoryTables:
-    """Lifetimes of buffers, and the plan tables that a planner has precomputed from them.
+    """Lifetimes of buffers, and the plan tables that the planner precomputed from them.
 
-    size_class: of every root of `liveness`; class_nbytes: the bytes of each class.
+    size_class: by root of `liveness`, the index of its size class.
+    class_nbytes: bytes of each class.
     """
 
     planner: str
@@ -165,7 +183,7 @@ class MemoryTables:
 
 @dataclass(frozen=True)
 class WeightWindow:
-    """A part of a weight, in elements."""
+    """A strided part of a weight, in elements."""
 
     tensor: str
     shape: tuple[int, ...]
@@ -175,10 +193,12 @@ class WeightWindow:
 
 @dataclass(frozen=True)
 class Packing:
-    """A packed GEMM weight: its slot in the table of addresses; the parts whose rows it is.
+    """A packed GEMM weight.
 
-    sources, scale: of one of int8, the parts of which its rows are quantised, and the tensor of
-    their scales, (n, 1); empty where other things are done to parameters first.
+    slot: in the table of addresses.
+    parts: the windows whose rows are concatenated.
+    sources, scale: for an int8 weight, the windows whose rows are quantised and the tensor of their
+    scales, (n, 1); empty if the weight is computed in another way.
     """
 
     slot: int
@@ -190,7 +210,10 @@ class Packing:
 
 @dataclass(frozen=True)
 class CpuTables:
-    """segments: (begin, end) ranges of native launches, or the index of one that PyTorch runs."""
+    """Tables of a CPU program.
+
+    segments: (begin, end) ranges of native launches, or the index of one launch run by PyTorch.
+    """
 
     segments: tuple[tuple[int, int], ...]
     packings: tuple[Packing, ...]
@@ -198,9 +221,13 @@ class CpuTables:
 
 @dataclass(frozen=True)
 class ArgumentLayout:
-    """pointers: (slot, place of the offset in bytes or None). cell: what the pointer behind them
-    shows: "status" of the launch's index checks, "turns" of split sums, or "". sizes: places in
-    the size table."""
+    """Where the arguments of a kernel lie.
+
+    pointers: (slot, index of the byte offset or None).
+    cell: the memory that one more pointer refers to: "status" of index checks, "turns" of split
+    sums, or "".
+    sizes: indices into the size table.
+    """
 
     pointers: tuple[tuple[int, int | None], ...]
     cell: str
@@ -211,9 +238,11 @@ class ArgumentLayout:
 class DeviceCells:
     """What the kernels of a decoder's steps read on the device, so that one graph serves all steps.
 
-    growing: places of the dims that grow with every step; capacity: of what bounds them. values:
-    places in the size table of what depends on those dims. cache: the input that is written in
-    place; windows: on it, (slot, place of the offset in bytes or None).
+    growing: indices of the dims that grow with every step.
+    capacity: index of the dim that bounds them.
+    values: indices into the size table of the values that depend on those dims.
+    cache: the input that is updated in place.
+    windows: on the cache, (slot, index of the byte offset or None).
     """
 
     growing: tuple[int, ...]
@@ -225,9 +254,14 @@ class DeviceCells:
 
 @dataclass(frozen=True)
 class GpuTables:
-    """layouts: by launch and list of arguments, where the arguments of its kernels lie. checks: how
-    many each launch makes. turns: counters that split sums share. depends: kernels wait by
-    themselves for those before them. cells: of a decoder's steps."""
+    """Tables of a GPU program.
+
+    layouts: (launch, variant of the argument list, argument layout).
+    checks: number of index checks of each launch.
+    turns: number of counters shared by split sums.
+    depends: kernels wait on the device for the preceding ones (programmatic dependent launch).
+    cells: of a decoder's steps.
+    """
 
     target: str
     layouts: tuple[tuple[int, str, ArgumentLayout], ...]
@@ -239,8 +273,12 @@ class GpuTables:
 
 @dataclass(frozen=True)
 class TokenRange:
-    """The calls of one of several programs: those whose largest number of tokens belongs to one of
-    some buckets, of all that there are. structure: under which tuning keeps the choice."""
+    """The calls that one of several programs serves: those whose largest token count falls into one
+    of `buckets`.
+
+    every: all buckets.
+    structure: key under which tuning stores the choice.
+    """
 
     tokens: Sizes
     dims: tuple[str, ...]
@@ -249,16 +287,17 @@ class TokenRange:
     structure: str = ""
 
     def holds(self, dims: Sequence[int]) -> bool:
-        """Return whether a call of these dims is among them."""
+        """Return whether it includes a call with these dims."""
         return self.bucket(dims) in self.buckets
 
     def bucket(self, dims: Sequence[int]) -> int:
-        """Return the bucket that decides at these dims; the last one holds all larger numbers."""
+        """Return the bucket of a call with these dims; the last one also holds all larger
+        counts."""
         tokens = max(self._evaluate(*dims))
         return next((b for b in self.every if tokens <= b), self.every[-1])
 
     def buckets_of(self, tokens: Sizes) -> Collection[int]:
-        """Return the buckets in which a number of tokens can be, in such a call."""
+        """Return the buckets that a number of tokens can fall into in such a call."""
         return sorted(self.buckets) if self.tokens == tokens else self.every
 
     @cached_property
@@ -268,12 +307,14 @@ class TokenRange:
 
 @dataclass(frozen=True)
 class Executable:
-    """One captured call, or some of its shapes, compiled for one target.
+    """One captured call, or a range of its shapes, compiled for one target.
 
-    values: the table of sizes. requirements: negative where an index cannot fit, each with its
-    words. slots: the place of every tensor in the table of addresses. weights: the parameters and
-    hoisted constants that are read as they are. leaves: of the output, in order. token_range: the
-    calls that it serves, None: all.
+    values: the table of sizes.
+    requirements: sizes that must not be negative, with their texts.
+    slots: the index of every tensor in the table of addresses.
+    weights: parameters and hoisted constants that are read unpacked.
+    leaves: of the output, in order.
+    token_range: the calls that it serves, None for all.
     """
 
     dims: tuple[str, ...]

@@ -1,10 +1,10 @@
-"""Norm folding: moves the launches of norms into the GEMMs around them.
+"""Norm folding: moves the computation of norms into the GEMMs around them.
 
-In: a rewritten graph, its regions, the norms that can be folded. Out: an assembly without their
-kernels. For a BERT layer::
+In: a rewritten graph, its regions, the norms that can be folded. Out: an assembly without the
+norms' kernels. For a BERT layer::
 
     linear_0, fused_add_layer_norm_0, linear_gelu_0
-        ->  linear_add_0 (leaves rows and statistics), linear_gelu_0 (normalises what it reads)
+      ->  linear_add_0 (stores rows and statistics), linear_gelu_0 (normalises its input)
 
 The constants that such GEMMs read are computed from the parameters, as packed weights are.
 """
@@ -44,9 +44,9 @@ def assemble_folded(
     graph: fx.Graph, fused: Sequence[FusedRegion], hoisted: frozenset[fx.Node],
     dims: Sequence[str], epilogues: Mapping[fx.Node, Epilogue], folds: Mapping[fx.Node, NormFold],
 ) -> Assembled:  # fmt: skip
-    """Return the launches with norms folded, with the regions and the epilogues they are of.
+    """Return the launches with norms folded, and the regions and epilogues that remain.
 
-    folds: by the norms' results.
+    folds: by the norm's result node.
     """
     made = {id(f.fused): f for f in folds.values()}
     regions = [part for f in fused for part in _split(f, made.get(id(f)))]
@@ -54,12 +54,13 @@ def assemble_folded(
     assembly = assemble(graph, regions, hoisted, dims, ends)
     folding = _Folding(assembly, graph, hoisted, folds, ends)
     assembly.launches[:] = [folding.fold(x) for x in assembly.launches]
-    folding.drop_unread()
+    drop_unread(assembly)
     return Assembled(assembly, regions, ends)
 
 
 def _split(f: FusedRegion, fold: NormFold | None) -> list[FusedRegion]:
-    """Return a region as it is where its norm is folded: what its GEMM does, and what is left."""
+    """Return the regions that remain of one whose norm is folded: the GEMM's epilogue and the
+    rest."""
     if fold is None:
         return [f]
     if not fold.stored:
@@ -83,7 +84,7 @@ class _Folding:
         self.constants = _Constants(assembly)
 
     def fold(self, launch: ir.Launch) -> ir.Launch:
-        """Return a launch as it is where norms are folded: only GEMMs change."""
+        """Return a launch with norms folded; only GEMMs change."""
         if not isinstance(launch, ir.GemmLaunch):
             return launch
         x, weight, bias = launch.x, launch.weight, launch.bias
@@ -116,13 +117,13 @@ class _Folding:
         source = [n.name for f in norms for n in f.nodes]
         return replace(
             launch, gemm=kind, x=x, weight=weight, bias=bias, residual=residual, norm=norm,
-            call=self._call(end, norms, out),
+            call=mean_from(self.assembly, end, self._allowed(end, norms), out),
             source=", ".join(dict.fromkeys([*source, launch.source])),
             inplace=((out.tensor, residual.tensor),) if inplace and residual is not None else (),
         )  # fmt: skip
 
     def _statistics(self, fold: NormFold) -> ir.Operand:
-        """Return where the statistics of a norm's rows lie: room for the narrowest tiles."""
+        """Return the operand for the statistics of a norm's rows, sized for the narrowest tile."""
         name, shape = f"{fold.rows.name}_stats", g.shape(fold.rows)
         tiles = -(-int(shape[-1]) // NARROWEST)
         sizes: tuple[Expr, ...] = (Integer(2), product(shape[:-1]), Integer(tiles))
@@ -132,7 +133,7 @@ class _Folding:
     def _constants_of(
         self, end: Epilogue, fold: NormFold
     ) -> tuple[ir.Operand, ir.Operand | None, ir.Operand | None, ir.Operand | None]:
-        """Return weight, bias, sums and scales of the linear behind a norm."""
+        """Return weight, bias, sums and scales of the linear that follows a norm."""
         weight, make = end.linear.args[1], self.constants.make
         assert isinstance(weight, fx.Node)
         n, k = (int(e) for e in g.shape(weight))
@@ -161,37 +162,40 @@ class _Folding:
         made = self.constants.make(name, join_affine, given, torch.float32, (2, width))
         return self.constants.operand(made)
 
-    def _call(self, end: Epilogue, norms: Iterable[NormFold], out: ir.Operand) -> ir.AtenCall:
-        """Return what PyTorch runs in a launch's place, from the rows on."""
-        allowed = {*end.nodes, *self.hoisted}  # plain weights are not hoisted here
-        for fold in norms:
-            allowed |= set(fold.nodes)
-        given = _find_given(end.output, allowed)
-        meant = extract([end.output], given, end.name)
-        reads = [self._operand(n) for n in given]
-        return ir.AtenCall(meant.module, (*reads, *meant.sizes), {}, (out,))
+    def _allowed(self, end: Epilogue, norms: Iterable[NormFold]) -> set[fx.Node]:
+        # Unfolded weights are not hoisted here.
+        return {*end.nodes, *self.hoisted, *(n for fold in norms for n in fold.nodes)}
 
-    def _operand(self, node: fx.Node) -> ir.Operand:
-        layout = layout_with_copies(node)  # copies are launches of the assembly already
-        assert layout.root.name in self.assembly.tensors, f"nothing holds {layout.root}"
-        return ir.Operand(
-            layout.root.name, g.dtype(node), layout.shape, layout.strides, layout.offset
-        )
 
-    def drop_unread(self) -> None:
-        """Drop tensors that only the norms' kernels and plain weights needed."""
-        assembly = self.assembly
-        used = set(assembly.returned)
-        for launch in assembly.launches:
-            used |= {*launch.reads, *launch.writes}
-        for name, tensor in list(assembly.tensors.items()):
-            if name not in used and tensor.kind in ("intermediate", "hoisted"):
-                del assembly.tensors[name]
-                assembly.hoisted.pop(name, None)
+def mean_from(
+    assembly: Assembly, end: Epilogue, allowed: set[fx.Node], out: ir.Operand
+) -> ir.AtenCall:
+    """Return the PyTorch call equivalent to a launch that computes the nodes of `allowed`."""
+    given = _find_given(end.output, allowed)
+    meant = extract([end.output], given, end.name)
+    reads = [_operand(assembly, n) for n in given]
+    return ir.AtenCall(meant.module, (*reads, *meant.sizes), {}, (out,))
+
+
+def _operand(assembly: Assembly, node: fx.Node) -> ir.Operand:
+    layout = layout_with_copies(node)  # copies are launches of the assembly already
+    assert layout.root.name in assembly.tensors, f"nothing holds {layout.root}"
+    return ir.Operand(layout.root.name, g.dtype(node), layout.shape, layout.strides, layout.offset)
+
+
+def drop_unread(assembly: Assembly) -> None:
+    """Drop tensors that only removed kernels and unfolded weights needed."""
+    used = set(assembly.returned)
+    for launch in assembly.launches:
+        used |= {*launch.reads, *launch.writes}
+    for name, tensor in list(assembly.tensors.items()):
+        if name not in used and tensor.kind in ("intermediate", "hoisted"):
+            del assembly.tensors[name]
+            assembly.hoisted.pop(name, None)
 
 
 def _find_given(output: fx.Node, allowed: set[fx.Node]) -> list[fx.Node]:
-    """Return the tensors that `output` is made from by nodes of `allowed`, and views of theirs."""
+    """Return the input tensors from which nodes of `allowed` and their views compute `output`."""
     given: dict[fx.Node, None] = {}
     seen: set[fx.Node] = set()
 
@@ -214,7 +218,7 @@ def _find_given(output: fx.Node, allowed: set[fx.Node]) -> list[fx.Node]:
 
 
 class _Constants:
-    """Constants in a graph of their own: what the parameters' graph computes is copied into it."""
+    """Adds hoisted constants in a graph of its own, into which the parameters' nodes are copied."""
 
     def __init__(self, assembly: Assembly) -> None:
         self.assembly, self.graph = assembly, fx.Graph()
@@ -224,7 +228,7 @@ class _Constants:
         self, name: str, function: Callable[..., torch.Tensor], given: tuple[fx.Node | None, ...],
         dtype: torch.dtype, shape: tuple[int, ...],
     ) -> fx.Node:  # fmt: skip
-        """Add a hoisted constant, or return the one of this name."""
+        """Add a hoisted constant, or return the existing one of this name."""
         if name in self.assembly.hoisted:
             return self.assembly.hoisted[name]
         args = tuple(None if n is None else self._copy(n) for n in given)

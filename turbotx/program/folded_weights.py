@@ -1,11 +1,11 @@
-"""Folded weights: the constants of a GEMM that normalises its input or residual by itself.
+"""Folded weights: the constants of a GEMM that normalises its input or residual.
 
 In: the parameters of a linear and of the norm before it. Out: what `GemmTemplate.norm` and
-`.residual_norm` read, made again whenever a parameter changes::
+`.residual_norm` read, recomputed whenever a parameter changes::
 
     LN(x) W + bias = rstd * (x (gamma W) - mean * sums) + shift,    shift = beta W + bias
 
-All are functions of tensors, so that a program can prepare each by itself.
+Each is a function of tensors, so that a program can compute it as a hoisted constant.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ Given = torch.Tensor | None
 
 
 def fold_weight(weight: torch.Tensor, gamma: Given, scales: Given) -> torch.Tensor:
-    """Return gamma W in W's dtype, each row over its scale. weight: (n, k), gamma: (k,)."""
+    """Return gamma W in W's dtype, each row divided by its scale. weight: (n, k), gamma: (k,)."""
     wide = _widen(weight) if gamma is None else _widen(weight) * _widen(gamma)
     return (wide if scales is None else wide / scales[:, None]).to(weight.dtype)
 
 
 def fold_scales(weight: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """Return powers of two, float32 (n,): the largest of a row of gamma W is of their size.
+    """Return powers of two, float32 (n,), close to the largest magnitude of each row of gamma W.
 
-    Without them gamma W of a small gamma loses bits below float16's normal range, and that of a
+    Without them, gamma W of a small gamma loses bits below float16's normal range, and that of a
     large one may overflow.
     """
     largest = (weight.float() * gamma.float()).abs().amax(1)
@@ -34,8 +34,8 @@ def fold_scales(weight: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
 
 
 def fold_sums(folded: torch.Tensor, scales: Given) -> torch.Tensor:
-    """Return the sums of gamma W over k, float32 (n,), of what `fold_weight` has rounded: what x
-    times it is going to contain."""
+    """Return the sums of gamma W over k, float32 (n,), computed from the rounded `folded`, as the
+    product with x will contain them."""
     sums = folded.sum(1, dtype=torch.float64)
     return (sums if scales is None else sums * scales).float()
 
@@ -49,7 +49,7 @@ def fold_shift(weight: torch.Tensor, beta: Given, bias: Given) -> torch.Tensor:
 
 
 def join_affine(like: torch.Tensor, gamma: Given, beta: Given) -> torch.Tensor:
-    """Return gamma and beta as float32 (2, n), ones and zeros where there is none.
+    """Return gamma and beta as float32 (2, n), ones and zeros by default.
 
     like: any tensor of n rows on the same device.
     """
@@ -60,5 +60,5 @@ def join_affine(like: torch.Tensor, gamma: Given, beta: Given) -> torch.Tensor:
 
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:
-    """Return it in a dtype that holds the products of two such values, or nearly."""
+    """Return the tensor in a dtype that holds products of two such values (nearly) exactly."""
     return tensor.double() if tensor.dtype is torch.float32 else tensor.float()

@@ -1,12 +1,12 @@
-"""GEMM fallback: the launches that a GEMM with an epilogue stands for, for a GPU to choose from.
+"""GEMM fallback: alternative launches of a GEMM with an epilogue, for a GPU to choose from.
 
-In: an assembly with GEMM launches. Out: each with memory for split sums, and where it has an
-epilogue with its `fallback`: a bare GEMM, then the region's own kernels (but not where norms are
-folded or factors are int8: no library does that). For a BERT layer's first::
+In: an assembly with GEMM launches. Out: each with a workspace for split sums and, if it has an
+epilogue, a `fallback`: a bare GEMM followed by the region's kernels. Folded norms and int8 factors
+get none: no library computes them. For a BERT layer's first::
 
     linear_gelu_0 (gemm)  ->  fallback: linear (gemm) into out, fused_add_gelu over it in place
 
-The list of launches stays one and the same for every shape; a runtime picks when it binds one.
+The list of launches is the same for every shape; the runtime chooses when it binds one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from turbotx.program.assembly import Assembled, Assembly, dense, whole
 
 
 def add_gemm_fallbacks(assembled: Assembled) -> None:
-    """Complete the GEMM launches of an assembly by the regions that it was made of."""
+    """Add workspaces and fallbacks to the GEMM launches of an assembly."""
     assembly = assembled.assembly
     ends = {e.output.name: e for e in assembled.epilogues.values()}
     regions = {f.region.outputs[-1].name: f for f in assembled.fused}
@@ -56,13 +56,14 @@ class _Parts:
     def run(self) -> ir.GemmLaunch:
         sums = self._sums()
         fallback = ir.GemmFallback(self._gemm(sums), tuple(self._kernels(sums)))
-        # Sums go where the result will be: a residual must lie elsewhere.
+        # The bare GEMM writes to the result's memory, so a residual must not share it.
         return replace(
             self.launch, workspaces=tuple(self.workspaces), fallback=fallback, inplace=()
         )
 
     def _sums(self) -> ir.Operand:
-        """Where the bare GEMM writes: the result's own memory if a kernel can go over it."""
+        """Return where the bare GEMM writes: the result's memory if a kernel can update it in
+        place."""
         linear, output = self.end.linear, self.end.output
         shape, dtype = g.shape(linear), g.dtype(linear)
         if len(self.fused.kernels) == 1 and product(shape) == product(g.shape(output)):
@@ -81,7 +82,7 @@ class _Parts:
     def _gemm(self, sums: ir.Operand) -> ir.GemmLaunch:
         given, linear = self.launch, self.end.linear
         target: Any = linear.target
-        own = given.bias if len(linear.args) > 2 else None  # or the kernel adds it
+        own = given.bias if len(linear.args) > 2 else None  # otherwise the kernel adds it
         call = ir.AtenCall(target, (given.x, given.weight, own), {}, (sums,), has_out=True)
         return ir.GemmLaunch(
             GemmKernel(), given.x, given.weight, own, sums, None, given.rows, given.x_stride, call,

@@ -1,7 +1,7 @@
-"""GEMMs: the launch of one product and of what a region does to its sums.
+"""GEMMs: the launch of one product with its epilogue.
 
-In: a linear, or that of experts, with its epilogue, and how a node's elements lie. Out: the launch,
-with what PyTorch would run in its place, for example::
+In: a linear, or a grouped linear of experts, with its epilogue, and the operands of nodes. Out: the
+launch, with the equivalent PyTorch call, for example::
 
     linear(x, w) + b, gelu  ->  GemmLaunch(GemmKernel("gelu"), x, w, b, out, rows=batch*seq, ...)
 """
@@ -32,7 +32,8 @@ def make_gemm(
 ) -> ir.GemmLaunch | ir.GroupedGemmLaunch:  # fmt: skip
     """Return the launch of `end.linear` that writes `out`.
 
-    operand: gives the window that a node's elements are. place: the launch's name and origin.
+    operand: maps a node to its window.
+    place: the launch's name and origin.
     """
     node = end.linear
     x, weight = operand(g.operand(node, 0)), operand(g.operand(node, 1))
@@ -57,7 +58,7 @@ def make_gemm(
 
 
 def scales_of(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-    """Return the scales of an int8 weight, and of int8 rows; None where there are none."""
+    """Return the scales of an int8 weight and of int8 rows, None for each that is absent."""
     if node.target not in QUANTIZED_LINEARS:
         return None, None
     return g.operand(node, 3), g.optional(node, 4)
@@ -66,7 +67,7 @@ def scales_of(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
 def _call(
     end: Epilogue, operand: Callable[[fx.Node], ir.Operand], out: ir.Operand
 ) -> ir.AtenCall:  # fmt: skip
-    """Return what PyTorch would run in a launch's place."""
+    """Return the PyTorch call that is equivalent to the launch."""
     node, target = end.linear, cast(Any, end.linear.target)
     if end.output is node:
         args = [operand(n) if isinstance(n, fx.Node) else n for n in node.args]

@@ -1,7 +1,7 @@
-"""Link: an assembly becomes an `Executable`, its tensors found in a table, its sizes as texts.
+"""Link: converts an assembly to an `Executable` of slots, size texts and plan tables.
 
-In: an assembly, and what a runtime has laid out for its device: slots, sizes, launches. Out: plain
-data, and in it what a planner finds out about memory, once::
+In: an assembly, and the layout of a runtime for its device: slots, sizes, launches. Out: plain
+data, including what the planner precomputes about memory::
 
     link(assembly, ("batch", "seq"), "symbolic", layout)  ->  Executable(...)
 """
@@ -49,11 +49,12 @@ CAT = torch.ops.aten.cat.default
 
 @dataclass
 class LaunchLayout:
-    """What a runtime lays out for its device.
+    """How a runtime lays out a program for its device.
 
-    slots: the place of every tensor in the table of addresses. values: that of expressions in the
-    table of sizes. launches: those that its device runs, by index. read: the tensors that are read
-    as they are, None: all of them may be.
+    slots: index of every tensor in the table of addresses.
+    values: index of every expression in the table of sizes.
+    launches: those that the device runs, by index.
+    read: the tensors that are read unpacked; None if all may be.
     """
 
     slots: dict[str, int]
@@ -65,12 +66,12 @@ class LaunchLayout:
     read: Collection[str] | None = None
 
     def value(self, e: Expr) -> int:
-        """Return the place of an expression in the table of sizes."""
+        """Return the index of an expression in the table of sizes, added if new."""
         return self.values.setdefault(e, len(self.values))
 
     def shifts(self, operands: Mapping[str, ir.Operand | None]) -> list[tuple[str, int]]:
-        """Return name and offset, in bytes and as a place in the table, of each operand that begins
-        within its tensor."""
+        """Return (name, index of the byte offset in the size table) of each operand with an
+        offset."""
         return [
             (name, self.value(a.offset * a.dtype.itemsize))
             for name, a in operands.items()
@@ -78,12 +79,12 @@ class LaunchLayout:
         ]
 
     def expression(self, place: int) -> Expr:
-        """Return the expression at a place of the table of sizes."""
+        """Return the expression at an index of the table of sizes."""
         return list(self.values)[place]
 
 
 def link(assembly: Assembly, dims: Sequence[str], planner: str, layout: LaunchLayout) -> Executable:
-    """Return the executable of an assembly; launches that are not laid out become PyTorch's."""
+    """Return the executable of an assembly; launches without a layout run in PyTorch."""
     tensors, names = assembly.tensors.values(), tuple(dims)
     requirements = dict.fromkeys(assembly.requirements)
     held = [t.name for t in tensors if t.kind in ("parameter", "hoisted")]
@@ -115,11 +116,11 @@ def link(assembly: Assembly, dims: Sequence[str], planner: str, layout: LaunchLa
 
 
 def facts_of(launch: ir.Launch) -> dict[str, Any]:
-    """Return what every linked launch keeps of a launch."""
+    """Return the fields that every linked launch takes from a launch."""
     checks: tuple[tuple[str, str], ...] = ()
     if isinstance(launch, ir.KernelLaunch):
         checks = tuple(_find_checks(launch))
-    if isinstance(launch, ir.GroupedGemmLaunch):  # each one not below the one before
+    if isinstance(launch, ir.GroupedGemmLaunch):  # offsets must not decrease
         checks = ((launch.ends.tensor, f"{launch.rows} + 1, none below the one before"),)
     return {
         "name": launch.name, "source": launch.source, "writes": launch.writes, "checks": checks
@@ -127,7 +128,7 @@ def facts_of(launch: ir.Launch) -> dict[str, Any]:
 
 
 def _find_checks(launch: ir.KernelLaunch) -> Iterable[tuple[str, str]]:
-    """Give what a kernel checks: tensors whose values must lie in [0, limit), and limits."""
+    """Yield (tensor, limit) for each index check of a kernel: values must lie in [0, limit)."""
     kernel = launch.kernel
     made = {r: s for s in kernel.body for r in ir.results_of(s)}
     for check in kernel.body:
@@ -147,21 +148,21 @@ def plain_window(operand: ir.Operand) -> Window:
 
 
 def _no_zero_strides(operand: ir.Operand) -> ir.Operand:
-    """Let extents of 1 have the strides of dense memory: oneDNN divides by those of a result."""
+    """Give dims of extent 1 contiguous strides: oneDNN divides by the strides of a result."""
     shape = operand.shape
     strides = (product(shape[d:]) if n == 1 else operand.strides[d] for d, n in enumerate(shape))
     return replace(operand, strides=tuple(strides))
 
 
 def weight_window(weight: ir.Operand) -> WeightWindow:
-    """Return a part of a weight, which is the same at all sizes, as plain data."""
+    """Return a part of a weight, whose sizes are constant, as plain data."""
     shape, strides = (tuple(map(int, x)) for x in (weight.shape, weight.strides))
     return WeightWindow(weight.tensor, shape, strides, int(weight.offset))
 
 
 def weight_parts(weight: ir.Operand, hoisted: Mapping[str, fx.Node]) -> tuple[WeightWindow, ...]:
-    """Return the windows whose rows make a weight: those that it is a concatenation of, so that
-    this need not be made; or itself."""
+    """Return the windows whose rows make up a weight: those it concatenates, so that the
+    concatenation need not be computed, or the weight itself."""
     whole, node = weight_window(weight), hoisted.get(weight.tensor)
     if node is None or not _joins_rows(node) or not _is_whole(weight):
         return (whole,)
@@ -173,7 +174,7 @@ def quantized_from(
     weight: ir.Operand, hoisted: Mapping[str, fx.Node]
 ) -> tuple[tuple[WeightWindow, ...], str]:
     """Return the windows of parameters whose rows an int8 weight quantises, and the name of their
-    scales; nothing where it is made otherwise."""
+    scales; ((), "") if it is computed in another way."""
     node = hoisted.get(weight.tensor)
     if node is None or not g.is_call(node, quantize_rows) or not _is_whole(weight):
         return (), ""
@@ -190,7 +191,7 @@ def _is_whole(weight: ir.Operand) -> bool:
 
 
 def _row_parts(node: fx.Node) -> tuple[WeightWindow, ...]:
-    """Return the windows that a node shows or joins by rows; none where one has no strides."""
+    """Return the windows that a node views or concatenates by rows; () if one has no strides."""
     sources: Any = node.args[0] if _joins_rows(node) else [node]
     found: list[WeightWindow] = []
     for source in sources:
@@ -209,7 +210,7 @@ def _plain_call(call: ir.AtenCall) -> PytorchCall:
 
 
 def _plain(value: Any) -> Any:
-    """Return call arguments with windows and texts in the places of operands and expressions."""
+    """Return call arguments with operands as windows and expressions as texts."""
     if isinstance(value, ir.Operand):
         return plain_window(value)
     if isinstance(value, sympy.Basic):
@@ -237,7 +238,7 @@ def _leaf(leaf: Any, assembly: Assembly) -> Any:
 
 
 def _plan_memory(assembly: Assembly, dims: tuple[str, ...], planner: str) -> MemoryTables:
-    """Return who lives when, the size class of every root, and what the planner makes of it."""
+    """Return the lifetimes, the size class of every root, and the planner's tables."""
     tensors, liveness = assembly.tensors, _analyze(assembly)
     classes: dict[Expr, int] = {}
     of = tuple(classes.setdefault(tensors[n].nbytes, len(classes)) for n in liveness.names)
@@ -262,15 +263,15 @@ def _analyze(assembly: Assembly) -> Liveness:
 def _expected_sizes(
     class_nbytes: Evaluate, count: int, dims: Sequence[str]
 ) -> tuple[list[int], list[list[int]]]:
-    """Sizes at shapes to expect: the planner is tuned to these, and safe for all others."""
+    """Return class sizes at expected shapes: the planner is tuned for these, and valid for all."""
     expected = [(1, 16), (1, 128), (4, 64), (8, 128), (16, 512), (1, 512)]
     rows = []
     for batch, seq in expected:
         shape = [batch if k == 0 or "_d0" in n else seq for k, n in enumerate(dims)]
         try:
             rows.append([max(1, x) for x in class_nbytes(*shape)])
-        except (ArithmeticError, ValueError):  # no size that this model takes: it divides by zero
+        except (ArithmeticError, ValueError):  # the model does not take this size: division by zero
             continue
-    if not rows:  # sizes that are as good as any
+    if not rows:  # any sizes will do
         rows = [[1 << (k % 8 + 8) for k in range(count)]]
     return rows[min(3, len(rows) - 1)], rows

@@ -1,7 +1,7 @@
 """Meaning: the PyTorch call that is equivalent to a launch.
 
-In: any launch. Out: its `AtenCall`: of a generated kernel the calls of its region, as a graph that
-is made when it is asked for; of all others the call that they were made with::
+In: any launch. Out: its `AtenCall`. For a generated kernel, the ops of its region as a graph, made
+on request; for all others the call stored in the launch::
 
     meaning_of(fused_add_gelu_0)  ->  AtenCall(GraphModule: add, gelu, (linear, bias), {}, (gelu,))
 """
@@ -13,7 +13,7 @@ from turbotx.passes.extract import extract
 
 
 def meaning_of(launch: ir.Launch) -> ir.AtenCall:
-    """Return the call that writes what a launch writes from what it reads."""
+    """Return the PyTorch call with the same reads and writes as a launch."""
     if isinstance(launch, ir.KernelLaunch):
         return _meaning_of_kernel(launch)
     with_call = (

@@ -1,9 +1,9 @@
 """Sequences: kernel parameters of ops that reduce over the tokens of each sequence.
 
-In: a node of `ir.packed_ops` and its launch. Out: a launch with the kernel, which GPUs have::
+In: a node of `ir.packed_ops` and its launch. Out: a launch with the kernel that GPUs use::
 
     sequence_sum(x (1, tokens, 384), bounds, 1)
-        ->  SequenceKernel("sum", float16, float16), (sequences, 1, tokens, 384)
+      ->  SequenceKernel("sum", float16, float16), (sequences, 1, tokens, 384)
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from turbotx.ir.packed_ops import sequence_cumsum, sequence_max, sequence_sum, s
 SEQUENCE_OPS: dict[Any, str] = {
     sequence_sum: "sum", sequence_max: "max", sequence_cumsum: "cumsum", sequence_token: "first",
 }  # fmt: skip
-"""What is made of each sequence; "first" stands for the last token as well."""
+"""The operation on each sequence; "first" also stands for the last token."""
 
 
 def make_launch(node: fx.Node, call: ir.AtenCall, place: Mapping[str, Any]) -> ir.AtenLaunch:
-    """Return the launch of a call that PyTorch runs; where the node is one of these ops, with the
-    kernel that GPUs have for it, unless its elements are of a kind that none is for."""
+    """Return the launch of a call that PyTorch runs. For a sequence op it includes the GPU kernel,
+    unless there is none for its dtype."""
     which = SEQUENCE_OPS.get(node.target)
     if which is None:
         return ir.AtenLaunch(call, **place)

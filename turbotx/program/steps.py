@@ -1,8 +1,8 @@
-"""Steps on a GPU: what of a decoder's launches depends on how much of its cache is filled.
+"""Steps on a GPU: which launches of a decoder depend on how much of its cache is filled.
 
-In: an assembly whose launches store rows in a cache, and the sizes that it was traced with. Out:
-which dims grow with every step, so that kernels read them on the device; memory for what the parts
-of a split attention leave; for GPT-2::
+In: an assembly whose launches store rows in a cache, and the sizes at which it was traced. Out: the
+dims that grow with every step, which kernels then read on the device; and workspaces for the
+partial results of split attention. For GPT-2::
 
     find_steps(assembly, dims, example)  ->  GrowingDims({"length", "attention_mask_d1"}, ...)
 """
@@ -23,8 +23,8 @@ from turbotx.kernels.cache_jobs import split_workspace_size
 from turbotx.kernels.schedule import outer_axes
 from turbotx.program.assembly import Assembly
 
-# New tokens and the cache's room: steps whose keys are in one part and in many, prompts as those of
-# calls without a cache.
+# (new tokens, capacity of the cache): steps with keys in one part and in many, prompts as in calls
+# without a cache.
 EXPECTED_STEPS = (
     (1, 64), (1, 1024), (17, 64), (40, 64), (256, 256), (250, 256), (512, 512), (500, 512),
 )  # fmt: skip
@@ -32,8 +32,13 @@ EXPECTED_STEPS = (
 
 @dataclass(frozen=True)
 class GrowingDims:
-    """dims: names of those that grow with every step. cache: the input that launches store rows in.
-    capacity: the dim that bounds how many there are. query: that of new rows, None for a number."""
+    """The dims of a decoder that grow with every step.
+
+    dims: their names.
+    cache: the input that launches store rows in.
+    capacity: the dim that bounds them.
+    query: the dim of new rows, None if it is constant.
+    """
 
     dims: frozenset[str]
     cache: str
@@ -41,7 +46,7 @@ class GrowingDims:
     query: str | None
 
     def move(self, *values: Any) -> bool:
-        """Tell whether any of some sizes depends on the dims that grow."""
+        """Return whether any of these sizes depends on the growing dims."""
         return any(
             s.name in self.dims
             for v in values if isinstance(v, sympy.Basic)
@@ -52,8 +57,8 @@ class GrowingDims:
 def find_steps(
     assembly: Assembly, dims: Sequence[str], example_dims: Sequence[int]
 ) -> GrowingDims | None:
-    """Return what grows with every step; None where nothing is stored in a cache, or where a launch
-    cannot read on the device what grows: PyTorch's, a GEMM's, one that reduces rows that grow."""
+    """Return what grows with every step. None if nothing is stored in a cache, or if a launch
+    cannot read growing sizes on the device: PyTorch's, a GEMM's, a reduction over growing rows."""
     stores = [x for x in assembly.launches if isinstance(x, ir.StoreLaunch)]
     if not stores:
         return None
@@ -70,7 +75,7 @@ def find_steps(
 
 
 def _can_follow(launch: ir.Launch, steps: GrowingDims) -> bool:
-    """Tell whether a launch's kernel can read on the device what grows."""
+    """Return whether a launch's kernel can read growing sizes on the device."""
     operands = [a for a in launch.operands if a is not None]
     if steps.move(*(a.offset for a in operands)):
         return False
@@ -78,7 +83,7 @@ def _can_follow(launch: ir.Launch, steps: GrowingDims) -> bool:
         return True
     if any(a.tensor == steps.cache for a in operands):
         return False
-    if isinstance(launch, ir.KernelLaunch):  # of rows that grow, `KernelFamily` masks the last
+    if isinstance(launch, ir.KernelLaunch):  # `KernelFamily` masks the last rows
         kernel = launch.kernel
         return not kernel.columns or not steps.move(*(a.extent for a in outer_axes(kernel)))
     given = [e for a in operands for e in (*a.shape, *a.strides)]
@@ -88,7 +93,7 @@ def _can_follow(launch: ir.Launch, steps: GrowingDims) -> bool:
 
 
 def expected_steps(dims: Sequence[str], steps: GrowingDims) -> Iterable[tuple[int, ...]]:
-    """Return calls whose kernels are worth having before the first: prompts, and steps."""
+    """Yield the dims of calls whose kernels are built ahead: prompts and steps."""
     for query, capacity in EXPECTED_STEPS:
         known = dict.fromkeys(steps.dims, capacity) | {steps.capacity: capacity}
         if steps.query is not None:
@@ -97,7 +102,7 @@ def expected_steps(dims: Sequence[str], steps: GrowingDims) -> Iterable[tuple[in
 
 
 def add_split_workspaces(assembly: Assembly) -> None:
-    """Give attention over a cache memory for what the parts of its keys leave."""
+    """Give attention over a cache a workspace for the partial results of splitting its keys."""
     caches = {x.held.tensor for x in assembly.launches if isinstance(x, ir.StoreLaunch)}
     for i, launch in enumerate(assembly.launches):
         if isinstance(launch, ir.AttentionLaunch) and launch.k.tensor in caches:
@@ -108,8 +113,8 @@ def add_split_workspaces(assembly: Assembly) -> None:
 
 
 def is_split(launch: ir.Launch, steps: GrowingDims | None) -> bool:
-    """Tell whether an attention launch may run in parts, over a cache whose length is read on the
-    device: its heads of queries are some whole number to a head of keys."""
+    """Return whether an attention launch may be split along a cache whose length is read on the
+    device; its query heads must be a multiple of its key heads."""
     if steps is None or not isinstance(launch, ir.AttentionLaunch) or not launch.workspaces:
         return False
     heads: Iterable[Any] = launch.sizes[1:3]

@@ -41,9 +41,12 @@ def why_apart(compiled: Compiled, fused: FusedRegion, kinds: Mapping[fx.Node, st
     if not options.epilogues:
         return "epilogues=False was asked for"
     if any(g.is_call(n, quantize_rows) for n in region.nodes):
+        many = "" if not _has_other_program(compiled) else (
+            "; at this many tokens it moves fewer bytes than products that quantise what they read"
+        )  # fmt: skip
         return (
             "it quantises rows for an int8 product, which needs whole rows, and a GEMM's launch "
-            "stores its sums tile by tile"
+            f"stores its sums tile by tile{many}"
         )
     norms = [op_name(n) for n in region.nodes if op_name(n) in NORMS]
     if norms and compiled.unbound.target != "cpu":
@@ -82,9 +85,14 @@ def _why_stored(compiled: Compiled, norm: str) -> str:
     if options.norms == "store" or options.gemms == "cublas":
         asked = "norms='store'" if options.norms == "store" else "gemms='cublas'"
         return f"{asked} was asked for"
-    call = compiled.unbound.call
-    if len(call.programs) > 1 and compiled.specialization.assembled is call.programs[0]:
+    if options.quantize == "none" and _has_other_program(compiled):
         return f"at this many tokens a kernel for {norm} is expected to be faster than folding it"
     return (
         f"not only GEMMs of known weights read {norm}, and they alone can normalise by themselves"
     )
+
+
+def _has_other_program(compiled: Compiled) -> bool:
+    """Tell whether for fewer tokens there is a program with fewer launches."""
+    programs = compiled.unbound.call.programs
+    return len(programs) > 1 and compiled.specialization.assembled is programs[0]

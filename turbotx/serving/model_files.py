@@ -98,7 +98,7 @@ def load_model(
     """Load weights and tokenizer from a local directory.
 
     ``backend`` is ``turbotx`` (optimized) or ``eager``. ``quantize`` is the option of
-    ``turbotx.optimize``; batches are padded with it. ``weights`` is a file for
+    ``turbotx.optimize``. ``weights`` is a file for
     ``turbotx.load_weights`` to take in place of the directory's own. ``programs`` is a folder
     where a CPU's compiled program is kept for the next start. ``padding``: whether batches are
     run without it ("packed"), with it ("padded"), or without it where the model allows ("auto");
@@ -111,11 +111,8 @@ def load_model(
         raise ModelFilesError(f"no dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     if backend == "eager" and padding == "packed":
         raise ModelFilesError("padding 'packed' is of the backend turbotx: eager runs padded")
-    if quantize != "none":
-        if backend == "eager" or padding == "packed":
-            other = "padding 'packed'" if padding == "packed" else "the backend eager"
-            raise ModelFilesError(f"quantize {quantize!r} does not go with {other}: leave one out")
-        padding = "padded"
+    if quantize != "none" and backend == "eager":
+        raise ModelFilesError(f"quantize {quantize!r} is of the backend turbotx: leave one out")
     tokenizer, info = describe_model(model, backend=backend, device=device, dtype=dtype, **choices)
     if quantize != "none":  # in what kept costs and programs are known by, too
         info = replace(info, dtype=f"{dtype}-{quantize}")

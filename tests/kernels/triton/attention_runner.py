@@ -33,7 +33,7 @@ SMALL = AttentionSchedule(q_tile=16, k_tile=16)
 ONCE = False
 
 
-def run(kernel, q, k, v, keys=None, bias=None, sinks=None, schedule=None):
+def run(kernel, q, k, v, keys=None, bias=None, sinks=None, schedule=None, peaks=None):
     """Run the printed kernel over operands of any strides; out is (batch, q_len, heads, dim)."""
     if schedule is None:
         k_tile = max(16, power_above(k.shape[2]))
@@ -42,7 +42,8 @@ def run(kernel, q, k, v, keys=None, bias=None, sinks=None, schedule=None):
     out = torch.full((batch, q_len, heads, width), float("nan"), dtype=q.dtype)
     if keys is not None:
         kernel = replace(kernel, keys="mask" if keys.dtype is torch.bool else "lengths")
-    pointers = [t for t in (q, k, v, out, keys, bias, sinks) if t is not None]
+    left = peaks if kernel.peaks else None
+    pointers = [t for t in (q, k, v, out, keys, bias, sinks, left) if t is not None]
     sizes = [batch, heads, k.shape[1], q_len, k.shape[2]]
     for t in (q, k, v):
         sizes += t.stride()[:3]

@@ -66,7 +66,9 @@ def run(template: GemmTemplate, schedule: GemmSchedule, **given: torch.Tensor) -
     partial, turns = (nbytes // 4 for nbytes in gemm_scratch(template, schedule, tokens))
     made = {
         "out": torch.full((tokens, template.n), float("nan"), dtype=template.dtype),
-        "stats": torch.full((2, tokens, tiles), float("nan")),
+        "stats": torch.full((tokens, tiles), -1, dtype=torch.int32)
+        if template.peaks
+        else torch.full((2, tokens, tiles), float("nan")),
         "partial": torch.full(
             (partial,), -1, dtype=torch.int32 if template.int8 else torch.float32
         ),

@@ -16,6 +16,7 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
+import turbotx
 from tests.engine.test_packed import FAMILIES, NAMES, mask_of
 from tests.runtime.cuda.stand_in_device import InterpretedDevice, RecordingDevice, bind_to
 from turbotx.errors import DeviceError, InputError
@@ -66,6 +67,22 @@ def test_any_mask_plainly_captured_and_replayed(
     stats = fast.stats()
     assert stats["captures"] == 1 and 0 < stats["graph_captures"] <= 2
     assert sum(graph.replays for graph in device.graphs) > len(device.graphs)
+
+
+def test_int8_rows_plainly_captured_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, device = make_model("bert"), InterpretedDevice()
+    how: Any = {"quantize": "int8", "padding": "packed"}
+    fast, cpu = bind_to(device, model, monkeypatch, **how), turbotx.optimize(model, **how)
+    for kind, rows, width in MASKS[:4]:
+        given = {
+            "input_ids": torch.randint(5, 60, (len(rows), width)),
+            "attention_mask": mask_of(kind, rows, width),
+        }
+        for a, b in zip(leaves(fast, **given), leaves(cpu, **given), strict=True):
+            # The same integers but where a kernel's last bit rounds to another one.
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-2)
+    assert any("int8" in name for name in device.names("launch"))
+    assert 0 < fast.stats()["graph_captures"] <= 2
 
 
 def test_flat_rows_and_lengths_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

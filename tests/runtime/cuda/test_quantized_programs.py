@@ -23,7 +23,7 @@ from tests.engine.test_quantized import made
 from tests.kernels.cpp.cpp_probe import needs_compiler
 from tests.kernels.triton.triton_runner import TritonRunner
 from tests.models import token_inputs
-from tests.runtime.cuda.stand_in_device import InterpretedDevice, bind_to
+from tests.runtime.cuda.stand_in_device import InterpretedDevice, RecordingDevice, bind_to
 from tests.runtime.cuda.test_steps import make_small, new_cache, step
 from tests.runtime.cuda.test_triton_programs import tiny
 from tests.saved.stand_in_cubins import Cubins
@@ -83,18 +83,44 @@ def test_a_model_at_any_shape_beside_the_cpus_program(
     torch.testing.assert_close(changed, fresh(**given[0])[0], rtol=0, atol=0)
 
 
-def test_who_quantises(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs as of many tokens: kernels quantise all rows."""
+    name = "turbotx.kernels.schedule_selector.prefers_quantizing"
+    monkeypatch.setattr(name, lambda *given: False)
+
+
+def short(names: list[str]) -> list[str]:
+    assert "int8" not in names[-1], "the head stays float"
+    return [n.replace("gemm_int8_float16_", "") for n in names[:-1]]
+
+
+def test_who_quantises_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     model, device = made(torch.float16), InterpretedDevice()
     fast, x = bind_to(device, model, monkeypatch, **INT8), torch.randn(2, 5, 24).half()
-    names = kernels(device, lambda: fast(x))
-    assert [n.replace("gemm_int8_float16_", "") for n in names] == [
+    assert short(kernels(device, lambda: fast(x))) == [
+        "fused_layer_norm_row_scale_quantize_rows", "40x24_bias_gelu_peaks", "24x40_quantizes",
+        "fused_add_layer_norm_row_scale_quantize_rows", "40x24_silu_gated_peaks",
+        "24x40_quantizes", "fused_add_layer_norm",
+    ]  # fmt: skip
+    numerics = turbotx.explain(fast, x).numerics(fast, x)
+    assert numerics.holds and numerics.likenesses[0].worst > 0.999
+
+
+@pytest.mark.usefixtures("many_tokens")
+def test_who_quantises_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, device = made(torch.float16), InterpretedDevice()
+    fast, x = bind_to(device, model, monkeypatch, **INT8), torch.randn(2, 5, 24).half()
+    assert short(kernels(device, lambda: fast(x))) == [
         "fused_layer_norm_row_scale_quantize_rows", "40x24", GELU, "24x40",
         "fused_add_layer_norm_row_scale_quantize_rows", "40x24_silu_gated",
-        "fused_row_scale_quantize_rows", "24x40", "fused_add_layer_norm", names[-1],
+        "fused_row_scale_quantize_rows", "24x40", "fused_add_layer_norm",
     ]  # fmt: skip
-    assert "int8" not in names[-1], "the head stays float"
+    numerics = turbotx.explain(fast, x).numerics(fast, x)
+    assert numerics.holds
 
 
+@pytest.mark.usefixtures("many_tokens")
 def test_a_row_too_long_for_registers_is_activated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from turbotx.kernels import heuristics
     from turbotx.kernels.fusion import quantized_rows
@@ -107,6 +133,31 @@ def test_a_row_too_long_for_registers_is_activated_once(monkeypatch: pytest.Monk
     assert GELU not in names
     assert names[1:3] == ["gemm_int8_float16_40x24_bias_gelu", "fused_row_scale_quantize_rows"]
     assert "fewer bytes" in str(turbotx.explain(fast, x).to_dict())
+
+
+def again(model: Any) -> nn.Module:
+    made: nn.Module = type(model)(model.config).to(model.dtype).eval()
+    return made
+
+
+@pytest.mark.parametrize("padding", ["padded", "packed"])
+def test_a_layer_has_as_many_launches_as_without(
+    padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = token_inputs(2, 7)
+    counts = []
+    for options in (INT8, {"norms": "store"}):
+        found = []
+        for layers in (1, 2):
+            model = tiny("bert", torch.float16)
+            model.config.num_hidden_layers = layers
+            device, how = RecordingDevice(), {"padding": padding, **options}
+            fast: Any = bind_to(device, again(model), monkeypatch, **how)
+            device.log.clear()
+            fast(**given)
+            found.append(len(device.names("launch")))
+        counts.append(found[1] - found[0])
+    assert counts == [7, 7]
 
 
 def test_kernels_find_the_integers_of_the_reference() -> None:

@@ -23,6 +23,7 @@ ENGINES = {
     "turbotx": "turbotx.optimize(model)",
     "turbotx-packed": 'turbotx.optimize(model, padding="packed")',
     "turbotx-int8": 'turbotx.optimize(model, quantize="int8")',
+    "turbotx-packed-int8": 'turbotx.optimize(model, padding="packed", quantize="int8")',
     "floor-mkl": "the GEMMs over weights packed once by MKL, and attention, in the model's order",
     "floor-onednn": "the same with oneDNN",
     "eager": "the model itself",
@@ -40,8 +41,8 @@ ENGINES = {
 
 
 ASKED_FOR = (
-    "turbotx-packed", "turbotx-int8", "onnxruntime-int8", "openvino-int8", "zentorch",
-    "ctranslate2", "ctranslate2-int8",
+    "turbotx-packed", "turbotx-int8", "turbotx-packed-int8", "onnxruntime-int8", "openvino-int8",
+    "zentorch", "ctranslate2", "ctranslate2-int8",
 )  # fmt: skip
 """Engines that are compared only when named: not every model can be packed, int8 computes something
 else, and the others support few models or processors."""
@@ -64,6 +65,8 @@ def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
         model = optimize(model, padding="packed")
     elif name == "turbotx-int8":
         model = optimize(model, quantize="int8")
+    elif name == "turbotx-packed-int8":
+        model = optimize(model, padding="packed", quantize="int8")
     elif name.startswith("compile"):
         model = compile_frozen(model, dynamic=True if name == "compile-dynamic" else None)
     elif name != "eager":

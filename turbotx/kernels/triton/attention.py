@@ -5,7 +5,7 @@ launch: q, k and v in place by strides (a packed GEMM's output among them), out 
 the sizes of `cpp_attention.SIZES`, dots written as underscores. One program a tile of queries::
 
     args: q_ptr, k_ptr, v_ptr, out_ptr, [keys_ptr: mask or lengths], [bias_ptr], [sinks_ptr],
-        [bounds_ptr, starts_ptr: of packed sequences], sizes...
+        [bounds_ptr, starts_ptr: of packed sequences], [peaks_ptr], sizes...
 
 Where all keys are in one tile there is no loop, and nothing to carry through one.
 Online softmax after Milakov & Gimelshein 2018, tiling after Dao et al. 2022 (FlashAttention).
@@ -110,9 +110,11 @@ def print_triton_attention(
     arguments = ["q_ptr", "k_ptr", "v_ptr", "out_ptr"]
     arguments += ["keys_ptr"] * (kernel.keys != "all") + ["bias_ptr"] * (kernel.bias != "none")
     arguments += ["sinks_ptr"] * kernel.sinks + ["bounds_ptr", "starts_ptr"] * kernel.packed
+    arguments += ["peaks_ptr"] * kernel.peaks
     arguments += [*NAMES, "Q_TILE", "K_TILE"]
     flags = attention_flags(kernel) | {
-        "ONCE": bool(schedule.once), "PACKED": kernel.packed, "MOST_DEEP": MOST_DEEP,
+        "ONCE": bool(schedule.once), "PACKED": kernel.packed, "PEAKS": kernel.peaks,
+        "MOST_DEEP": MOST_DEEP,
     }  # fmt: skip
     return stand_alone(header, specialize("attention", "attention", name, arguments, flags))
 

@@ -44,6 +44,7 @@ def print_triton_gemm(
 def _header(t: GemmTemplate, s: GemmSchedule, name: str) -> list[str]:
     x = {"none": "x", "layer": "layer_norm(x)", "rms": "rms_norm(x)"}[t.norm]
     x = "x_scale * scales * x" if t.int8 else x
+    x = x.replace("* x", "* quantized(x)") if t.quantizes else x
     inner = f"{x} w^T" + " + bias" * t.bias
     formula = inner if t.activation == "none" else f"{t.activation}({inner})"
     residual = {"none": "residual"}.get(t.residual_norm, f"{t.residual_norm}_norm(residual)")
@@ -79,6 +80,7 @@ def _flags(t: GemmTemplate, s: GemmSchedule) -> dict[str, Flag]:
         "K": t.k,
         "STORED": TYPES[t.dtype],
         "INT8": t.int8,
+        "QUANTIZES": t.quantizes,
         "SUMS": "tl.int32" if t.int8 else "tl.float32",
         "PRECISION": None if t.int8 or t.dtype is not torch.float32 else precision,
         "N_TILES": -(-t.n // s.n_tile),
@@ -98,6 +100,7 @@ def _flags(t: GemmTemplate, s: GemmSchedule) -> dict[str, Flag]:
         "SCALED": t.scaled,
         "HAS_RESIDUAL": t.residual,
         "HAS_STATS": t.stats,
+        "HAS_PEAKS": t.peaks,
         "LATE": late and asked,
         "CENTERED": t.centered,
         **x.flags("X", x_waits),

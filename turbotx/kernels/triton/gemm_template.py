@@ -29,7 +29,8 @@ class GemmTemplate:
     residual over n. stats: leave the row statistics of out behind. tf32: float32 factors may be
     rounded to TF32. experts: unless 0, there are so many weights, `expert_step` elements apart,
     each for some of the rows. int8: x and the weight are int8, with scales (`ir.quantized_ops`),
-    and `dtype` is that of all else.
+    and `dtype` is that of all else. quantizes: x is floats of `dtype` all the same, and becomes
+    int8 as it is read, by the largest magnitudes of its rows' parts; peaks: leave those of out.
     """
 
     dtype: torch.dtype
@@ -50,11 +51,18 @@ class GemmTemplate:
     experts: int = field(default=0, repr=False)  # what was tuned goes by the text of the others
     expert_step: int = field(default=0, repr=False)
     int8: bool = field(default=False, repr=False)
+    quantizes: bool = field(default=False, repr=False)
+    peaks: bool = field(default=False, repr=False)
 
     @property
     def item_nbytes(self) -> int:
-        """Bytes of an element of x and of the weight."""
+        """Bytes of an element of the weight, and of x unless it is quantised as it is read."""
         return 1 if self.int8 else self.dtype.itemsize
+
+    @property
+    def x_nbytes(self) -> int:
+        """Bytes of an element of x."""
+        return self.dtype.itemsize if self.quantizes else self.item_nbytes
 
     @property
     def centered(self) -> bool:
@@ -87,6 +95,7 @@ class GemmTemplate:
         parts += [self.activation * (self.activation != "none"), "gated" * self.gated]
         normed = "" if self.residual_norm == "none" else f"{self.residual_norm}_norm"
         parts += ["add" * self.residual, normed, "stats" * self.stats]
+        parts += ["quantizes" * self.quantizes, "peaks" * self.peaks]
         return "_".join(p for p in parts if p)
 
 
@@ -120,23 +129,24 @@ def gemm_arguments(template: GemmTemplate, schedule: GemmSchedule) -> list[tuple
 
     bias is float32 where a norm is folded into it, as are sums and scales of the weight's rows.
     residual_norm: float32 (2, n), gamma and beta. Statistics: float32 (2, tokens, tiles), means and
-    m2. partial and turns: scratch of a split GEMM, turns zero before and after. ends: where each
-    expert's rows end; status: becomes 1 where those are not so many rows' in order.
+    m2; largest magnitudes, in the place of those or of x's scales: int32 (tokens, tiles). partial
+    and turns: scratch of a split GEMM, turns zero before and after. ends: where each expert's rows
+    end; status: becomes 1 where those are not so many rows' in order.
     """
     t = template
     bias = "fp32" if t.norm != "none" else "storage"
     factor, sums = ("i8", "i32") if t.int8 else ("storage", "fp32")
-    pointers = [("x_ptr", factor), ("w_ptr", factor)]
+    pointers = [("x_ptr", "storage" if t.quantizes else factor), ("w_ptr", factor)]
     pointers += [("bias_ptr", bias)] * t.bias
     pointers += [("sums_ptr", "fp32")] * (t.norm == "layer" and not t.centered)
     pointers += [("scales_ptr", "fp32")] * (t.scaled or t.int8)
-    pointers += [("x_scale_ptr", "fp32")] * t.int8
+    pointers += [("x_scale_ptr", "i32" if t.quantizes else "fp32")] * t.int8
     pointers += [("x_stats_ptr", "fp32")] * (t.norm != "none")
     pointers += [("residual_ptr", "storage")] * t.residual
     normed = ("residual_norm_ptr", "residual_stats_ptr")
     pointers += [(name, "fp32") for name in normed if t.residual_norm != "none"]
     pointers += [("out_ptr", "storage")]
-    pointers += [("stats_ptr", "fp32")] * t.stats
+    pointers += [("stats_ptr", "i32" if t.peaks else "fp32")] * (t.stats or t.peaks)
     pointers += [("partial_ptr", sums), ("turns_ptr", "i32")] * (schedule.splits > 1)
     pointers += [("ends_ptr", "i32"), ("status_ptr", "i32")] * (t.experts > 0)
     sizes = ["tokens", "x_row", "w_row", "out_row"] + ["residual_row"] * t.residual

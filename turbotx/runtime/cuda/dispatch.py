@@ -26,19 +26,24 @@ from turbotx.runtime.cuda.gemm import make_template, with_settings
 def choose_ranges(
     assemblies: Sequence[Assembly], dims: Sequence[str], tiles: Tiles
 ) -> list[TokenRange | None]:
-    """Return what a program and the one with its norms folded serve on a GPU; None: all calls."""
+    """Return what a program and the one with its norms folded, or whose products quantise, serve on
+    a GPU; None: all calls."""
     if len(assemblies) == 1:
         return [None]
     stored, folded = (_templates(a) for a in assemblies)
     chosen = frozenset(b for b in BUCKETS if tiles.folds(stored, folded, b))
     tokens = sizes_of(
         dict.fromkeys(
-            x.rows for x in assemblies[1].launches if isinstance(x, ir.GemmLaunch) and x.gemm.folds
+            x.rows for x in assemblies[1].launches if isinstance(x, ir.GemmLaunch) and _differs(x)
         )
     )
     structure = structure_of(tuple(folded))
     served = (frozenset(BUCKETS) - chosen, chosen)
     return [TokenRange(tokens, tuple(dims), buckets, BUCKETS, structure) for buckets in served]
+
+
+def _differs(launch: ir.GemmLaunch) -> bool:
+    return launch.gemm.folds or (launch.int8 is not None and launch.int8.x_peaks is not None)
 
 
 def _templates(assembly: Assembly) -> list[GemmTemplate]:

@@ -38,7 +38,7 @@ POINTERS = (
     "x_ptr", "w_ptr", "bias_ptr", "out_ptr", "residual_ptr", "sums_ptr", "scales_ptr",
     "x_stats_ptr", "residual_norm_ptr", "residual_stats_ptr", "stats_ptr",
 )  # fmt: skip
-INT8_POINTERS = (*POINTERS[:5], "scales_ptr", "x_scale_ptr")
+INT8_POINTERS = (*POINTERS[:5], "scales_ptr", "x_scale_ptr", "stats_ptr")
 
 
 def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate | None:
@@ -51,7 +51,8 @@ def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate 
     none = RowNorm("none", 1e-5)
     norm, added = kind.norm or none, kind.residual_norm or none
     int8 = launch.int8 if isinstance(launch, ir.GemmLaunch) else None
-    assert int8 is None or int8.x_scale is not None, f"{launch.name} is given rows of floats"
+    scaled = int8 is None or int8.x_scale is not None or int8.x_peaks is not None
+    assert scaled, f"{launch.name} is given rows of floats, and nothing to quantise them by"
     if along != 1 and down != 1 and k != 1:
         return None
     return GemmTemplate(
@@ -72,27 +73,30 @@ def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate 
         experts=int(weight.shape[0]) if grouped else 0,
         expert_step=int(weight.strides[0]) if grouped else 0,
         int8=int8 is not None,
+        quantizes=int8 is not None and int8.x_peaks is not None,
+        peaks=int8 is not None and int8.peaks is not None,
     )
 
 
 class GemmFamily:
     """What gemm launches may run; equal ones of several layers share one.
 
-    finish: the kernels behind the library's GEMM. left_by: for each tensor of row statistics the
-    template that leaves them.
+    finish: the kernels behind the library's GEMM. left_by: for each tensor of row statistics, or of
+    largest magnitudes, the template that leaves them, or of how many columns each is.
     """
 
     def __init__(
         self, launch: ir.GemmLaunch | ir.GroupedGemmLaunch, target: str, table: LaunchLayout,
         tiles: Tiles, finish: Sequence[KernelFamily] = (),
-        left_by: Mapping[str, GemmTemplate] | None = None,
+        left_by: Mapping[str, GemmTemplate | int] | None = None,
     ) -> None:  # fmt: skip
         self.template, self.finish = make_template(launch), tuple(finish)
         self._target, self._tiles = target, tiles
         x, weight, residual = launch.x, launch.weight, launch.residual
         norm = launch.norm or ir.NormOperands()
         # Those of x and of the residual: their tiles' widths are these templates'.
-        read = (norm.x_stats, norm.residual_stats)
+        int8 = launch.int8 if isinstance(launch, ir.GemmLaunch) else None
+        read = (norm.x_stats if int8 is None else int8.x_peaks, norm.residual_stats)
         self._left_by = [None if a is None else (left_by or {})[a.tensor] for a in read]
         down = weight.strides[-1 if self.template and self.template.flipped else -2]
         sizes = {"tokens": launch.rows, "x_row": launch.x_stride, "w_row": down}
@@ -102,7 +106,7 @@ class GemmFamily:
         self._sizes = {name: table.value(e) for name, e in sizes.items()}
         operands = {"x_ptr": x, "w_ptr": weight, "bias_ptr": launch.bias, "residual_ptr": residual}
         if self.template is not None and self.template.int8:
-            operands |= zip(INT8_POINTERS[5:], launch.operands[5:], strict=True)
+            operands |= zip(INT8_POINTERS[5:], launch.operands[5:], strict=False)
         self._shifts = table.shifts(operands)
         self._chosen: dict[tuple[GemmTemplate, int], GemmSchedule | None] = {}
         self._jobs: dict[object, Job] = {}
@@ -195,10 +199,12 @@ class GemmFamily:
         """Say how wide the tiles were over which the statistics that it reads are."""
         widths = [0, 0]
         for k, template in enumerate(self._left_by):
-            if template is not None:
+            if isinstance(template, GemmTemplate):
                 made = self._tiles.gemm(with_settings(template), tokens)
                 assert made is not None
                 widths[k] = made.n_tile
+            elif template is not None:
+                widths[k] = template
         return replace(schedule, stat_tile=widths[0], residual_tile=widths[1])
 
     def _even(self, name: str, sizes: Sequence[int]) -> bool:

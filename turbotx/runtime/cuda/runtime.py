@@ -97,7 +97,7 @@ class LaunchKernels:
 
     def _find_families(self, tiles: Tiles) -> dict[int, Compiling]:
         found: dict[int, Compiling] = {}
-        left_by: dict[str, GemmTemplate] = {}
+        left_by: dict[str, GemmTemplate | int] = {}
         target = self.target
         self._choose = make_chooser(tiles.overrides, target, tiles.tuned)
         for i, launch in enumerate(self.assembly.launches):
@@ -106,6 +106,7 @@ class LaunchKernels:
             elif isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
                 found[i] = self._attention(i, launch, tiles)
                 self._lay_out(i, "kernel", launch)
+                left_by |= dict.fromkeys(launch.writes[1:], launch.kernel.head_dim)
             elif isinstance(launch, ir.GroupedGemmLaunch):
                 grouped = ExpertsFamily(launch, target, self.table, tiles)
                 if grouped.template is not None:

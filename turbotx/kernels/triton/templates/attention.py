@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from turbotx.kernels.triton.templates.functions import tanh
+from turbotx.kernels.triton.templates.peaks import leave_peaks
 
 HEAD_DIM = tl.constexpr(None)
 DEPTH = tl.constexpr(None)  # of a tile: HEAD_DIM, or the power of two above
@@ -25,6 +26,7 @@ BLIND_NAN = tl.constexpr(None)  # a query that sees no key gets NaN, and not zer
 BLIND_MEAN = tl.constexpr(None)  # or the mean of all values
 SINKS = tl.constexpr(None)  # whether each head has one more score, whose share goes to no value
 ONCE = tl.constexpr(None)  # whether one tile has all keys
+PEAKS = tl.constexpr(None)  # whether the largest magnitudes of rows are left, by head
 PACKED = tl.constexpr(None)  # whether sequences lie one behind another, sequence n between bounds
 # Sequences are along a grid's third axis, which has room for as many: no division then finds a
 # program's place, which would take longer than all else before its first load.
@@ -179,11 +181,21 @@ def divide_values(values, total, v_ptr, v_row, dim, dim_ok, k_len, K_TILE: tl.co
 
 
 @triton.jit
+def store_rows(
+    values, out_ptr, out_row, peaks_ptr, before, row, row_ok, dim, dim_ok, head, heads
+):  # fmt: skip
+    out_at = out_ptr + row.to(tl.int64) * out_row + dim
+    tl.store(out_at, values.to(STORED), mask=row_ok & dim_ok)
+    if PEAKS:
+        leave_peaks(values.to(STORED), peaks_ptr, before + row, row_ok, dim_ok, head, heads, False)
+
+
+@triton.jit
 def attention(
-    q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, bias_ptr, sinks_ptr, bounds_ptr, starts_ptr, batch,
-    heads, kv_heads, q_len, k_len, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head,
-    v_row, out_batch, out_head, out_row, key_mask_stride, bias_batch, bias_head, bias_q, bias_k,
-    Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, bias_ptr, sinks_ptr, bounds_ptr, starts_ptr, peaks_ptr,
+    batch, heads, kv_heads, q_len, k_len, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch,
+    v_head, v_row, out_batch, out_head, out_row, key_mask_stride, bias_batch, bias_head, bias_q,
+    bias_k, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     head = tl.program_id(1)
@@ -246,5 +258,5 @@ def attention(
         row -= k_len - q_len
     values = divide_values(values, total, v_ptr, v_row, dim, dim_ok, k_len, K_TILE)
     out_ptr += batch_index * out_batch + head * out_head
-    out_at = out_ptr + row.to(tl.int64) * out_row + dim
-    tl.store(out_at, values.to(STORED), mask=row_ok & dim_ok)
+    store_rows(values, out_ptr, out_row, peaks_ptr, begin if PACKED else batch_index * q_len, row,
+               row_ok, dim, dim_ok, head, heads)  # fmt: skip

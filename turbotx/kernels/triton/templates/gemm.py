@@ -12,6 +12,7 @@ import triton.language as tl
 
 from turbotx.kernels.triton.templates.experts import find_expert_tile
 from turbotx.kernels.triton.templates.functions import gelu, tanh
+from turbotx.kernels.triton.templates.peaks import leave_peaks, merge_peaks, quantize
 from turbotx.kernels.triton.templates.split_sums import add_parts, leave_part
 from turbotx.kernels.triton.templates.statistics import (
     load_statistics,
@@ -23,6 +24,7 @@ N = tl.constexpr(None)  # outputs, K of x, the dtype of the outputs
 K = tl.constexpr(None)
 STORED = tl.constexpr(None)
 INT8 = tl.constexpr(None)  # x and the weight are int8, x with a scale a row, the weight a column
+QUANTIZES = tl.constexpr(None)  # x is floats, and becomes int8 as it is read
 SUMS = tl.constexpr(None)  # the dtype of the sums over k: int32 of int8, else float32
 PRECISION = tl.constexpr(None)  # "ieee" or "tf32" for float32, or None
 N_TILES = tl.constexpr(None)
@@ -42,6 +44,7 @@ LIGHT_GELU = tl.constexpr(None)  # "gelu" to 16 bits
 SCALED = tl.constexpr(None)  # the weight is stored times a power of two a row
 HAS_RESIDUAL = tl.constexpr(None)
 HAS_STATS = tl.constexpr(None)  # whether it leaves statistics of its rows
+HAS_PEAKS = tl.constexpr(None)  # or their largest magnitudes
 LATE = tl.constexpr(None)  # whether the epilogue's operands are asked for before the sums
 # The norm of x and the residual, "none", "layer" or "rms"; whether their statistics are asked for
 # early and merged late; how many a row has, of how many columns, how many are merged at a time.
@@ -135,7 +138,9 @@ def load_weight(
 
 @triton.jit
 def merge_x(x_stats_ptr, x_scale_ptr, m, m_ok, tokens, M_TILE: tl.constexpr):
-    if INT8:
+    if QUANTIZES:  # the mean is what rows are multiplied by
+        mean, rstd = merge_peaks(x_scale_ptr, m, m_ok, M_TILE, X_PARTS, X_STEP)
+    elif INT8:
         mean = 0.0
         rstd = tl.load(x_scale_ptr + m, mask=m_ok, other=0.0)
     elif X_NORM == "none":
@@ -178,6 +183,8 @@ def multiply(
         if CENTERED:
             # A masked x would be -mean: the weight is zero there.
             x = x - x_mean
+        if QUANTIZES:
+            x = quantize(x, x_mean)
         sums = add_product(x, w, sums)
         if GATED:
             gate_w = load_weight(w_ptr, w_row, start, k, n_tile, n, n_ok, N, N_TILE, K_TILE)
@@ -305,6 +312,8 @@ def store(
         stat = stats_ptr + m.to(tl.int64) * N_TILES + n_tile
         tl.store(stat, tile_mean, mask=m_ok)
         tl.store(stat + tokens.to(tl.int64) * N_TILES, tile_m2, mask=m_ok)
+    if HAS_PEAKS:
+        leave_peaks(out, stats_ptr, m, m_ok, n_ok, n_tile, N_TILES, N_MASKED)
 
 
 @triton.jit
@@ -321,7 +330,7 @@ def gemm(
         if not X_WAITS:
             x_mean, x_rstd = merge_x(x_stats_ptr, x_scale_ptr, m, m_ok, tokens, M_TILE)
         part, gate_part = multiply(
-            x_ptr, x_row, x_mean if CENTERED else 0.0, w_ptr, w_row, m, m_ok, n_tile, n, n_ok,
+            x_ptr, x_row, 0.0 if X_WAITS else x_mean, w_ptr, w_row, m, m_ok, n_tile, n, n_ok,
             begin, end, M_TILE, N_TILE, K_TILE,
         )  # fmt: skip
         turn, parts, inside = leave_part(
@@ -350,7 +359,7 @@ def gemm(
             if not X_WAITS:
                 x_mean, x_rstd = merge_x(x_stats_ptr, x_scale_ptr, m, m_ok, tokens, M_TILE)
             sums, gate = multiply(
-                x_ptr, x_row, x_mean if CENTERED else 0.0, w_ptr, w_row, m, m_ok, n_tile, n, n_ok,
+                x_ptr, x_row, 0.0 if X_WAITS else x_mean, w_ptr, w_row, m, m_ok, n_tile, n, n_ok,
                 begin, end, M_TILE, N_TILE, K_TILE,
             )  # fmt: skip
         else:
