@@ -83,7 +83,7 @@ class TracedFloat:
 
     def _with(self, other: Any, compute: Callable[[Any, Any], Any], flipped: bool) -> Any:
         if isinstance(other, torch.Tensor):
-            return NotImplemented  # the tensor's own operator comes to __torch_function__
+            return NotImplemented  # the tensor's operator is called next
         traced = type(other) is TracedFloat
         if not traced and type(other) not in (int, float):
             return compute(other, self.read()) if flipped else compute(self.read(), other)

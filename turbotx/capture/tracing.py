@@ -134,7 +134,7 @@ def _limit_patches(patch: Any) -> Any:
 def _in_thread(
     owner: int, new: Callable[..., Any], before: Callable[..., Any]
 ) -> Callable[..., Any]:
-    @functools.wraps(before, updated=())  # of a class, attributes are not the function's
+    @functools.wraps(before, updated=())  # without a class's attributes
     def choose(*args: Any, **kwargs: Any) -> Any:
         return (new if threading.get_ident() == owner else before)(*args, **kwargs)
 

@@ -80,7 +80,7 @@ class StateRecorder:
         self._over = False
         self.modules: Sequence[nn.Module] = ()  # # of the model
         self._by_attributes: dict[int, nn.Module] = {}
-        self._mapped: Sequence[nn.Module] = self.modules  # what that is of
+        self._mapped: Sequence[nn.Module] = self.modules  # its source
         self.follows: Callable[[Any], bool] = lambda attributes: True
         """Returns whether writes to an object's attributes are restored and replayed."""
         self.also_meet: Callable[[Any], None] = lambda value: None

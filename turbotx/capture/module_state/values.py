@@ -164,7 +164,7 @@ class Look:
             if hidden is None:
                 return self._which(value)
             if isinstance(value, _BY_CONTEXT):
-                self.unversioned = True  # nothing tells when a thread or a task has another
+                self.unversioned = True  # set per thread or task, unseen
                 held = _in_this_context(value)
                 return cls, self._which(value), self._pairs(held.items(), depth)
             if isinstance(value, dict):

@@ -115,7 +115,7 @@ class Reach:
             if not _is_library(value.__module__):
                 self._visit_class(value, names)
         elif kind is types.ModuleType:
-            if depth <= MAX_DEPTH and not _is_library(value.__name__):  # they name each other
+            if depth <= MAX_DEPTH and not _is_library(value.__name__):  # no cycles
                 self._visit_scope(vars(value), value.__name__, depth, names)
         elif depth <= MAX_DEPTH and _is_users_object(value) and self._is_new(value):
             attributes = object.__getattribute__(value, "__dict__")

@@ -127,7 +127,7 @@ class Shadow:
         self._copies[id(own)] = attributes
         for name, value in own.items():
             attributes[name] = self._copy(value, f"{text}.{name}" if text else name)
-        if not isinstance(module, fx.GraphModule):  # which recompiles itself, and writes nothing
+        if not isinstance(module, fx.GraphModule):  # recompiles itself, writes nothing
             self.watched.append(Watched(own, attributes, text))
         return copied
 
