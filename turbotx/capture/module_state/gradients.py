@@ -26,7 +26,7 @@ def note_gradients(recorder: StateRecorder, tensor: torch.Tensor) -> bool | None
         for name, parameter in table.items():
             if parameter is tensor:
                 own = recorder.find_own(module)
-                recorder.gradients[id(own)] = own
+                recorder.gradients.append(own)
                 return bool(own._parameters[name].requires_grad)
     return None
 
