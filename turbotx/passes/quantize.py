@@ -1,12 +1,12 @@
-"""Quantize: products by weights become products of int8, on request.
+"""Quantize: replaces products by weights by int8 products, on request.
 
-In: a graph whose products are `linear`s. Out: the same with weights as int8 and a scale an output
-column, computed from the parameters as constants are, and activations quantised by row (see
-`ir.quantized_ops`), where `kernels.fusion.quantized_rows` decides, or left as they are::
+In: a graph whose products are `linear`s. Out: the same with int8 weights and one scale per output
+column, computed from the parameters like other constants; activations are quantised by row (see
+`ir.quantized_ops`), in the kernel that `kernels.fusion.quantized_rows` chooses, or stay float::
 
     linear(x, w, b)  ->  quantized_linear(x, quantize_rows(w, s), b, s, None, float32)
-                         where s = row_scale(w)
-                     or  weight_only_linear(x, quantize_rows(w, s), b, s)
+                          where s = row_scale(w)
+                      or  weight_only_linear(x, quantize_rows(w, s), b, s)
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from turbotx.passes.linear import is_weight
 
 aten = torch.ops.aten
 MOST_GIVEN = (2**31 - 1) // (128 * 127)
-"""As MAX_DEPTH, where weights may be -128."""
+"""As MAX_DEPTH, for weights that may be -128."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Which products are quantised: all but those that patterns of modules' names keep float.
+    """Which products are quantised: all except those of modules that match a pattern.
 
-    paths: where in the user's module a graph's parameter is. keep_float: patterns, or HEAD.
-    float_rows: whether weights alone are quantised. given: of parameters that are int8 already, by
-    path, whether they alone are; all: whether others are quantised too.
+    paths: maps a graph's parameters to their paths in the user's module. keep_float: patterns, or
+    HEAD. float_rows: whether only weights are quantised. given: for parameters that are already
+    int8, by path, whether only weights are int8; all: whether other products are quantised too.
     """
 
     paths: Mapping[str, str]
@@ -55,27 +55,30 @@ class Quantization:
     def of(
         cls, options: Options, paths: Mapping[str, str], given: Mapping[str, bool]
     ) -> Quantization | None:
-        """Return what options ask for and a model brings, None where nothing is quantised."""
+        """Return the quantization that the options and the model's int8 weights ask for, None if
+        there is none."""
         if options.quantize == "none" and not given:
             return None
         float_rows = options.quantize == "int8-weights"
         return cls(paths, options.keep_float, float_rows, given, options.quantize != "none")
 
     def kind_of(self, weight: fx.Node) -> object:
-        """Return what only weights share that may be packed with each other."""
+        """Return a key that is equal for weights that may be packed together."""
         found = self.given_to(weight)
         if found is not None:
             return f"float rows: {found}"
         return not self.all or _pattern_of(modules_of(weight, self.paths), self.keep_float)
 
     def given_to(self, weight: fx.Node) -> bool | None:
-        """Return whether a weight that is int8 already is alone so; None for one of floats."""
+        """Return, for a weight that is already int8, whether only weights are; None for a float
+        weight."""
         found = {self.given.get(path) for path in paths_of(weight, self.paths)}
         return found.pop() if len(found) == 1 else None
 
 
 def quantize_linears(graph: fx.Graph, asked: Quantization) -> dict[str, str]:
-    """Quantise every product by a weight; return the modules whose product stays float, and why."""
+    """Quantise every product by a weight; return the modules whose products stay float, with
+    reasons."""
     kept: dict[str, str] = {}
     made: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for node in list(graph.nodes):
@@ -92,31 +95,31 @@ def quantize_linears(graph: fx.Graph, asked: Quantization) -> dict[str, str]:
 
 
 def modules_of(weight: fx.Node, paths: Mapping[str, str]) -> list[str]:
-    """Return the dotted names of the modules whose parameters a weight is made of."""
+    """Return the dotted names of the modules whose parameters a weight is computed from."""
     return [path.rpartition(".")[0] for path in paths_of(weight, paths)]
 
 
 def paths_of(weight: fx.Node, paths: Mapping[str, str]) -> list[str]:
-    """Return where in the user's module the parameters are that a weight is made of."""
+    """Return the paths in the user's module of the parameters that a weight is computed from."""
     if weight.op == "get_attr":
         return [paths.get(str(weight.target), str(weight.target))]
     return [path for source in weight.all_input_nodes for path in paths_of(source, paths)]
 
 
 def _is_plain(weight: fx.Node) -> bool:
-    """Tell whether a weight is parameters as they are, one or several by rows."""
+    """Return whether a weight is one parameter, or several concatenated by rows."""
     joined = g.is_call(weight, aten.cat.default) and len(weight.args) == 1
     return all(n.op == "get_attr" for n in (weight.all_input_nodes if joined else [weight]))
 
 
 def _pattern_of(names: Sequence[str], keep_float: Sequence[str]) -> str | None:
-    # A decoder's calls with a cache are traced one module further in.
+    # # A decoder's calls with a cache are traced inside another module, `model`.
     own = [name.removeprefix("model.") for name in names] + [*names]
     return next((p for p in keep_float if any(fnmatchcase(name, p) for name in own)), None)
 
 
 def _why_float(node: fx.Node, names: Sequence[str], asked: Quantization) -> str:
-    """Return why a product is not quantised, "" where it is."""
+    """Return why a product is not quantised, "" if it is."""
     x, weight = g.operand(node, 0), g.operand(node, 1)
     given = asked.given_to(weight)
     if given is None and not asked.all:
@@ -149,8 +152,8 @@ def _is_returned(node: fx.Node) -> bool:
 def _quantize(
     node: fx.Node, float_rows: bool, made: dict[fx.Node, tuple[fx.Node, fx.Node]]
 ) -> None:
-    """Quantise one product. made: int8 weights, and their scales, by what they are made of: layers
-    that share a weight share these."""
+    """Quantise one product. made: int8 weights and their scales by float weight, shared by layers
+    that share a weight."""
     x, weight = g.operand(node, 0), g.operand(node, 1)
     with node.graph.inserting_before(node):
         if weight not in made:
