@@ -38,13 +38,13 @@ from turbotx.passes.linear import is_weight
 
 aten = torch.ops.aten
 MOST_GIVEN = (2**31 - 1) // (128 * 127)
-"""As MAX_DEPTH, where weights may be -128."""
+"""As MAX_DEPTH, for weights that may be -128."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Which products are quantised: all but those that patterns of modules' names keep float.
+    """Which products are quantised: all except those of modules that match a pattern.
 
     paths: where in the user's module a graph's parameter is. keep_float: patterns, or HEAD.
     scheme: how. given: of parameters that are quantised already, by path, how; all: whether others
@@ -61,14 +61,15 @@ class Quantization:
     def of(
         cls, options: Options, paths: Mapping[str, str], given: Mapping[str, Scheme]
     ) -> Quantization | None:
-        """Return what options ask for and a model brings, None where nothing is quantised."""
+        """Return the quantization that the options and the model's int8 weights ask for, None if
+        there is none."""
         if options.quantize == "none" and not given:
             return None
         scheme = SCHEMES.get(options.quantize, Scheme())
         return cls(paths, options.keep_float, scheme, given, options.quantize != "none")
 
     def kind_of(self, weight: fx.Node) -> object:
-        """Return what only weights share that may be packed with each other."""
+        """Return a key that is equal for weights that may be packed together."""
         found = self.given_to(weight)
         if found is not None:
             return found
@@ -91,7 +92,8 @@ def check_target(quantize: str, given: Mapping[str, Scheme], target: str) -> Non
 
 
 def quantize_linears(graph: fx.Graph, asked: Quantization) -> dict[str, str]:
-    """Quantise every product by a weight; return the modules whose product stays float, and why."""
+    """Quantise every product by a weight; return the modules whose products stay float, with
+    reasons."""
     kept: dict[str, str] = {}
     made: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for node in list(graph.nodes):
@@ -108,31 +110,31 @@ def quantize_linears(graph: fx.Graph, asked: Quantization) -> dict[str, str]:
 
 
 def modules_of(weight: fx.Node, paths: Mapping[str, str]) -> list[str]:
-    """Return the dotted names of the modules whose parameters a weight is made of."""
+    """Return the dotted names of the modules whose parameters a weight is computed from."""
     return [path.rpartition(".")[0] for path in paths_of(weight, paths)]
 
 
 def paths_of(weight: fx.Node, paths: Mapping[str, str]) -> list[str]:
-    """Return where in the user's module the parameters are that a weight is made of."""
+    """Return the paths in the user's module of the parameters that a weight is computed from."""
     if weight.op == "get_attr":
         return [paths.get(str(weight.target), str(weight.target))]
     return [path for source in weight.all_input_nodes for path in paths_of(source, paths)]
 
 
 def _is_plain(weight: fx.Node) -> bool:
-    """Tell whether a weight is parameters as they are, one or several by rows."""
+    """Return whether a weight is one parameter, or several concatenated by rows."""
     joined = g.is_call(weight, aten.cat.default) and len(weight.args) == 1
     return all(n.op == "get_attr" for n in (weight.all_input_nodes if joined else [weight]))
 
 
 def _pattern_of(names: Sequence[str], keep_float: Sequence[str]) -> str | None:
-    # A decoder's calls with a cache are traced one module further in.
+    # # A decoder's calls with a cache are traced inside another module, `model`.
     own = [name.removeprefix("model.") for name in names] + [*names]
     return next((p for p in keep_float if any(fnmatchcase(name, p) for name in own)), None)
 
 
 def _why_float(node: fx.Node, names: Sequence[str], asked: Quantization) -> str:
-    """Return why a product is not quantised, "" where it is."""
+    """Return why a product is not quantised, "" if it is."""
     x, weight = g.operand(node, 0), g.operand(node, 1)
     given = asked.given_to(weight)
     if given is None and not asked.all:

@@ -1,8 +1,8 @@
-"""Quantize check: that every quantised product of a graph is what the others take it for.
+"""Quantize check: checks that the operands of every quantised product are consistent.
 
-In: a rewritten graph. Out: nothing, or a VerifyError with the node: weights are int8 with their
-own rows' scales and depend on parameters alone, int8 rows come with the scales that they were
-quantised by, and nothing else reads int8::
+In: a rewritten graph. Out: nothing, or a VerifyError that names the node. Weights must be int8 with
+the scales of their own rows, and depend on parameters alone; int8 rows come with the scales that
+quantised them, and no other op reads int8::
 
     quantized_linear(quantize_rows(x, s), ..., t, float32)  ->  VerifyError: scaled by t, not by s
 """
