@@ -37,8 +37,8 @@ class CacheBudget:
 
     def __init__(self, most: int | None = None) -> None:
         self.most, self.nbytes, self.peak_nbytes = most, 0, 0
-        self._lock = threading.RLock()  # reentrant: finalizers may run in this thread at any point
-        self._blocks: dict[int, CacheBlocks] = {}
+        self._lock = threading.RLock()  # memory may be freed wherever this thread is
+        self._blocks: dict[tuple[int, torch.device], CacheBlocks] = {}
 
     def __deepcopy__(self, memo: Any) -> CacheBudget:
         return self  # a copied cache belongs to the same model
@@ -46,12 +46,12 @@ class CacheBudget:
     def __reduce__(self) -> Any:
         return CacheBudget, (self.most,)
 
-    def blocks_of(self, nbytes: int) -> CacheBlocks:
-        """Return the blocks of a size, shared by all caches."""
+    def blocks_of(self, nbytes: int, device: torch.device) -> CacheBlocks:
+        """Return the blocks of a size on a device, which all caches share."""
         with self._lock:
-            if nbytes not in self._blocks:
-                self._blocks[nbytes] = CacheBlocks(nbytes, self.add)
-            return self._blocks[nbytes]
+            if (nbytes, device) not in self._blocks:
+                self._blocks[nbytes, device] = CacheBlocks(nbytes, self.add, device)
+            return self._blocks[nbytes, device]
 
     def has_room(self, nbytes: int) -> bool:
         """Return whether that many more bytes are within the limit."""
@@ -82,10 +82,12 @@ class LayerShape:
     value_width: int
 
 
-def make_table(layers: int, memory: torch.Tensor) -> torch.Tensor:
-    """Return the block table of contiguous memory, see `ir/cache_ops.py`."""
-    shape = 2 * layers, memory.shape[1], 1
-    return torch.zeros(shape, dtype=torch.int64, device=memory.device)
+def make_table(shapes: Sequence[LayerShape], memory: torch.Tensor) -> torch.Tensor:
+    """Return the block table that contiguous memory of these layers has, see `ir/cache_ops.py`."""
+    batch, capacity = memory.shape[1:]
+    sizes = np.array([s.heads * w for s in shapes for w in (s.key_width, s.value_width)])
+    rows = sizes[:, None] * np.arange(batch) + batch * (np.cumsum(sizes) - sizes)[:, None]
+    return torch.from_numpy(capacity * rows[:, :, None]).to(memory.device)
 
 
 class CacheMemory:
@@ -256,7 +258,7 @@ class CacheMemory:
                     values[:, :, :length] = before[1]
                 blocks.append((keys, values))
         self._tensor, self._blocks = made, blocks
-        self._table = make_table(len(self.shapes), made)
+        self._table = make_table(self.shapes, made)
         self._count()
         return made
 
