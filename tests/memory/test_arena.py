@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from turbotx.memory import arena as arena_module
-from turbotx.memory.arena import CudaBytes, PlainRange, StreamOrder, open_range
+from turbotx.memory.arena import CudaBytes, PlainRange, StreamOrder, StreamOrders, open_range
 from turbotx.memory.capture_lock import capture_lock
 from turbotx.memory.cpu_range import CpuRange, MemoryExhausted
 from turbotx.memory.cuda_range import CudaMemoryError
@@ -171,7 +171,7 @@ def test_a_plain_allocation_is_replaced_after_the_device_is_idle(monkeypatch, ma
 
 def test_torch_is_shown_the_mapped_bytes_and_keeps_the_range_alive():
     memory = SimpleNamespace(mapped_nbytes=4 << 20, address=1 << 44)
-    shown = CudaBytes(memory)
+    shown = CudaBytes(memory, memory.mapped_nbytes)
     assert shown.memory is memory
     assert shown.__cuda_array_interface__ == {
         "shape": (4 << 20,),
@@ -200,3 +200,28 @@ def test_only_a_change_of_stream_waits(monkeypatch):
         order.enter()
         order.leave()
     assert waits == [("second", "first"), ("first", "second")]
+
+
+def test_memory_of_many_streams_is_taken_after_all_of_them(monkeypatch):
+    waits = []
+
+    class Event:
+        def record(self, stream):
+            self.of = stream.cuda_stream
+
+    class Stream:
+        def __init__(self, handle):
+            self.cuda_stream = handle
+
+        def wait_event(self, event):
+            waits.append((self.cuda_stream, event.of))
+
+    now = [Stream(1)]
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[0])
+    orders = StreamOrders(CUDA)
+    for handle in (1, 2, 3, 1):
+        now[0] = Stream(handle)
+        orders.leave()
+    orders.enter()
+    assert waits == [(1, 2), (1, 3)]

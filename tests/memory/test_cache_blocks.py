@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from turbotx.errors import VerifyError
+from turbotx.memory import cache_blocks
+from turbotx.memory.arena import PlainRange
 from turbotx.memory.cache_blocks import CacheBlocks, can_have_blocks
 from turbotx.memory.cache_blocks_check import check_blocks
+from turbotx.memory.cpu_range import CpuRange
+from turbotx.memory.planner.plan import CHUNK_NBYTES
 
 
 def make(nbytes=1000, most=None):
@@ -19,7 +23,7 @@ def make(nbytes=1000, most=None):
             raise MemoryError("full")
         counted[0] += more
 
-    return CacheBlocks(nbytes, count), counted
+    return CacheBlocks(nbytes, count, torch.device("cpu")), counted
 
 
 def test_a_block_is_free_when_nobody_refers_to_it() -> None:
@@ -63,7 +67,7 @@ def test_a_release_in_the_midst_of_a_change_is_done_after_it() -> None:
             blocks.release(seen.pop())
             assert blocks.used == 2
 
-    blocks = CacheBlocks(1000, count)
+    blocks = CacheBlocks(1000, count, torch.device("cpu"))
     seen.append(blocks.take(2))
     assert blocks.take(1).tolist() == [2] and blocks.used == 1
 
@@ -77,5 +81,47 @@ def test_the_checker_sees_references_that_nobody_holds_and_blocks_that_nobody_co
             check_blocks(blocks, tables)
 
 
-def test_blocks_are_for_cpus() -> None:
-    assert can_have_blocks(torch.device("cpu")) and not can_have_blocks(torch.device("cuda"))
+def test_blocks_need_addresses_that_do_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def open_plain(device: torch.device, nbytes: int) -> PlainRange:
+        asked.append(device)
+        return PlainRange(torch.device("cpu"))
+
+    assert can_have_blocks(torch.device("cpu"))
+    assert not can_have_blocks(torch.device("meta"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cache_blocks, "open_range", open_plain)
+    assert not can_have_blocks(torch.device("cuda", 7)) and asked == [torch.device("cuda", 7)]
+
+
+def test_memory_of_a_gpu_goes_back_late_and_is_taken_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Giving it back waits for the device, and other streams may still be at work on it."""
+    log, device = [], torch.device("cuda", 0)
+
+    class Orders:
+        def __init__(self, of: torch.device) -> None:
+            assert of == device
+
+        def enter(self) -> None:
+            log.append("enter")
+
+        def leave(self) -> None:
+            log.append("leave")
+
+    on_cpu, view = torch.device("cpu"), cache_blocks.view_addresses
+    monkeypatch.setattr(cache_blocks, "count_addresses", lambda of: 1 << 30)
+    monkeypatch.setattr(cache_blocks, "open_range", lambda of, nbytes: CpuRange(nbytes))
+    monkeypatch.setattr(cache_blocks, "view_addresses", lambda r, n, of: view(r, n, on_cpu))
+    monkeypatch.setattr(cache_blocks, "StreamOrders", Orders)
+    blocks = CacheBlocks(CHUNK_NBYTES, lambda nbytes: None, device)
+    assert blocks.mapped_nbytes > 0  # whose memory an address is, PyTorch asks of what is mapped
+    for _ in range(cache_blocks.QUIET + 1):
+        ids = blocks.take(4)
+        assert blocks.mapped_nbytes == 4 * CHUNK_NBYTES
+        blocks.note_use()
+        blocks.release(ids)
+    assert log[:3] == ["enter", "leave", "enter"]
+    assert 0 < blocks.mapped_nbytes <= CHUNK_NBYTES and blocks.used == 0

@@ -35,7 +35,8 @@ class Step(nn.Module):
 def call(batch=2, count=3, length=7, capacity=11, columns=1):
     """Return x, memory, its table and an empty length; columns: of blocks in any order."""
     memory = torch.randn(32 * columns, batch, capacity)
-    order = torch.randperm(2 * batch * columns, generator=torch.Generator().manual_seed(length))
+    blocks, generator = 2 * batch * columns, torch.Generator().manual_seed(length)
+    order = torch.randperm(blocks, generator=generator) if columns > 1 else torch.arange(blocks)
     table = (order * 16 * capacity).view(2, batch, columns)
     return torch.randn(batch, count, 16), memory, table, torch.empty(length, 0)
 

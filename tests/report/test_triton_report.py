@@ -72,4 +72,10 @@ def test_a_step(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = {"input_ids": torch.tensor([[6]]), "past_key_values": cache, "use_cache": True}
     report = look(fast, call, monkeypatch)
     assert report.dims["length"] == 5 and cache.get_seq_length() == 4
+    stored = [x for x in report.launches if "attention" in x.name]
+    assert len(stored) == 1 and "kv_memory" in stored[0].writes
+    assert stored[0].traffic.written_nbytes > 2 * 16 * 4  # the new rows, and what attention gives
+    # A block, and no contiguous copy of it, which the stats would count.
     assert report.cache is not None
+    assert report.cache.nbytes == 64 * report.cache.token_nbytes
+    assert fast.stats()["cache_peak_nbytes"] == report.cache.nbytes

@@ -168,7 +168,7 @@ def test_rows_of_one_prompt_share_its_whole_blocks() -> None:
     memory = make()
     flat = memory.tensor_for(3, 130).view(-1)
     table, one = memory.table(), [torch.randn(BLOCK_LEN * 16) for _ in range(3)]
-    for places in table[::2].reshape(-1, 3):
+    for places in table[::2, :, :3].reshape(-1, 3):
         for place, held in zip(places.tolist(), one, strict=True):
             flat[place : place + BLOCK_LEN * 12] = held[: BLOCK_LEN * 12]
     other = int(table[2, 2, 1])

@@ -96,7 +96,8 @@ def test_a_decoder_of_a_file_generates_eagers_tokens(
         assert torch.equal(loaded.generate(**call), model.generate(**call))
     stats = loaded.stats()
     assert stats["kernel_builds"] == 0 and stats["graph_captures"] > 0
-    assert "cache_store_float_8" in cubins.device.names("launch")
+    launched = set(cubins.device.names("launch"))
+    assert any(name.startswith("split_attention_float_8") for name in launched), launched
 
 
 def test_one_graph_of_a_file_serves_every_length(cubins: Cubins, path: Path) -> None:
@@ -134,7 +135,7 @@ def sizes_of_steps(kernels: LaunchKernels) -> Iterator[Sequence[int]]:
     """Give sizes of few and many sequences, new tokens and keys."""
     draw, executable = random.Random(0), kernels.executable
     assert executable.gpu is not None and executable.gpu.cells is not None
-    full = {*executable.gpu.cells.growing, executable.gpu.cells.capacity}
+    full = {*executable.gpu.cells.growing, *executable.gpu.cells.room}
     evaluate = executable.values.compile(executable.dims)
     for _ in range(400):
         batch, query = (int(2 ** draw.uniform(0, most)) for most in (10, 8))
@@ -158,7 +159,8 @@ FRESH = """
     call = dict(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False)
     made = loaded.generate(**call, max_new_tokens=6, min_new_tokens=6)
     assert made.shape == (2, 10) and loaded.stats()["kernel_builds"] == 0
-    print(device.graphs, "cache_store_float_8" in device.launched, sys.modules["triton"])
+    steps = [name for name in device.launched if name.startswith("split_attention_float_8")]
+    print(device.graphs, bool(steps), sys.modules["triton"])
 """
 
 

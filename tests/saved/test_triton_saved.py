@@ -306,7 +306,7 @@ def test_nothing_is_pickled(cubins: Cubins, path: Path) -> None:
     save_small(path, "sm_90")
     with zipfile.ZipFile(path) as archive:
         assert {Path(n).suffix for n in archive.namelist()} == {".json", ".cubin", ".safetensors"}
-        assert json.loads(archive.read("manifest.json"))["format"] == 9
+        assert json.loads(archive.read("manifest.json"))["format"] == 10
 
 
 def test_calls_run_where_the_program_does() -> None:

@@ -157,13 +157,13 @@ def refuse_cache(cache: Any) -> None:
 
 def adopt(
     cache: Cache, shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device,
-    grows: bool = True, budget: CacheBudget | None = None, in_blocks: bool = False,
+    grows: bool = True, budget: CacheBudget | None = None, least_columns: int = 0,
 ) -> CacheMemory:  # fmt: skip
     """Return the memory behind a cache, converting its layers to `CachedLayer` if necessary.
 
-    Positions that the cache already holds are copied.
-    in_blocks: whether the model's programs read the cache through block tables. Raises InputError
-    if the cache holds layers of other shapes.
+    What the cache holds already is kept. least_columns: of a block table; 0 where the model's
+    programs read none.
+    Raises InputError where it holds layers of other shapes.
     """
     layers: list[Any] = cache.layers
     known = _memory_of(layers)
@@ -174,7 +174,7 @@ def adopt(
         raise InputError(
             f"the key/value cache has {len(layers)} layers, and the model writes to {len(shapes)}"
         )
-    memory, made = _make_memory(shapes, dtype, device, grows, budget, in_blocks), []
+    memory, made = _make_memory(shapes, dtype, device, grows, budget, least_columns), []
     for k in range(len(shapes)):
         layer = layers[k] if k < len(layers) else None
         window = getattr(layer, "window", getattr(layer, "sliding_window", None))
@@ -189,10 +189,10 @@ def adopt(
 
 def _make_memory(
     shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device,
-    grows: bool, budget: CacheBudget | None, in_blocks: bool,
+    grows: bool, budget: CacheBudget | None, least_columns: int,
 ) -> CacheMemory:  # fmt: skip
-    if in_blocks and budget is not None and fits_blocks(shapes, device):
-        return BlockMemory(shapes, dtype, budget)
+    if least_columns and budget is not None and fits_blocks(shapes, device):
+        return BlockMemory(shapes, dtype, budget, device, least_columns)
     return CacheMemory(shapes, dtype, device, grows, budget)
 
 

@@ -56,7 +56,7 @@ from turbotx.passes.results import use_single_results
 from turbotx.passes.rising import drop_packed_sequences
 from turbotx.program.assemble import assemble
 from turbotx.program.assembly import Assembled, Assembly
-from turbotx.program.cache_stores import use_contiguous
+from turbotx.program.cache_stores import fuse_stores, use_contiguous
 from turbotx.program.fold_norms import assemble_folded
 from turbotx.program.gemm_fallback import add_gemm_fallbacks
 from turbotx.program.row_peaks import assemble_with_peaks
@@ -221,10 +221,11 @@ def assemble_call(captured: Captured, options: Options, target: str) -> Assemble
     programs += assemble_with_peaks(*given, kinds) if roles.rows else []
     for program in programs if roles.fallbacks else []:
         add_gemm_fallbacks(program)
+    for program in programs if target != "cpu" and options.backend != "aten" else []:
+        fuse_stores(program.assembly)
+        add_split_workspaces(program.assembly)
     for program in programs if target != "cpu" or options.backend == "aten" else []:
         use_contiguous(program.assembly)
-    for program in programs if target != "cpu" and options.backend != "aten" else []:
-        add_split_workspaces(program.assembly)
     check_programs([p.assembly for p in programs])
     return AssembledCall(captured, text, hoisted, tuple(programs), target != "cpu")
 

@@ -20,23 +20,22 @@ from turbotx.capture.cached_call import count_queries
 from turbotx.engine.cache_layers import adopt, refuse_cache
 from turbotx.errors import InputError
 from turbotx.memory.cache_blocks import CacheBudget
-from turbotx.runtime.cache_memory import CacheMemory, LayerShape
+from turbotx.runtime.cache_memory import BLOCK_LEN, CacheMemory, LayerShape
 
 
 class StepCalls:
     """Runs calls with a cache; subclasses run the call of plain tensors.
 
-    name: the model's class.
-    shapes: of the keys and values that its layers write.
-    budget: the memory limit of its caches.
-    in_blocks: whether programs read caches through block tables; known once `shapes` is.
+    name: the model's class. shapes: of what its layers write to the cache. budget: of its caches.
+    least_columns: of the block tables that programs read, 0 where they read none; known with
+    `shapes`.
     """
 
     name: str
     shapes: tuple[LayerShape, ...]
     device: torch.device
     budget: CacheBudget
-    in_blocks = False
+    least_columns = 0
 
     def run_plain(self, call: Mapping[str, Any], cache: Any) -> Any:
         """Run a call of `capture.cached_call`. Returns the model's output, with `cache` where it
@@ -70,11 +69,14 @@ class StepCalls:
         return output
 
     def describe(self, given: dict[str, Any], cache: Any) -> dict[str, Any]:
-        """Return the call as one of plain tensors, over a copy of the cache's memory."""
+        """Return the call as one of plain tensors, over a copy of the cache's memory; a copy of
+        blocks has room for as many positions as they."""
         copied = copy.deepcopy(cache)
         call, memory, _ = self._prepare(given, copied)
         length = call["kv_length"].shape[0]
         plain = memory.contiguous()
+        if plain is not memory:
+            length = -(-length // BLOCK_LEN) * BLOCK_LEN
         tensor = plain.tensor_for(count_batch(call), length)
         return call | {"kv_memory": tensor, "kv_table": plain.table()}
 
@@ -97,8 +99,9 @@ class StepCalls:
         call["kv_length"] = torch.empty(own.get_seq_length() + count, 0, device=self.device)
         dtype = self.find_dtype(call)
         memory = adopt(
-            own, self.shapes, dtype, self.device, budget=self.budget, in_blocks=self.in_blocks
-        )
+            own, self.shapes, dtype, self.device, budget=self.budget,
+            least_columns=self.least_columns,
+        )  # fmt: skip
         return call, memory, count
 
     def _cross_memory(self, cache: Any, batch: int) -> torch.Tensor:

@@ -33,8 +33,7 @@ from turbotx.ir.expr import evaluate
 from turbotx.memory.cache_blocks import CacheBudget
 from turbotx.options import Options
 from turbotx.runtime.binding import Binding
-from turbotx.runtime.cache_memory import LayerShape, make_table
-from turbotx.runtime.cpu.runtime import CpuCode
+from turbotx.runtime.cache_memory import LEAST_CAPACITY, LayerShape, make_table
 from turbotx.runtime.program import Program
 
 
@@ -126,9 +125,11 @@ class StepEngine(StepCalls, Engine):
         if known is not None and self.shapes:
             return known
         dtype, length = self._dtype, call["kv_length"].shape[0]
+        room = -(-length // LEAST_CAPACITY) * LEAST_CAPACITY
         for _ in range(2):
-            memory = torch.zeros(1, count_batch(call), length, dtype=dtype, device=self.device)
-            table = make_table(cast(int, self.model.layers), memory)
+            memory = torch.zeros(1, count_batch(call), room, dtype=dtype, device=self.device)
+            table = torch.zeros(2 * cast(int, self.model.layers), memory.shape[1], 1)
+            table = table.to(self.device, torch.int64)
             try:
                 found = self.check((), {**call, "kv_memory": memory, "kv_table": table})
             except _OtherDtypeError as error:
@@ -136,8 +137,7 @@ class StepEngine(StepCalls, Engine):
                 self._forget_dtypes()
             else:
                 self._dtypes[read_decisive()] = dtype
-                code = found[0].compiled.specialization.code
-                self.in_blocks = isinstance(code, CpuCode) and bool(code.libraries)
+                self.least_columns = found[1].executable.least_columns
                 return dtype
         raise CaptureError("the model's keys and values have a dtype that depends on the cache's")
 
@@ -157,9 +157,10 @@ class StepEngine(StepCalls, Engine):
             example = make_example(kwargs)
             memory = example["kv_memory"]
             size = sum(s.heads * (s.key_width + s.value_width) for s in self.shapes)
-            drawn = torch.randn(size, *memory.shape[1:], generator=torch.Generator().manual_seed(0))
+            room = memory.shape[1], LEAST_CAPACITY
+            drawn = torch.randn(size, *room, generator=torch.Generator().manual_seed(0))
             example["kv_memory"] = drawn.to(memory)
-            example["kv_table"] = example["kv_table"][:, :, :1].contiguous()
+            example["kv_table"] = make_table(self.shapes, example["kv_memory"])
             compiled: Compiled = compile_observed(self, captured, (), example)
             return compiled
 

@@ -27,7 +27,6 @@ from turbotx.runtime.binding import Binding
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram
 from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.cuda.runtime import CudaRuntime
-from turbotx.runtime.cuda.step_variants import StoreFamily
 from turbotx.runtime.cuda.variants import SequenceFamily
 from turbotx.runtime.cuda.weight_copies import WeightCopies
 from turbotx.runtime.device import Device
@@ -105,8 +104,8 @@ def tune_program(
     assert isinstance(runtime, CudaRuntime)
     tunables: dict[tuple[str, str], _Tunable] = {}
     for i, family in runtime.families.items():
-        if isinstance(family, (SequenceFamily, StoreFamily)):
-            continue  # a single pass over few bytes: nothing to tune
+        if isinstance(family, SequenceFamily):
+            continue  # one pass over few bytes
         one = _Tunable(family, i, *family.chosen(binding.sizes))
         if one.key[0]:
             tunables.setdefault(one.key, one)

@@ -7,19 +7,24 @@ width)::
 
     keys = torch.ops.turbotx.cache_append(memory, table, rows, length, place, layer, 0)
 
-The table, int64 (2 x layers, batch, columns), holds the offsets in memory, in elements, of blocks
-of `capacity` rows, (heads, capacity, width) each. Row 2 * layer + part is for a layer's keys (0) or
-values (1). With one column the memory is contiguous, see `block_of`, and the table is not read.
-`passes.cache` replaces it by `cache_store` if only attention reads the rows.
+A table of int64, (2 x layers, batch, columns), says where in memory, in elements, blocks of
+`capacity` rows begin, (heads, capacity, width) each: row 2 * layer + part is for the keys (0) or
+values (1) of a layer. With one column the memory may be contiguous, see `block_of`: a program for
+a CPU then does not read the table.
+
+`passes.cache` puts `cache_store` in its place where attention alone reads the rows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+
+from turbotx.ir.attention_ops import attention
 
 _library = torch.library.Library("turbotx", "DEF")
 _library.define(
@@ -50,12 +55,9 @@ def cache_append(
     layer, part: the layer, and 0 for keys or 1 for values. Nothing else in a graph reads the
     memory, so the op may be treated as free of side effects and run again.
     """
-    if table.shape[2] > 1:
-        windows = list(find_blocks(memory, table[2 * layer + part], rows.shape[1], rows.shape[3]))
-        _store_by_table(windows, memory.shape[2], rows, length.shape[0])
-        return _gather(windows, rows, length.shape[0])
-    held = cache_store(memory, table, rows, length, place, 2 * layer + part)
-    return held.clone(memory_format=torch.contiguous_format)
+    windows = list(find_blocks(memory, table[2 * layer + part], rows.shape[1], rows.shape[3]))
+    _store_by_table(windows, memory.shape[2], rows, length.shape[0])
+    return _gather(windows, rows, length.shape[0])
 
 
 def find_blocks(
@@ -116,6 +118,22 @@ def store_rows(
     """As `cache_store`, without a result: for launches that PyTorch runs."""
     cache_store(memory, table, rows, length, place, index)
     return ()
+
+
+def attend_and_store(
+    memory: torch.Tensor, table: torch.Tensor, length: torch.Tensor,
+    places: Sequence[int], indices: Sequence[int], q: torch.Tensor, k: torch.Tensor,
+    v: torch.Tensor, *masks: torch.Tensor | None, **said: Any,
+) -> torch.Tensor:  # fmt: skip
+    """Store new rows k and v as `cache_append` does, and return `attention` of q over all.
+
+    places, indices: of keys and of values, see `cache_store`. masks, said: what attention takes.
+    """
+    held = [
+        cache_append(memory, table, rows, length, place, *divmod(index, 2))
+        for rows, place, index in zip((k, v), places, indices, strict=True)
+    ]
+    return attention(q, *held, *masks, **said)
 
 
 def _fake_cache_append(

@@ -273,11 +273,11 @@ class AttentionLaunch(ExtentsLaunch):
     """out = softmax(scale q k^T + bias) v.
 
     q, k, v: (batch, heads, rows, head_dim); out: (batch, q_len, heads, head_dim).
-    keys: a key mask or lengths; sinks: float32 (heads,).
-    call: the equivalent PyTorch call.
-    sequences: bounds and starts, if packed (`ir.packed_ops`).
-    blocks: if keys or values are in a cache: its memory, and its block table's rows for both.
-    peaks: where the largest magnitudes of the output's rows are stored, int32 (rows, heads).
+    keys: a key mask or lengths; sinks: float32 (heads,). call: the equivalent PyTorch call.
+    sequences: bounds and starts, if packed (`ir.packed_ops`). blocks: if keys or values are in a
+    cache: its memory, and its block table's rows for both. stores: k and v are new rows, which are
+    stored there and attended to with the others. peaks: where the largest magnitudes of the
+    output's rows are stored, int32 (rows, heads).
     """
 
     kind = "attention"
@@ -296,6 +296,7 @@ class AttentionLaunch(ExtentsLaunch):
     sequences: tuple[Operand, ...] = ()
     blocks: tuple[Operand | None, ...] = ()
     peaks: Operand | None = None
+    stores: bool = False
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
@@ -306,8 +307,9 @@ class AttentionLaunch(ExtentsLaunch):
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """The name of the output, and that of the rows' largest magnitudes if stored."""
-        return (self.out.tensor, *([] if self.peaks is None else [self.peaks.tensor]))
+        """The names of the output, and if stored of its rows' magnitudes and of the cache."""
+        stored = (self.peaks, self.blocks[0] if self.stores else None)
+        return (self.out.tensor, *(x.tensor for x in stored if x is not None))
 
 
 @dataclass(frozen=True)
@@ -342,10 +344,8 @@ class ProductLaunch(ExtentsLaunch):
 class StoreLaunch(ExtentsLaunch):
     """Stores new rows of a decoder's layer in its cache, an input that is updated in place.
 
-    held: all of the layer's rows after the call, (batch, heads, length, width).
-    new: the last of them.
-    call: the equivalent PyTorch call.
-    blocks: as of `AttentionLaunch`, with one row of the table.
+    held: all of the layer's rows after the call, (batch, heads, length, width). new: the last of
+    them. call: the equivalent PyTorch call. blocks: as of `AttentionLaunch`, with one table row.
     """
 
     kind = "store"

@@ -14,11 +14,13 @@ from typing import Protocol
 from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 from turbotx.kernels.job import Job
 from turbotx.kernels.triton.attention import (
-    NAMES,
+    CACHE_POINTERS,
     STRIDES,
     AttentionSchedule,
     choose_attention_schedule,
+    in_blocks,
     print_triton_attention,
+    size_names,
 )
 from turbotx.kernels.triton.compiler import POINTEES, fit_warps
 from turbotx.kernels.triton.products import (
@@ -45,12 +47,13 @@ def attention_job(
     cells: sizes and addresses that it reads on the device.
     """
     schedule = schedule or choose_attention_schedule(kernel)
-    pointers = attention_pointers(kernel)
+    schedule = in_blocks(schedule) if kernel.cached else schedule
+    pointers, names = attention_pointers(kernel), size_names(kernel)
     tiles = (("Q_TILE", schedule.q_tile), ("K_TILE", schedule.k_tile))
     source = print_triton_attention(kernel, schedule, name)
-    assumed = assume(pointers, unaligned, NAMES, divisible)
+    assumed = assume(pointers, unaligned, names, divisible)
     return sized_job(
-        name or kernel.name, source, target, schedule, pointers, NAMES, tiles, assumed, cells
+        name or kernel.name, source, target, schedule, pointers, names, tiles, assumed, cells
     )
 
 
@@ -65,6 +68,8 @@ def attention_pointers(kernel: AttentionKernel) -> list[tuple[str, str]]:
         pointers.append(("bias_ptr", kinds[kernel.bias]))
     pointers += [("sinks_ptr", "*fp32")] * kernel.sinks
     pointers += [("bounds_ptr", "*i64"), ("starts_ptr", "*i64")] * kernel.packed
+    of_cache = zip(CACHE_POINTERS, (stored, "*i64", "*i64"), strict=True)
+    pointers += list(of_cache) * kernel.cached
     return pointers + [("peaks_ptr", "*i32")] * kernel.peaks
 
 
@@ -128,6 +133,7 @@ def assume(
     pointers: Iterable[tuple[str, str]], unaligned: Iterable[str],
     sizes: Iterable[str], divisible: Iterable[str],
 ) -> tuple[str, ...]:  # fmt: skip
-    """Return the arguments that are multiples of 16: addresses, in bytes, and sizes."""
-    odd, even = set(unaligned), set(divisible)
+    """Return the arguments that are multiples of 16: addresses, in bytes, and sizes; nothing is
+    known of where a table's rows begin, which are read one number at a time."""
+    odd, even = {*unaligned, *CACHE_POINTERS[1:]}, set(divisible)
     return (*(p for p, _ in pointers if p not in odd), *(n for n in sizes if n in even))

@@ -1,7 +1,7 @@
-"""Jobs of a decoder's cache on a GPU: flash decoding over it, and storing rows behind its others.
+"""Jobs of a decoder's steps on a GPU: flash decoding over its cache, which gets the new rows.
 
-In: an `AttentionKernel` and how many heads share a key head, a target, tiles; or the dtype and
-width of rows. Out: a `Job`, whose cells hold where the cache is and how much of it is filled::
+In: an `AttentionKernel` and how many heads share a key head, a target, tiles. Out: a `Job`, whose
+cells hold where the cache is and how much of it is filled::
 
     schedule = choose_split(kernel, group=4, batch=1, kv_heads=8, q_len=1, k_len=1024)
     split_job(kernel, 4, "sm_90", schedule)   # 16 programs a key head, 64 keys of each at a time
@@ -12,16 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
-from turbotx.ir.matmul_kernels import DTYPE_NAMES, AttentionKernel
+from turbotx.ir.matmul_kernels import AttentionKernel
 from turbotx.ir.size_functions import bounded
 from turbotx.kernels.attention_jobs import assume, attention_pointers, sized_job
 from turbotx.kernels.gemm_heuristics import MOST_TURNS
 from turbotx.kernels.job import Job
 from turbotx.kernels.schedule import power_above
-from turbotx.kernels.triton.attention import MOST_DEEP, NAMES, attention_flags, describe_masks
-from turbotx.kernels.triton.compiler import POINTEES
+from turbotx.kernels.triton.attention import (
+    MOST_DEEP,
+    attention_flags,
+    describe_masks,
+    size_names,
+)
 from turbotx.kernels.triton.functions import stand_alone
 from turbotx.kernels.triton.specialize import specialize
 
@@ -30,12 +32,9 @@ PROGRAMS, MOST_PARTS = 264, 32
 # Rows of sums that all parts of a launch may leave.
 MOST_ROWS = 16 * PROGRAMS
 # Parts that are added at a time, one number for however many there are; and elements of them, fewer
-# in float32: 16 parts of 16 rows of 16 beside a bias spilled 2 words on sm_90 (Triton 3.6).
-MOST_ADDED, ADDED, ADDED_WIDE = 16, 8192, 1024
-STORE_NAMES = (
-    "count", "first", "new_batch", "new_head", "new_row", "held_batch", "held_head",
-)  # fmt: skip
-STORE_STRIDES = STORE_NAMES[2:]
+# in float32. On sm_90 16 parts of 4 rows of 16 beside a bias spilled 2 words in float32, and 16
+# parts of 4 rows of 128 in bfloat16 3 (Triton 3.7).
+MOST_ADDED, MOST_DEEP_ADDED, ADDED, ADDED_WIDE = 16, 8, 8192, 512
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ def choose_split(
     pairs = max(1, batch * kv_heads)
     most = (PROGRAMS // pairs, MOST_ROWS // (pairs * rows), MOST_PARTS)
     parts = bounded(-(-k_len // k_tile), 1, *most) if pairs <= MOST_TURNS else 1
-    added = max(1, min(MOST_ADDED, (ADDED_WIDE if wide else ADDED) // (rows * depth)))
+    together = MOST_ADDED if depth <= 64 else MOST_DEEP_ADDED
+    added = max(1, min(together, (ADDED_WIDE if wide else ADDED) // (rows * depth)))
     stages = 1 if wide else 2
     return SplitSchedule(max(16, rows), k_tile, rows, parts, added, 4, stages)
 
@@ -96,7 +96,7 @@ def split_job(
     group: heads of queries to a key head. Other arguments as those of `attention_job`; cells: the
     sizes and addresses that it reads on the device.
     """
-    s, split = schedule, schedule.parts > 1
+    s, split, names = schedule, schedule.parts > 1, size_names(kernel)
     name = f"split_{kernel.name}"
     header = [
         name,
@@ -110,37 +110,10 @@ def split_job(
     }  # fmt: skip
     pointers = attention_pointers(kernel)
     pointers += [("partial_ptr", "*fp32"), ("turns_ptr", "*i32")] * split
-    arguments = [*(p for p, _ in pointers), *NAMES, "Q_TILE", "K_TILE"]
+    arguments = [*(p for p, _ in pointers), *names, "Q_TILE", "K_TILE"]
     text = specialize("split_attention", "split_attention", name, arguments, flags)
     tiles = (("Q_TILE", s.q_tile), ("K_TILE", s.k_tile))
-    assumed = assume(pointers, unaligned, NAMES, divisible)
+    assumed = assume(pointers, unaligned, names, divisible)
     return sized_job(
-        name, stand_alone(header, text), target, s, pointers, NAMES, tiles, assumed, cells
+        name, stand_alone(header, text), target, s, pointers, names, tiles, assumed, cells
     )
-
-
-@dataclass(frozen=True)
-class StoreSchedule:
-    """Rows of a tile."""
-
-    r_tile: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-def store_job(
-    dtype: torch.dtype, width: int, target: str, schedule: StoreSchedule,
-    divisible: Iterable[str], unaligned: Iterable[str] = (), cells: tuple[str, ...] = (),
-) -> Job:  # fmt: skip
-    """Return the job that stores rows of a width behind those that a cache has of a layer."""
-    name = f"cache_store_{DTYPE_NAMES[dtype]}_{width}"
-    flags = {"WIDTH": width, "DEPTH": power_above(width)}
-    arguments = ["new_ptr", "held_ptr", *STORE_NAMES, "R_TILE"]
-    header = [name, f"  rows of {width}, {schedule.r_tile} at a time"]
-    source = stand_alone(header, specialize("cache_store", "cache_store", name, arguments, flags))
-    pointers = [(n, f"*{POINTEES[dtype]}") for n in arguments[:2]]
-    tiles = (("R_TILE", schedule.r_tile),)
-    assumed = assume(pointers, unaligned, STORE_NAMES, divisible)
-    return sized_job(
-        name, source, target, schedule, pointers, STORE_NAMES, tiles, assumed, cells
-    )  # fmt: skip

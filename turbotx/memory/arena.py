@@ -89,10 +89,10 @@ class PlainRange:
 class CudaBytes:
     """Lets torch view memory that it did not allocate; keeps the range alive."""
 
-    def __init__(self, memory: AddressRange) -> None:
+    def __init__(self, memory: AddressRange, nbytes: int) -> None:
         self.memory = memory
         self.__cuda_array_interface__ = {
-            "shape": (memory.mapped_nbytes,),
+            "shape": (nbytes,),
             "typestr": "|u1",
             "data": (memory.address, False),
             "version": 2,
@@ -163,15 +163,16 @@ def view_range(memory: AddressRange, device: torch.device) -> torch.Tensor:
         return memory.tensor
     if not memory.mapped_nbytes:
         return torch.empty(0, dtype=torch.uint8, device=device)
-    if device.type != "cuda":
-        return view_addresses(memory, memory.mapped_nbytes)
-    with torch.inference_mode(False):
-        return torch.as_tensor(CudaBytes(memory), device=device)
+    return view_addresses(memory, memory.mapped_nbytes, device)
 
 
-def view_addresses(memory: AddressRange, nbytes: int) -> torch.Tensor:
-    """Return the first `nbytes` addresses of a range on a CPU as a uint8 tensor, like `view_range`,
-    but including unmapped addresses, which must not be accessed."""
+def view_addresses(memory: AddressRange, nbytes: int, device: torch.device) -> torch.Tensor:
+    """Return the first `nbytes` addresses of a range that does not move, mapped or not, as
+    `view_range` does those that are; what is not mapped must not be touched. On a GPU the first
+    byte has to be mapped."""
+    if device.type == "cuda":
+        with torch.inference_mode(False):
+            return torch.as_tensor(CudaBytes(memory, nbytes), device=device)
     raw: Any = (ctypes.c_uint8 * nbytes).from_address(memory.address)
     raw.owner = memory
     with torch.inference_mode(False):
@@ -209,6 +210,27 @@ class StreamOrder:
         handle = current_handle(self._device)
         if handle != self._handle:
             self._handle, self._last = handle, torch.cuda.current_stream(self._device)
+
+
+class StreamOrders:
+    """Lets whoever takes memory wait for all that had it, each on a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: dict[int, torch.cuda.Event] = {}
+
+    def enter(self) -> None:
+        """Let the current stream wait for what others have noted."""
+        current = torch.cuda.current_stream(self._device)
+        for handle, event in self._last.items():
+            if handle != current.cuda_stream:
+                current.wait_event(event)
+
+    def leave(self) -> None:
+        """Note what the current stream has queued by now."""
+        current = torch.cuda.current_stream(self._device)
+        event = self._last.setdefault(current.cuda_stream, torch.cuda.Event())
+        event.record(current)
 
 
 class Arena:

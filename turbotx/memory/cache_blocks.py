@@ -10,50 +10,68 @@ the bytes of all caches of a model::
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from turbotx.errors import CacheFullError
-from turbotx.memory.arena import view_addresses
-from turbotx.memory.cpu_range import CpuRange, load_libc
+from turbotx.memory.arena import StreamOrders, open_range, view_addresses
+from turbotx.memory.capture_lock import capture_lock
 from turbotx.memory.planner.plan import CHUNK_NBYTES, align
 
 Ids = NDArray[np.int64]
 
 
-def count_addresses() -> int:
-    """Return how many bytes of addresses to reserve: twice the machine's memory."""
+QUIET = 256
+"""How often in a row blocks of a GPU are let go before memory behind the last used one goes back:
+that waits for the device."""
+
+
+def count_addresses(device: torch.device) -> int:
+    """Return how many bytes of addresses blocks may have: twice what the device has of memory."""
+    if device.type == "cuda":
+        return 2 * int(torch.cuda.get_device_properties(device).total_memory)
     return 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@functools.cache
 def can_have_blocks(device: torch.device) -> bool:
-    """Return whether address ranges can grow in place: on a CPU with mmap."""
-    return device.type == "cpu" and load_libc() is not None
+    """Return whether there are ranges of addresses on a device that grow in place: with mmap on a
+    CPU, with the driver's virtual memory on a GPU."""
+    there = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+    return there and open_range(device, CHUNK_NBYTES).stable
 
 
 class CacheBlocks:
-    """All blocks of one size used by the caches of one model; thread-safe.
+    """All blocks of a size that the caches of one model have; several threads may use it, on a GPU
+    on several streams: who takes a block waits for whoever had it (`note_use`).
 
-    references: (blocks,) int32 reference counts, 0 for a free block.
-    count: called with the number of bytes about to be used, negative when they are freed; it raises
-    if the limit is exceeded.
+    references: how many refer to each block, 0 for a free one. count: told how many bytes are about
+    to be taken, or negative how many are free again; it raises where they are too many. device: one
+    that `can_have_blocks`.
     """
 
-    def __init__(self, block_nbytes: int, count: Callable[[int], None]) -> None:
+    def __init__(
+        self, block_nbytes: int, count: Callable[[int], None], device: torch.device
+    ) -> None:
         self.block_nbytes = block_nbytes
         self.references = np.zeros(0, dtype=np.int32)
-        self._range, self._count = CpuRange(count_addresses()), count
+        self._range = cast(Any, open_range(device, count_addresses(device)))
+        self._count, self._quiet = count, 0
+        self._orders = StreamOrders(device) if device.type == "cuda" else None
         self._released: deque[Ids] = deque()
         self._lock = threading.Lock()
-        self.memory = view_addresses(self._range, self._range.capacity_nbytes)
-        """All reserved addresses; those beyond the mapped blocks must not be accessed."""
+        if device.type == "cuda":  # where PyTorch asks the driver whose memory an address is
+            self._range.map_to(CHUNK_NBYTES)
+        self.memory = view_addresses(self._range, self._range.capacity_nbytes, device)
+        """All addresses, those of blocks that were never taken too, which must not be touched."""
 
     @property
     def used(self) -> int:
@@ -82,8 +100,16 @@ class CacheBlocks:
                 self._count(-count * self.block_nbytes)
                 raise
             self.references[free] = 1
+            if self._orders is not None:
+                self._orders.enter()
         self._settle()
         return free
+
+    def note_use(self) -> None:
+        """Say that blocks are in use by what the current stream has queued by now."""
+        if self._orders is not None:
+            with self._lock:
+                self._orders.leave()
 
     def share(self, ids: Ids) -> None:
         """Add one reference per occurrence of a block in `ids`."""
@@ -129,9 +155,11 @@ class CacheBlocks:
         """Unmap memory after the last used block if it is more than half of the total."""
         used = np.flatnonzero(self.references)
         end = int(used[-1]) + 1 if len(used) else 0
-        if 2 * end < len(self.references):
-            self.references = self.references[:end].copy()
-            self._range.unmap_to(align(end * self.block_nbytes, CHUNK_NBYTES))
+        self._quiet = self._quiet + 1 if 2 * end < len(self.references) else 0
+        on_gpu = self._orders is not None
+        if self._quiet > QUIET * on_gpu and not capture_lock.is_held_here:
+            self.references, self._quiet = self.references[:end].copy(), 0
+            self._range.unmap_to(align(max(on_gpu, end * self.block_nbytes), CHUNK_NBYTES))
 
 
 class CacheBudget:
@@ -143,7 +171,7 @@ class CacheBudget:
     def __init__(self, most: int | None = None) -> None:
         self.most, self.nbytes, self.peak_nbytes = most, 0, 0
         self._lock = threading.RLock()  # reentrant: finalizers may run in this thread at any point
-        self._blocks: dict[int, CacheBlocks] = {}
+        self._blocks: dict[tuple[int, torch.device], CacheBlocks] = {}
 
     def __deepcopy__(self, memo: Any) -> CacheBudget:
         return self  # a copied cache belongs to the same model
@@ -151,12 +179,12 @@ class CacheBudget:
     def __reduce__(self) -> Any:
         return CacheBudget, (self.most,)
 
-    def blocks_of(self, nbytes: int) -> CacheBlocks:
-        """Return the blocks of a size, shared by all caches."""
+    def blocks_of(self, nbytes: int, device: torch.device) -> CacheBlocks:
+        """Return the blocks of a size on a device, shared by all caches."""
         with self._lock:
-            if nbytes not in self._blocks:
-                self._blocks[nbytes] = CacheBlocks(nbytes, self.add)
-            return self._blocks[nbytes]
+            if (nbytes, device) not in self._blocks:
+                self._blocks[nbytes, device] = CacheBlocks(nbytes, self.add, device)
+            return self._blocks[nbytes, device]
 
     def stats(self) -> dict[str, int]:
         """Return the current and peak bytes of all caches, and their blocks, shared ones once."""

@@ -1,4 +1,4 @@
-"""Cache stores: the sizes of a launch that appends a layer's new keys or values to a cache.
+"""Cache stores: what writes one layer's new keys and values into a cache, and where its blocks lie.
 
 In: the operand of a layer's rows in the cache's memory, and the new rows. Out: the size arguments
 of `ttx_store_rows`, with strides and offsets in bytes::
@@ -10,18 +10,22 @@ of `ttx_store_rows`, with strides and offsets in bytes::
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from sympy import Integer
 from torch import fx
 
 from turbotx import ir
 from turbotx.ir import fx_nodes as g
-from turbotx.ir.cache_ops import cache_store
+from turbotx.ir.cache_ops import attend_and_store, cache_store
 from turbotx.ir.expr import ONE, ZERO, Expr, product
+from turbotx.kernels.cpp.attention import SIZES
 from turbotx.passes.partition import root_of
 from turbotx.program.assembly import Assembly
+from turbotx.program.executable import CONTIGUOUS_CACHE
 
 
 def describe_store(held: ir.Operand, new: ir.Operand) -> tuple[Expr, ...]:
@@ -72,9 +76,51 @@ def require_room(held: ir.Operand, columns: Expr, capacity: Expr) -> tuple[Expr,
     return product((capacity, columns)) - length, f"{length} positions in a cache's memory"
 
 
+def fuse_stores(assembly: Assembly) -> None:
+    """Let attention over a cache store the rows of its layer itself, where it alone reads them and
+    has a query for each: a launch less for keys, and one for values."""
+    stores = {x.blocks[1]: x for x in assembly.launches if isinstance(x, ir.StoreLaunch)}
+    reads = Counter(
+        table
+        for x in assembly.launches if isinstance(x, ir.AttentionLaunch) for table in x.blocks[1:]
+    )  # fmt: skip
+    fused: dict[str, ir.Launch | None] = {}
+    for launch in assembly.launches:
+        if not isinstance(launch, ir.AttentionLaunch) or not launch.blocks:
+            continue
+        rows = [stores.get(x) for x in launch.blocks[1:] if x is not None and reads[x] == 1]
+        batch, _, kv_heads, count = launch.sizes[:4]
+        shape = batch, kv_heads, count, Integer(launch.kernel.head_dim)
+        if all(x is not None and x.new.shape == shape for x in rows) and len(rows) == 2:
+            fused |= {x.name: None for x in rows if x is not None}
+            fused[launch.name] = _with_stores(launch, *rows)
+    made = [fused.get(x.name, x) for x in assembly.launches]
+    assembly.launches[:] = [x for x in made if x is not None]
+
+
+def _with_stores(launch: ir.AttentionLaunch, keys: Any, values: Any) -> ir.AttentionLaunch:
+    """Return attention over a cache that stores the rows of two launches first."""
+    q, _, _, *masks = launch.call.args
+    memory, table, _, length, k_place, k_index = keys.call.args
+    *_, v_place, v_index = values.call.args
+    given = memory, table, length, (k_place, v_place), (k_index, v_index), q, keys.new, values.new
+    call = replace(launch.call, target=attend_and_store, args=(*given, *masks))
+    steps = {f"{n}.{d}": s for n, new in (("k", keys.new), ("v", values.new))
+             for d, s in zip(("batch", "head", "row"), new.strides, strict=False)}  # fmt: skip
+    named = zip(SIZES, launch.extents, strict=False)
+    extents = (*(steps.get(n, e) for n, e in named), *launch.extents[len(SIZES) :])
+    source = ", ".join((keys.source, values.source, launch.source))
+    return replace(
+        launch, k=keys.new, v=values.new, extents=extents, call=call, source=source, stores=True
+    )
+
+
 def use_contiguous(assembly: Assembly) -> None:
-    """Make launches over a cache use contiguous memory only, and require a table of one column."""
+    """Let launches over a cache take contiguous memory alone, and refuse a call with a table; but
+    for attention that stores rows, which reads the table of any."""
     for i, launch in enumerate(assembly.launches):
+        if isinstance(launch, ir.AttentionLaunch) and launch.stores:
+            continue
         if isinstance(launch, (ir.AttentionLaunch, ir.StoreLaunch)) and launch.blocks:
             table = next(t for t in launch.blocks[1:] if t is not None)
             less = 3 if isinstance(launch, ir.StoreLaunch) else 2
@@ -82,6 +128,4 @@ def use_contiguous(assembly: Assembly) -> None:
             if isinstance(plain, ir.AttentionLaunch):
                 plain = replace(plain, kernel=replace(plain.kernel, cached=False))
             assembly.launches[i] = plain
-            assembly.requirements.append(
-                (ONE - table.shape[1], "contiguous memory of a cache: a table of one column")
-            )
+            assembly.requirements.append((ONE - table.shape[1], CONTIGUOUS_CACHE))

@@ -19,6 +19,9 @@ from turbotx.ir.sizes import Evaluate, Sizes
 from turbotx.memory.liveness import Liveness
 from turbotx.memory.planner.orientation import Orientation
 
+CONTIGUOUS_CACHE = "contiguous memory of a cache: a table of one column"
+"""What a program requires that reads no blocks of a decoder's cache."""
+
 # --- calls of PyTorch ---
 
 
@@ -239,18 +242,17 @@ class ArgumentLayout:
 class DeviceCells:
     """What the kernels of a decoder's steps read on the device, so that one graph serves all steps.
 
-    growing: indices of the dims that grow with every step.
-    capacity: index of the dim that bounds them.
-    values: indices into the size table of the values that depend on those dims.
-    cache: the input that is updated in place.
-    windows: on the cache, (slot, index of the byte offset or None).
+    growing: places of the dims that grow with every step; room: of those whose product bounds
+    them, the rows of a cache's block and the columns of its table. values: places in the size table
+    of what depends on those dims. cache: the input that is written in place; slot: its place in the
+    table of addresses.
     """
 
     growing: tuple[int, ...]
-    capacity: int
+    room: tuple[int, int]
     values: tuple[int, ...]
     cache: str
-    windows: tuple[tuple[int, int | None], ...]
+    slot: int
 
 
 @dataclass(frozen=True)
@@ -332,3 +334,11 @@ class Executable:
     cpu: CpuTables | None = None
     gpu: GpuTables | None = None
     token_range: TokenRange | None = None
+
+    @property
+    def least_columns(self) -> int:
+        """How few columns a cache's block table has that it reads, 0 where it reads none: one on a
+        GPU, two on a CPU, where one stands for contiguous memory."""
+        if CONTIGUOUS_CACHE in self.requirement_texts:
+            return 0
+        return 2 if self.gpu is None else 1

@@ -1,8 +1,8 @@
 """Steps on a GPU: which launches of a decoder depend on how much of its cache is filled.
 
-In: an assembly whose launches store rows in a cache, and the sizes at which it was traced. Out: the
-dims that grow with every step, which kernels then read on the device; and workspaces for the
-partial results of split attention. For GPT-2::
+In: an assembly whose attention stores rows in a cache, and the sizes that it was traced with. Out:
+which dims grow with every step, so that kernels read them on the device; memory for what the parts
+of a split attention leave; for GPT-2::
 
     find_steps(assembly, dims, example)  ->  GrowingDims({"length", "attention_mask_d1"}, ...)
 """
@@ -32,17 +32,13 @@ EXPECTED_STEPS = (
 
 @dataclass(frozen=True)
 class GrowingDims:
-    """The dims of a decoder that grow with every step.
-
-    dims: their names.
-    cache: the input that launches store rows in.
-    capacity: the dim that bounds them.
-    query: the dim of new rows, None if it is constant.
-    """
+    """dims: names of those that grow with every step. cache: the input that launches store rows in.
+    room: the dims whose product bounds how many there are, rows of a block and columns of a table.
+    query: that of new rows, None for a number."""
 
     dims: frozenset[str]
     cache: str
-    capacity: str
+    room: tuple[str, str]
     query: str | None
 
     def move(self, *values: Any) -> bool:
@@ -57,20 +53,21 @@ class GrowingDims:
 def find_steps(
     assembly: Assembly, dims: Sequence[str], example_dims: Sequence[int]
 ) -> GrowingDims | None:
-    """Return what grows with every step. None if nothing is stored in a cache, or if a launch
-    cannot read growing sizes on the device: PyTorch's, a GEMM's, a reduction over growing rows."""
-    stores = [x for x in assembly.launches if isinstance(x, ir.StoreLaunch)]
+    """Return what grows with every step; None where nothing is stored in a cache, or where a launch
+    cannot read on the device what grows: PyTorch's, a GEMM's, one that reduces rows that grow."""
+    launches = assembly.launches
+    stores = [x for x in launches if isinstance(x, ir.AttentionLaunch) and x.stores]
     if not stores:
         return None
-    held = stores[0].held
-    length, capacity = held.shape[2], assembly.tensors[held.tensor].shape[2]
-    if not (isinstance(length, sympy.Symbol) and isinstance(capacity, sympy.Symbol)):
+    *_, query, length = stores[0].sizes[:5]
+    columns, rows = stores[0].sizes[-2:]
+    if not all(isinstance(x, sympy.Symbol) for x in (length, columns, rows)):
         return None
     traced = dict(zip(dims, example_dims, strict=True))
-    names = frozenset(n for n, size in traced.items() if size == traced[length.name])
-    query = stores[0].new.shape[2]
+    names = frozenset(n for n, size in traced.items() if size == traced[str(length)])
     new = query.name if isinstance(query, sympy.Symbol) else None
-    steps = GrowingDims(names, held.tensor, capacity.name, new)
+    cache = stores[0].writes[-1]
+    steps = GrowingDims(names, cache, (str(rows), str(columns)), new)
     return steps if all(_can_follow(x, steps) for x in assembly.launches) else None
 
 
@@ -79,7 +76,7 @@ def _can_follow(launch: ir.Launch, steps: GrowingDims) -> bool:
     operands = [a for a in launch.operands if a is not None]
     if steps.move(*(a.offset for a in operands)):
         return False
-    if isinstance(launch, (ir.StoreLaunch, ir.AttentionLaunch)):
+    if isinstance(launch, ir.AttentionLaunch):
         return True
     if any(a.tensor == steps.cache for a in operands):
         return False
@@ -95,7 +92,8 @@ def _can_follow(launch: ir.Launch, steps: GrowingDims) -> bool:
 def expected_steps(dims: Sequence[str], steps: GrowingDims) -> Iterable[tuple[int, ...]]:
     """Yield the dims of calls whose kernels are built ahead: prompts and steps."""
     for query, capacity in EXPECTED_STEPS:
-        known = dict.fromkeys(steps.dims, capacity) | {steps.capacity: capacity}
+        rows, columns = steps.room
+        known = dict.fromkeys(steps.dims, capacity) | {rows: 64, columns: capacity // 64}
         if steps.query is not None:
             known[steps.query] = query
         yield tuple(known.get(name, 1) for name in dims)
@@ -103,9 +101,8 @@ def expected_steps(dims: Sequence[str], steps: GrowingDims) -> Iterable[tuple[in
 
 def add_split_workspaces(assembly: Assembly) -> None:
     """Give attention over a cache a workspace for the partial results of splitting its keys."""
-    caches = {x.held.tensor for x in assembly.launches if isinstance(x, ir.StoreLaunch)}
     for i, launch in enumerate(assembly.launches):
-        if isinstance(launch, ir.AttentionLaunch) and launch.k.tensor in caches:
+        if isinstance(launch, ir.AttentionLaunch) and launch.stores:
             name = f"{launch.name}_sums_of_parts"
             shape = (Integer(split_workspace_size(launch.kernel)),)
             assembly.tensors[name] = ir.Tensor(name, "intermediate", torch.float32, shape)
@@ -118,4 +115,4 @@ def is_split(launch: ir.Launch, steps: GrowingDims | None) -> bool:
     if steps is None or not isinstance(launch, ir.AttentionLaunch) or not launch.workspaces:
         return False
     heads: Iterable[Any] = launch.sizes[1:3]
-    return all(h.is_Integer for h in heads) and launch.k.tensor == launch.v.tensor == steps.cache
+    return all(h.is_Integer for h in heads)

@@ -21,12 +21,14 @@ from turbotx.errors import InputError
 from turbotx.memory.cache_blocks import CacheBlocks, CacheBudget, Ids, can_have_blocks
 from turbotx.runtime.cache_memory import BLOCK_LEN, CacheMemory, LayerShape, MemoryRow
 
+CPU = torch.device("cpu")
 SLACK = 64
 """Positions kept beyond a window, so that up to this many may be dropped again."""
 
 
 def fits_blocks(shapes: Sequence[LayerShape], device: torch.device) -> bool:
-    """Return whether a cache with these layers can use blocks: all of one size, on a CPU."""
+    """Return whether a cache of these layers may lie in blocks: all of one size, where there are
+    addresses that do not move."""
     sizes = {s.heads * (s.key_width + s.value_width) for s in shapes}
     return len(sizes) == 1 and 0 not in sizes and can_have_blocks(device)
 
@@ -35,13 +37,16 @@ class BlockMemory(CacheMemory):
     """Stores, for each layer, a table (batch, columns) of block ids for its keys and values. A cell
     is -1 if the block has left the window or was never written.
 
-    windows: for each layer, the number of positions visible including its own; None for all.
+    windows: how many positions back a layer sees, its own included; None: all. least_columns: of
+    the table; a program for a CPU takes one column for contiguous memory.
     """
 
     def __init__(
-        self, shapes: Sequence[LayerShape], dtype: torch.dtype, budget: CacheBudget
-    ) -> None:
-        super().__init__(shapes, dtype, torch.device("cpu"), budget=budget)
+        self, shapes: Sequence[LayerShape], dtype: torch.dtype, budget: CacheBudget,
+        device: torch.device = CPU, least_columns: int = 2,
+    ) -> None:  # fmt: skip
+        super().__init__(shapes, dtype, device, budget=budget)
+        self.least_columns = least_columns
         self.windows: list[int | None] = [None] * len(self.shapes)
 
     def _start(self) -> None:
@@ -59,7 +64,8 @@ class BlockMemory(CacheMemory):
         """Open the blocks for the current layer shapes and dtype."""
         shape = self.shapes[0]
         self._size = BLOCK_LEN * shape.heads * (shape.key_width + shape.value_width)
-        self.blocks: CacheBlocks = self.budget.blocks_of(self._size * self.dtype.itemsize)
+        nbytes = self._size * self.dtype.itemsize
+        self.blocks: CacheBlocks = self.budget.blocks_of(nbytes, self.device)
         self._flat = self.blocks.memory.view(self.dtype)
         self._parts = [(self._view(s, 0), self._view(s, 1)) for s in self.shapes]
         self._owner = weakref.finalize(self, _let_go, self.blocks, self.tables)
@@ -75,8 +81,11 @@ class BlockMemory(CacheMemory):
     def __getstate__(self) -> dict[str, Any]:
         held = [self.read(layer) for layer in range(len(self.shapes))]
         return {
-            "made": (self.shapes, self.dtype, self.budget), "windows": self.windows, "held": held
+            "made": self._made(), "windows": self.windows, "held": held
         }  # fmt: skip
+
+    def _made(self) -> tuple[Any, ...]:
+        return self.shapes, self.dtype, self.budget, self.device, self.least_columns
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["made"])  # type: ignore[misc]
@@ -86,7 +95,7 @@ class BlockMemory(CacheMemory):
         self.windows = state["windows"]
 
     def __deepcopy__(self, memo: Any) -> BlockMemory:
-        made = BlockMemory(self.shapes, self.dtype, self.budget)
+        made = BlockMemory(*self._made())
         for layer, table in enumerate(self.tables):
             self.blocks.share(table[table >= 0])
             made.tables[layer] = table.copy()
@@ -118,7 +127,7 @@ class BlockMemory(CacheMemory):
 
     def _gather(self, layer: int, table: Ids) -> tuple[torch.Tensor, torch.Tensor]:
         length, found = self.lengths[layer], []
-        ids, gone = torch.from_numpy(table.clip(0).ravel()), torch.from_numpy(table.ravel() < 0)
+        ids, gone = self._index(table.clip(0).ravel()), self._index(table.ravel() < 0)
         with torch.inference_mode(False), torch.no_grad():
             for part in self._parts[layer]:
                 rows = part[ids]
@@ -156,13 +165,18 @@ class BlockMemory(CacheMemory):
             places = np.where(table < 0, first[:, None], table) * self._size
             made += [places, places + shape.heads * BLOCK_LEN * shape.key_width]
         stacked = np.stack(made)
-        if stacked.shape[2] == 1:  # one column would mean contiguous memory
-            stacked = stacked.repeat(2, axis=2)
-        return torch.from_numpy(stacked)
+        # As many columns as a power of two: a CUDA graph is for one number of them.
+        count = stacked.shape[2]
+        more = max(self.least_columns, 1 << (count - 1).bit_length()) - count
+        return self._index(np.pad(stacked, ((0, 0), (0, 0), (0, more)), mode="edge"))
+
+    def _index(self, numbers: np.ndarray[Any, Any]) -> torch.Tensor:
+        """Return numbers, or truths, on the device."""
+        return torch.from_numpy(numbers).to(self.device)
 
     def contiguous(self) -> CacheMemory:
-        """Return a copy in contiguous memory."""
-        made = CacheMemory(self.shapes, self.dtype, self.device, budget=self.budget)
+        """Return the same in contiguous memory with no room for more, which no budget counts."""
+        made = CacheMemory(self.shapes, self.dtype, self.device, grows=False)
         for layer in range(len(self.shapes)):
             held = self.read(layer)
             if held is not None:
@@ -171,7 +185,7 @@ class BlockMemory(CacheMemory):
 
     def like(self) -> BlockMemory:
         """Return an empty memory for caches of the same kind."""
-        made = BlockMemory(self.shapes, self.dtype, self.budget)
+        made = BlockMemory(*self._made())
         made.windows = list(self.windows)
         return made
 
@@ -249,8 +263,8 @@ class BlockMemory(CacheMemory):
             made[where] = own
             moved, filled = where[:, 0], self.lengths[layer] - first * BLOCK_LEN
             if filled > 0 and moved.any():
-                to, of = (torch.from_numpy(x[moved, 0]) for x in (made, ids.clip(0)))
-                none = torch.from_numpy(made[moved & (ids[:, 0] < 0), 0])
+                to, of = (self._index(x[moved, 0]) for x in (made, ids.clip(0)))
+                none = self._index(made[moved & (ids[:, 0] < 0), 0])
                 with torch.inference_mode(False), torch.no_grad():
                     for part in self._parts[layer]:
                         part[to, :, :filled] = part[of, :, :filled]
@@ -280,13 +294,15 @@ class BlockMemory(CacheMemory):
         layer's window, and merge equal blocks of several rows of a prompt."""
         begin = self.length
         super().advance(count)
+        self.blocks.note_use()
         for layer, window in enumerate(self.windows):
             gone = 0 if window is None else (self.lengths[layer] - window + 1 - SLACK) // BLOCK_LEN
             if gone > self._gone[layer]:
                 self._let_go(layer, slice(None), slice(0, gone))
                 self._gone[layer] = gone
-            if count >= BLOCK_LEN and len(self.tables[layer]) > 1:
-                self._merge(layer, -(-begin // BLOCK_LEN), self.lengths[layer] // BLOCK_LEN)
+        first, end = -(-begin // BLOCK_LEN), self.length // BLOCK_LEN
+        if first < end and count >= BLOCK_LEN and len(self.tables[0]) > 1:
+            self._merge(first, end)
 
     def _let_go(self, layer: int, rows: slice, columns: slice) -> None:
         cells = self.tables[layer][rows, columns]
@@ -294,21 +310,27 @@ class BlockMemory(CacheMemory):
         cells[:] = -1
         self.blocks.release(old)
 
-    def _merge(self, layer: int, first: int, end: int) -> None:
-        """Share blocks between adjacent rows that hold the same bytes, as rows of one prompt do."""
-        table, memory = self.tables[layer], self.blocks.memory
-        nbytes = self.blocks.block_nbytes
-        for column in range(first, end):
-            ids = table[:, column]
-            starts = self._parts[layer][0][torch.from_numpy(ids.clip(0)), 0, 0]
-            alike = (starts[1:] == starts[:-1]).all(1).numpy()
-            for row in np.flatnonzero(alike & (ids[1:] != ids[:-1]) & (ids[1:] >= 0)) + 1:
-                a, b = int(ids[row - 1]), int(ids[row])
-                one, other = (memory[i * nbytes : (i + 1) * nbytes] for i in (a, b))
-                if torch.equal(one, other):
-                    table[row, column] = a
-                    self.blocks.share(ids[row - 1 : row])
-                    self.blocks.release(np.array([b]))
+    def _merge(self, first: int, end: int) -> None:
+        """Let rows have the block of the row before where both hold the same bytes, as rows of one
+        prompt do: all layers are asked at once, of the first key of each block, then of all."""
+        stacked = np.stack([table[:, first:end] for table in self.tables])
+        above, below = stacked[:, :-1], stacked[:, 1:]
+        apart = (above != below) & (above >= 0) & (below >= 0)
+        places, a, b = np.argwhere(apart), above[apart], below[apart]
+        words = self.blocks.memory.view(torch.int64)
+        size = self.blocks.block_nbytes // words.itemsize
+        words = words[: len(words) // size * size].view(-1, size)
+        of_key = max(1, self.shapes[0].key_width * self.dtype.itemsize // words.itemsize)
+        starts = words[:, :of_key]
+        alike = (starts[self._index(a)] == starts[self._index(b)]).all(1).cpu().numpy()
+        pairs = zip(a[alike].tolist(), b[alike].tolist(), strict=True)
+        same = [(words[i] == words[j]).all() for i, j in pairs]
+        equal = torch.stack(same).cpu().numpy() if same else np.zeros(0, dtype=bool)
+        for layer, row, column in places[alike][equal]:
+            cells = self.tables[layer][row : row + 2, first + column]
+            self.blocks.share(cells[:1])
+            self.blocks.release(cells[1:].copy())
+            cells[1] = cells[0]
         self._ready = 0
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor, start: int = 0) -> None:
@@ -347,7 +369,7 @@ class BlockMemory(CacheMemory):
             while position < end:
                 column, first = divmod(position, BLOCK_LEN)
                 until = min(end, (column + 1) * BLOCK_LEN)
-                ids = torch.from_numpy(self.tables[layer][rows, column])
+                ids = self._index(self.tables[layer][rows, column])
                 for part, given in zip(self._parts[layer], (keys, values), strict=True):
                     new = given[:, :, position - start : until - start].to(self.dtype)
                     part[ids, :, first : first + until - position] = new

@@ -49,10 +49,12 @@ class MemoryRow:
     count: int
 
 
-def make_table(layers: int, memory: torch.Tensor) -> torch.Tensor:
-    """Return the block table of contiguous memory, see `ir/cache_ops.py`."""
-    shape = 2 * layers, memory.shape[1], 1
-    return torch.zeros(shape, dtype=torch.int64, device=memory.device)
+def make_table(shapes: Sequence[LayerShape], memory: torch.Tensor) -> torch.Tensor:
+    """Return the block table that contiguous memory of these layers has, see `ir/cache_ops.py`."""
+    batch, capacity = memory.shape[1:]
+    sizes = np.array([s.heads * w for s in shapes for w in (s.key_width, s.value_width)])
+    rows = sizes[:, None] * np.arange(batch) + batch * (np.cumsum(sizes) - sizes)[:, None]
+    return torch.from_numpy(capacity * rows[:, :, None]).to(memory.device)
 
 
 class CacheMemory:
@@ -238,7 +240,7 @@ class CacheMemory:
                     values[:, :, :length] = before[1]
                 blocks.append((keys, values))
         self._tensor, self._blocks = made, blocks
-        self._table = make_table(len(self.shapes), made)
+        self._table = make_table(self.shapes, made)
         self._count()
         return made
 

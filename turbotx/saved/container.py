@@ -24,11 +24,11 @@ from typing import Any
 
 from turbotx.errors import SavedFileError
 
-FORMAT = 9
-"""Increased whenever older readers would misinterpret a file: since 4, the ambient state that a
-program assumes; since 5, conditions on sizes of 0 and 1; since 6, programs are `Executable`s; since
-7, decisions on tensor values; since 8, weights packed from their parts; since 9, the names of
-hoisted constants."""
+FORMAT = 10
+"""Raised whenever an older reader would misunderstand what is written: since 4, what a program
+assumes of the state around a call; since 5, conditions on sizes of 0 and 1; since 6, programs are
+`Executable`s; since 7, decisions by values of tensors; since 8, weights packed from their parts;
+since 9, the names of hoisted constants."""
 
 MANIFEST = "manifest.json"
 

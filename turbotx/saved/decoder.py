@@ -34,8 +34,8 @@ class SavedSteps(StepCalls):
         self.name, self.device, self._table = name, place, table
         self.shapes = tuple(LayerShape(*sizes) for sizes in facts["shapes"])
         self.budget = CacheBudget(facts["most_nbytes"])
-        # CPU programs of a file are native; GPU programs take contiguous caches.
-        self.in_blocks = all(call.program.executable.gpu is None for call in table.calls())
+        columns = (call.program.executable.least_columns for call in table.calls())
+        self.least_columns = min(columns, default=0)
         self._dtypes: dict[Ambient, torch.dtype] = {}
 
     def find_dtype(self, call: Mapping[str, Any]) -> torch.dtype:

@@ -69,7 +69,7 @@ def _sizes_to_try(compiled: Compiled) -> Iterator[tuple[int, ...]]:
     evaluate = program.executable.values.compile(program.dims)
     gpu = program.executable.gpu
     cells = None if gpu is None else gpu.cells
-    full = set() if cells is None else {*cells.growing, cells.capacity}
+    full = set() if cells is None else {*cells.growing, *cells.room}
     for first, others, room in itertools.product(TRIED, TRIED, TRIED if full else TRIED[:1]):
         shape = tuple(
             room if k in full else first if k == 0 or "_d0" in n else others

@@ -147,6 +147,8 @@ def test_what_does_not_fit_is_refused(small: str) -> None:
 
 # --- the templates of the package, as Triton itself reads them ---
 
+IMPORT = r"^from turbotx\S+\.(\w+) import (?:\w.*|\([^)]*\))$"
+
 
 def unspecialized(job: Job, file: str, function: str, flags: Mapping[str, Flag]) -> Job:
     """Return the job of a template as it is, its flags constants; what it is not given is None."""
@@ -157,8 +159,7 @@ def unspecialized(job: Job, file: str, function: str, flags: Mapping[str, Flag])
         source, count = re.subn(rf"^{name} = tl\.constexpr\(None\)", f"{name} = {text}", source,
                                 flags=re.MULTILINE)  # fmt: skip
         assert count == 1
-    source = re.sub(r"^from turbotx\S+\.(\w+) import (\w.*|\([^)]*\))$", definitions, source,
-                    flags=re.MULTILINE)  # fmt: skip
+    source = with_definitions(source)
     head = re.search(rf"^def {function}\(([^)]*)\):", source, re.MULTILINE)
     assert head is not None
     given = dict(job.signature)
@@ -170,9 +171,15 @@ def unspecialized(job: Job, file: str, function: str, flags: Mapping[str, Flag])
     )
 
 
-def definitions(found: re.Match[str]) -> str:
-    """Return the functions of the template that an import names."""
-    return "".join((TEMPLATES / f"{found[1]}.py").read_text().partition("@triton.jit")[1:])
+def with_definitions(source: str) -> str:
+    """Return a template with the functions of other files in the places of their imports."""
+
+    def define(found: re.Match[str]) -> str:
+        head, *body = (TEMPLATES / f"{found[1]}.py").read_text().partition("@triton.jit")
+        imports = [m[0] for m in re.finditer(IMPORT, head, re.MULTILINE)]
+        return with_definitions("\n".join(imports)) + "\n" + "".join(body)
+
+    return re.sub(IMPORT, define, source, flags=re.MULTILINE)
 
 
 def operations(ttir: str, name: str) -> list[str]:
@@ -213,6 +220,7 @@ def test_products(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         AttentionKernel(torch.float16, 64, 0.125, True, keys="mask", blind_nan=True),
         AttentionKernel(torch.float32, 20, 0.2, False, "float32", "lengths", (3, 2), softcap=5.0),
+        AttentionKernel(torch.float16, 64, 0.125, True, late=True, cached=True),
     ],
     ids=lambda c: c.name,
 )

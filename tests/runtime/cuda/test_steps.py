@@ -64,10 +64,73 @@ def test_tokens_are_those_of_eager(family: str, monkeypatch: pytest.MonkeyPatch)
         given = {**prompt(family, 2, 6, 2), **way, "max_new_tokens": 5, "min_new_tokens": 5}
         assert torch.equal(fast.generate(**given), model.generate(**given))
     assert fast.stats()["eager_calls"] == 0
-    stores = device.names("launch").count("cache_store_float_8")
-    assert stores, "rows are stored by a kernel"
     # T5's bias by distance, too, which has as many rows as there are keys at a step.
     assert len([e for e in device.log if e[0] == "replay"]) > 5
+
+
+@pytest.mark.parametrize(("family", "count"), [("gpt2", 7), ("llama", 8)])
+def test_a_step_takes_as_many_launches_a_layer_as_a_call_without_a_cache(
+    family: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention stores the new rows itself; here norms are kernels of their own."""
+    counts = []
+    for layers in (1, 2):
+        config = copy.deepcopy(make(family).config)
+        config.num_hidden_layers, config.layer_types = layers, None
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        device = RecordingDevice()
+        fast = bind_to(device, model, monkeypatch, norms="store", cuda_graphs=False)
+        cache, made = new_cache(model), []
+        for call in ({"past_key_values": cache, "use_cache": True}, {"use_cache": False}):
+            ids = torch.tensor([[3]])
+            with torch.no_grad():
+                fast(ids, **call)
+                device.log.clear()
+                fast(ids, **call)
+            made.append([e for e in device.log if e[0] in ("launch", "call")])
+        writes = [e for e in made[0] if e[:2] == ("call", "write_cells")]
+        assert len(writes) == 1  # what a step's kernels read on the device
+        counts.append((len(made[0]) - 1, len(made[1])))
+    assert {after - before for before, after in zip(*counts, strict=True)} == {count}
+
+
+def test_memory_that_grows_keeps_the_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs hold no address of the cache: further blocks, and other caches', change none."""
+    model, device = make_small(), InterpretedDevice()
+    fast = bind_to(device, model, monkeypatch)
+    ours, theirs, others = new_cache(model), new_cache(model), []
+    for k in range(6):
+        torch.testing.assert_close(step(fast, ours, 5 + k), step(model, theirs, 5 + k))
+        if k == 3:
+            captures = fast.stats()["graph_captures"]
+            memory = ours.layers[0].memory
+            before = memory.blocks.mapped_nbytes
+            others = [copy.deepcopy(memory) for _ in range(2)]
+            for other in others:
+                other.tensor_for(1, 20000)
+            assert memory.blocks.mapped_nbytes > before
+    assert fast.stats()["graph_captures"] == captures
+
+
+def test_beams_move_rows_of_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole blocks of a prompt are held once, and no step copies more than a last block a beam."""
+    model, device = make_small(), InterpretedDevice()
+    fast = bind_to(device, model, monkeypatch)
+    given = prompt("llama", 1, 70) | {"num_beams": 3, "do_sample": False, "max_new_tokens": 4}
+    assert torch.equal(fast.generate(**given), model.generate(**given))
+    assert fast.stats()["eager_calls"] == 0
+    block = 64 * 2 * 2 * 8 * 4
+    assert fast.stats()["cache_peak_nbytes"] == 6 * block  # before the prompt's are merged
+    cache = new_cache(model)
+    ids = given["input_ids"].expand(3, -1).contiguous()
+    with torch.no_grad():
+        fast(input_ids=ids, past_key_values=cache, use_cache=True)
+    held = fast.stats()["cache_nbytes"]
+    assert held == 4 * block
+    cache.reorder_cache(torch.tensor([1, 1, 1]))
+    assert fast.stats()["cache_nbytes"] == 2 * block
+    step(fast, cache, 5, batch=3)
+    assert fast.stats()["cache_nbytes"] == held
 
 
 def test_rows_that_grow_are_masked_by_every_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,15 +155,16 @@ def test_one_graph_serves_every_length_and_every_cache(monkeypatch: pytest.Monke
     kept = []
     for turn in range(2):
         ours, theirs = new_cache(model), new_cache(model)
-        kept.append(ours)  # the second cache lies elsewhere
+        kept.append(ours)  # the second cache lies in other blocks
         for k in range(5):
             tokens = (3, 9, 4) if k == 0 else (5 + k + turn,)
             torch.testing.assert_close(step(fast, ours, *tokens), step(model, theirs, *tokens))
     # Prompts and steps: each once plainly, then captured, and replayed from then on.
     assert fast.stats()["graph_captures"] == 2
     assert len([e for e in device.log if e[0] == "replay"]) == 3 + 1 + 4
-    first, second = (c.layers[0].memory.tensor_for(1, 7) for c in kept)
-    assert first.data_ptr() != second.data_ptr()
+    first, second = (c.layers[0].memory for c in kept)
+    assert not set(first.tables[0].ravel()) & set(second.tables[0].ravel())
+    assert first.tensor_for(1, 7).data_ptr() == second.tensor_for(1, 7).data_ptr()
     torch.testing.assert_close(kept[1].layers[0].keys, theirs.layers[0].keys)
 
 
@@ -136,6 +200,17 @@ def frames_of(fast: Any) -> list[Any]:
     return [e.table.frame for p in programs for e in p.executions.values()]
 
 
+def test_blocks_behind_a_window_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_small("mistral")
+    fast = bind_to(InterpretedDevice(), model, monkeypatch)
+    ours, theirs = new_cache(model), new_cache(model)
+    ids = torch.randint(2, VOCABULARY, (1, 100), generator=torch.Generator().manual_seed(1))
+    for tokens in (ids[0].tolist(), *([t] for t in range(2, 5)), ids[0, :60].tolist(), [7], [8]):
+        made, wanted = (step(run, c, *tokens) for run, c in ((fast, ours), (model, theirs)))
+        torch.testing.assert_close(made[:, -1], wanted[:, -1])
+    assert ours.layers[0].memory.tables[0].tolist()[0][0] == -1
+
+
 def test_a_cache_that_is_cut_and_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_small("mistral")
     fast = bind_to(InterpretedDevice(), model, monkeypatch)
@@ -146,6 +221,7 @@ def test_a_cache_that_is_cut_and_reordered(monkeypatch: pytest.MonkeyPatch) -> N
             run(input_ids=ids, past_key_values=cache, use_cache=True)
             cache.crop(-1)
             cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert ours.layers[0].memory.windows == [8]
     for token in range(6):  # past the window of 8
         torch.testing.assert_close(
             step(fast, ours, token + 2, batch=3), step(model, theirs, token + 2, batch=3)

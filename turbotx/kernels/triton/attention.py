@@ -5,7 +5,8 @@ launch: q, k and v in place by strides (a packed GEMM's output among them), out 
 the sizes of `cpp_attention.SIZES`, dots written as underscores. One program a tile of queries::
 
     args: q_ptr, k_ptr, v_ptr, out_ptr, [keys_ptr: mask or lengths], [bias_ptr], [sinks_ptr],
-        [bounds_ptr, starts_ptr: of packed sequences], [peaks_ptr], sizes...
+        [bounds_ptr, starts_ptr: of packed sequences],
+        [cache_ptr, k_table_ptr, v_table_ptr: of a cache that gets k and v], [peaks_ptr], sizes...
 
 Where all keys are in one tile there is no loop, and nothing to carry through one.
 Online softmax after Milakov & Gimelshein 2018, tiling after Dao et al. 2022 (FlashAttention).
@@ -33,6 +34,11 @@ ONE_TILE = 64
 # program's place, which would take longer than all else before its first load.
 MOST_DEEP = 65535
 NAMES = tuple(name.replace(".", "_") for name in SIZES)
+# What attention over a cache takes besides: the columns of its tables, the rows of a block. A tile
+# of keys is in one block.
+BLOCK_NAMES = ("columns", "block_len")
+MOST_KEYS = 64
+CACHE_POINTERS = ("cache_ptr", "k_table_ptr", "v_table_ptr")
 # The sizes that are strides between vectors of head_dim: multiples of 16 in any packed layout.
 STRIDES = tuple(n for n in NAMES if n.split("_")[0] in ("q", "k", "v", "out") and "len" not in n)
 
@@ -69,6 +75,16 @@ def with_keys(schedule: AttentionSchedule, k_len: int) -> AttentionSchedule:
     return replace(schedule, once=0) if k_len > schedule.k_tile else schedule
 
 
+def in_blocks(schedule: AttentionSchedule) -> AttentionSchedule:
+    """Return the schedule over a cache: no more keys of a tile than a block has, in a loop."""
+    return replace(schedule, k_tile=min(schedule.k_tile, MOST_KEYS), once=0)
+
+
+def size_names(kernel: AttentionKernel) -> tuple[str, ...]:
+    """Return the sizes that a kernel takes, in their order."""
+    return NAMES + BLOCK_NAMES * kernel.cached
+
+
 def _tiles_for(kernel: AttentionKernel, q_len: int | None) -> AttentionSchedule:
     depth = max(16, power_above(kernel.head_dim))
     few = q_len is not None and q_len <= FEW_QUERIES
@@ -100,6 +116,7 @@ def print_triton_attention(
 ) -> str:
     """Return the Triton source of an attention launch."""
     schedule, name = schedule or choose_attention_schedule(kernel), name or kernel.name
+    schedule = in_blocks(schedule) if kernel.cached else schedule
     header = [
         name,
         f"  softmax(q k^T * {kernel.scale!r}) v with head_dim {kernel.head_dim}"
@@ -110,13 +127,13 @@ def print_triton_attention(
     arguments = ["q_ptr", "k_ptr", "v_ptr", "out_ptr"]
     arguments += ["keys_ptr"] * (kernel.keys != "all") + ["bias_ptr"] * (kernel.bias != "none")
     arguments += ["sinks_ptr"] * kernel.sinks + ["bounds_ptr", "starts_ptr"] * kernel.packed
-    arguments += ["peaks_ptr"] * kernel.peaks
-    arguments += [*NAMES, "Q_TILE", "K_TILE"]
-    flags = attention_flags(kernel) | {
-        "ONCE": bool(schedule.once), "PACKED": kernel.packed, "PEAKS": kernel.peaks,
-        "MOST_DEEP": MOST_DEEP,
-    }  # fmt: skip
-    return stand_alone(header, specialize("attention", "attention", name, arguments, flags))
+    arguments += CACHE_POINTERS * kernel.cached + ("peaks_ptr",) * kernel.peaks
+    arguments += [*size_names(kernel), "Q_TILE", "K_TILE"]
+    flags = attention_flags(kernel) | {"MOST_DEEP": MOST_DEEP}
+    if not kernel.cached:
+        flags |= {"ONCE": bool(schedule.once), "PACKED": kernel.packed, "PEAKS": kernel.peaks}
+    template = "cached_attention" if kernel.cached else "attention"
+    return stand_alone(header, specialize(template, template, name, arguments, flags))
 
 
 def describe_masks(kernel: AttentionKernel) -> str:
@@ -128,6 +145,7 @@ def describe_masks(kernel: AttentionKernel) -> str:
     hidden += [f"scores capped at {kernel.softcap!r}"] * (kernel.softcap != 0)
     hidden += [f"{kernel.bias} bias"] * (kernel.bias != "none") + ["sinks"] * kernel.sinks
     hidden += ["each sequence by itself"] * kernel.packed
+    hidden += ["behind a cache, which gets k and v"] * kernel.cached
     return "".join(f", {word}" for word in hidden)
 
 

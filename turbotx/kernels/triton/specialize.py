@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,8 @@ def _specialize(
 class _Template:
     def __init__(self, file: str, flags: Mapping[str, Flag]) -> None:
         tree = _parse(file)
-        imported = [s.module.rpartition(".")[2] for s in tree.body
-                    if isinstance(s, ast.ImportFrom) and s.module]  # fmt: skip
-        written = [tree, *(_parse(name) for name in imported if name != "functions")]
         self.functions = {
-            s.name: s for t in written for s in t.body if isinstance(s, ast.FunctionDef)
+            s.name: s for t in _with_imports(tree) for s in t.body if isinstance(s, ast.FunctionDef)
         }
         self.done: set[str] = set()
         constants = {
@@ -152,6 +149,15 @@ class _Template:
         made += [_copy(x, names, values) for x in body]
         ends = [(t, _copy(r, names, values)) for t, r in pairs]
         return made + [_assign(t, r, s) for t, r in ends if ast.unparse(r) != t]
+
+
+def _with_imports(tree: ast.Module) -> Iterator[ast.Module]:
+    """Give a template, and those whose functions are written out in it."""
+    yield tree
+    for s in tree.body:
+        file = s.module.rpartition(".")[2] if isinstance(s, ast.ImportFrom) and s.module else ""
+        if file not in ("", "functions"):
+            yield from _with_imports(_parse(file))
 
 
 def _parse(file: str) -> ast.Module:

@@ -53,7 +53,7 @@ class KernelArguments:
         self._statuses = np.array([status.address(i) for i in range(launches)], dtype=np.int64)
         self._turn = np.array([turns.data_ptr()], dtype=np.int64)
         self._nothing = np.zeros(1, dtype=np.int64)
-        keys = () if cells is None else (*cells.values, *cells.windows)
+        keys = () if cells is None else (*cells.values, (cells.slot, None))
         self._cells = torch.zeros(len(keys), dtype=torch.int64, device=turns.device)
         self._cell_addresses = self._cells.data_ptr() + 8 * np.arange(len(keys), dtype=np.int64)
         first = self._cell_addresses.ctypes.data

@@ -48,14 +48,13 @@ class GraphBinding(Binding):
     outer: shapes and dtypes of inputs, then of outputs. outer_offsets: where they lie.
     graph_nbytes: of all memory. key: the dims that one graph serves: those of the call, or of a
     decoder's steps as they are when the cache is full. cells: what kernels read on the device in
-    this call; windows: offsets of what they read in the cache, in bytes.
+    this call.
     """
 
     outer: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     outer_offsets: tuple[int, ...]
     graph_nbytes: int
     key: tuple[int, ...]
-    windows: np.ndarray[Any, np.dtype[np.int64]]
     cells: tuple[int, ...] = ()
 
 
@@ -117,7 +116,7 @@ class CudaGraphProgram(Program):
     def _plan_shape(self, dims: tuple[int, ...]) -> Binding:
         plain = super()._plan_shape(dims)
         inputs = [(shape(*dims), dtype) for shape, dtype in self._shapes]
-        if self._steps.cells is not None:  # which is not copied
+        if self._steps.cache is not None:  # which is not copied
             inputs[self._steps.cache] = (0,), inputs[self._steps.cache][1]
         outer = (*inputs, *((shape, dtype) for _, shape, dtype in plain.outputs))
         offsets, end = [], align(plain.footprint_nbytes, ALIGNMENT)
@@ -126,8 +125,7 @@ class CudaGraphProgram(Program):
             end = align(end + math.prod(shape) * dtype.itemsize, ALIGNMENT)
         known = {f.name: getattr(plain, f.name) for f in fields(plain)}
         return GraphBinding(
-            **known, outer=outer, outer_offsets=tuple(offsets), graph_nbytes=end, key=dims,
-            windows=self._steps.find_windows(plain.sizes),
+            **known, outer=outer, outer_offsets=tuple(offsets), graph_nbytes=end, key=dims
         )  # fmt: skip
 
     def bind(self, dims: tuple[int, ...]) -> Binding:
@@ -264,9 +262,9 @@ class CudaGraphProgram(Program):
     ) -> None:  # fmt: skip
         """Queue what kernels read on the device in this call."""
         if self._steps.cells is not None:
-            assert isinstance(binding, GraphBinding)
-            cache = binding.windows + tensors[self._steps.cache].data_ptr()
-            numbers = np.concatenate((np.array(binding.cells, dtype=np.int64), cache))
+            assert isinstance(binding, GraphBinding) and self._steps.cache is not None
+            cache = tensors[self._steps.cache].data_ptr()
+            numbers = np.array((*binding.cells, cache), dtype=np.int64)
             self.runtime.device.call(partial(frame.write_cells, numbers))
 
     def _run_in(

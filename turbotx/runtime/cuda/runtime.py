@@ -38,7 +38,7 @@ from turbotx.runtime.cuda.arguments import Key
 from turbotx.runtime.cuda.experts import ExpertsFamily, RouteFamily
 from turbotx.runtime.cuda.gemm import GemmFamily, find_library_call, plain_gemm
 from turbotx.runtime.cuda.queue import CudaQueue
-from turbotx.runtime.cuda.step_variants import SplitFamily, StoreFamily
+from turbotx.runtime.cuda.step_variants import SplitFamily
 from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, SequenceFamily, lay_out
 from turbotx.runtime.device import Device
 from turbotx.runtime.weights import Weights
@@ -47,7 +47,7 @@ from turbotx.runtime.weights import Weights
 # tiles for run-time lengths, with and without sizes that allow 128-bit accesses.
 EXPECTED_LENGTHS = (16, 17, 256, 250, 512, 500)
 
-Compiling = KernelFamily | AttentionFamily | GemmFamily | RouteFamily | SequenceFamily | StoreFamily
+Compiling = KernelFamily | AttentionFamily | GemmFamily | RouteFamily | SequenceFamily
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,6 @@ class LaunchKernels:
             elif isinstance(launch, ir.RouteLaunch):
                 found[i] = RouteFamily(launch, target, self.table)
                 self._lay_out(i, "kernel", launch)
-            elif isinstance(launch, ir.StoreLaunch):
-                store = found[i] = StoreFamily(launch, target, self.table, self.steps)
-                self._layouts[i, "kernel"] = store.layout
             elif isinstance(launch, ir.SequenceLaunch):
                 found[i] = SequenceFamily(launch, target, self.table)
                 self._lay_out(i, "kernel", launch)
@@ -157,11 +154,10 @@ class LaunchKernels:
     def _lay_out_cells(self, steps: GrowingDims, dims: Sequence[str]) -> DeviceCells:
         """Say what of the tables kernels read on the device."""
         moving = tuple(k for e, k in self.table.values.items() if steps.move(e))
-        slot = self.table.slots[steps.cache]
-        pointers = (p for layout in self._layouts.values() for p in layout.pointers)
-        windows = tuple(dict.fromkeys(p for p in pointers if p[0] == slot))
         grow = tuple(k for k, name in enumerate(dims) if name in steps.dims)
-        return DeviceCells(grow, list(dims).index(steps.capacity), moving, steps.cache, windows)
+        rows, columns = (list(dims).index(name) for name in steps.room)
+        slot = self.table.slots[steps.cache]
+        return DeviceCells(grow, (rows, columns), moving, steps.cache, slot)
 
     def _lay_out(self, i: int, which: str, launch: ir.Launch) -> None:
         body = launch.kernel.body if isinstance(launch, ir.KernelLaunch) else ()

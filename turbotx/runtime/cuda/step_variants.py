@@ -1,4 +1,4 @@
-"""Which kernels a decoder's steps need: attention over the cache, and what stores rows in it.
+"""Which kernels a decoder's steps need: attention over the cache, which stores the new rows in it.
 
 In: launches over a cache, and what grows with every step. Out: as `variants`, for the room that the
 cache has; how much of it is filled, kernels read on the device::
@@ -13,19 +13,9 @@ from dataclasses import replace
 
 from turbotx import ir
 from turbotx.ir.matmul_kernels import AttentionKernel
-from turbotx.kernels.cache_jobs import (
-    STORE_NAMES,
-    STORE_STRIDES,
-    SplitSchedule,
-    StoreSchedule,
-    choose_split,
-    split_bounds,
-    split_job,
-    store_job,
-)
-from turbotx.kernels.job import ALIGNED_NBYTES, Job
+from turbotx.kernels.cache_jobs import SplitSchedule, choose_split, split_bounds, split_job
+from turbotx.kernels.job import Job
 from turbotx.kernels.schedule_selector import Tiles
-from turbotx.kernels.triton.attention import MOST_DEEP
 from turbotx.program.executable import ArgumentLayout
 from turbotx.program.link import LaunchLayout
 from turbotx.program.steps import GrowingDims
@@ -88,53 +78,3 @@ class SplitFamily(AttentionFamily):
                 self.kernel, self._group, self._target, schedule, divisible, unaligned, self._cells
             )
         return job
-
-
-class StoreFamily:
-    """The variants of a launch that stores rows in a cache: one row of each head, or many."""
-
-    name = "cache_store"
-
-    def __init__(
-        self, launch: ir.StoreLaunch, target: str, table: LaunchLayout, steps: GrowingDims | None
-    ) -> None:  # fmt: skip
-        held, new = launch.held, launch.new
-        batch, heads, count, width = new.shape
-        first = held.shape[2] - count
-        sizes = (count, first, *new.strides[:3], *held.strides[:2])
-        self._dtype, self._width, self._target = new.dtype, int(width), target
-        self._sizes = [table.value(e) for e in sizes]
-        self._grid = [table.value(e) for e in (batch, heads)]
-        self._shifts = [
-            (name, table.value(a.offset * a.dtype.itemsize))
-            for name, a in (("new_ptr", new), ("held_ptr", held))
-            if a.offset != 0
-        ]
-        moving = [n for n, e in zip(STORE_NAMES, sizes, strict=True) if steps and steps.move(e)]
-        self._cells = (*moving, "held_ptr") if steps else ()
-        self.layout = lay_out([new, held], "", self._sizes, table)
-        self._jobs: dict[object, Job] = {}
-
-    def pick(self, sizes: Sequence[int]) -> list[Part]:
-        """Return what to run at these sizes; a grid with a zero means nothing."""
-        values = dict(zip(STORE_NAMES, (sizes[k] for k in self._sizes), strict=True))
-        batch, heads = (sizes[k] for k in self._grid)
-        schedule = StoreSchedule(1, 1) if values["count"] == 1 else StoreSchedule(16)
-        divisible = tuple(n for n in STORE_STRIDES if values[n] % 16 == 0)
-        unaligned = tuple(name for name, k in self._shifts if sizes[k] % ALIGNED_NBYTES)
-        key = (schedule, divisible, unaligned)
-        job = self._jobs.get(key)
-        if job is None:
-            job = self._jobs[key] = store_job(
-                self._dtype, self._width, self._target, *key, self._cells
-            )
-        assert batch <= MOST_DEEP, "a cache of so many sequences"
-        return [Part("kernel", job, (-(-values["count"] // schedule.r_tile), heads, batch))]
-
-    @property
-    def deciders(self) -> Deciders:
-        """The sizes that decide which variant runs: whether there is more than one row, and which
-        strides and addresses are multiples of 16."""
-        places = dict(zip(STORE_NAMES, self._sizes, strict=True))
-        even = (*(places[n] for n in STORE_STRIDES), *(k for _, k in self._shifts))
-        return Deciders(((places["count"], (1, POWERS[-1])),), even)

@@ -35,10 +35,12 @@ from turbotx.kernels.schedule_selector import (
     structure_of,
 )
 from turbotx.kernels.triton.attention import (
-    NAMES,
+    CACHE_POINTERS,
     STRIDES,
     AttentionSchedule,
     attention_grid,
+    in_blocks,
+    size_names,
     with_keys,
 )
 from turbotx.kernels.triton.compiler import kernel_job
@@ -58,10 +60,7 @@ from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.device import Grid
 
 KEYS = ("q_len", "k_len")
-POINTERS = (
-    "q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr", "bias_ptr", "sinks_ptr", "bounds_ptr",
-    "starts_ptr",
-)  # fmt: skip
+POINTERS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr", "bias_ptr", "sinks_ptr")
 # How many keys a tile of attention can have; the last stands for more than any.
 TILES_OF_KEYS = (16, 32, 64, 128, 256, 1 << 30)
 # Elements from which on a kernel counts in 64 bits: a masked tile reaches past the end.
@@ -215,11 +214,16 @@ class AttentionFamily:
         self.kernel: AttentionKernel | ProductKernel = launch.kernel
         self._target, self._tiles = target, tiles
         self._sizes = [table.value(e) for e in launch.sizes]
-        flash = isinstance(launch, ir.AttentionLaunch)
-        self._names, self._strides = (NAMES, STRIDES) if flash else (PRODUCT_NAMES, PRODUCT_STRIDES)
-        names = POINTERS if flash else ("a_ptr", "b_ptr", "out_ptr")
+        if isinstance(launch, ir.AttentionLaunch):
+            self._names, self._strides = size_names(launch.kernel), STRIDES
+            further = CACHE_POINTERS if launch.kernel.cached else ("bounds_ptr", "starts_ptr")
+            names = (*POINTERS, *further)
+        else:
+            self._names, self._strides = PRODUCT_NAMES, PRODUCT_STRIDES
+            names = ("a_ptr", "b_ptr", "out_ptr")
         given = dict(zip(names, launch.operands, strict=False))
-        self._shifts = table.shifts(given)
+        aligned = {n: a for n, a in given.items() if n not in CACHE_POINTERS}
+        self._shifts = table.shifts(aligned)
         cells = [n for n, a in given.items() if steps and a is not None and a.tensor == steps.cache]
         sized = zip(self._names, launch.sizes, strict=True)
         self._cells = (*(n for n, e in sized if steps and steps.move(e)), *cells)
@@ -260,7 +264,8 @@ class AttentionFamily:
         """Return what to run at these sizes by a given schedule."""
         values = dict(zip(self._names, (sizes[k] for k in self._sizes), strict=True))
         if isinstance(tiles, AttentionSchedule):
-            tiles = with_keys(tiles, values["k_len"])
+            cached = isinstance(self.kernel, AttentionKernel) and self.kernel.cached
+            tiles = in_blocks(tiles) if cached else with_keys(tiles, values["k_len"])
         key = (tiles, *self._known(values, sizes))
         job = self._jobs.get(key)
         if job is None:

@@ -2,13 +2,20 @@
 
 One program a part of the keys of one key head, for all heads of queries that share it: keys and
 values are loaded once. Every program leaves its sums; the last to come adds them all, in order.
-After Dao et al. 2023 (Flash-Decoding). How many keys there are, it reads on the device.
+After Dao et al. 2023 (Flash-Decoding). How many keys there are, it reads on the device. The program
+of the last part also stores the new rows of its head.
 """
 
 import triton
 import triton.language as tl
 
-from turbotx.kernels.triton.templates.attention import divide_values, find_keys, score_keys
+from turbotx.kernels.triton.templates.cached_attention import (
+    attend_in_blocks,
+    divide_in_blocks,
+    find_cache,
+    find_tiles,
+    store_rows,
+)
 
 # As in attention.py.
 HEAD_DIM = tl.constexpr(None)
@@ -32,23 +39,6 @@ PARTS = tl.constexpr(None)  # that are added at a time
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MOST = tl.constexpr(3.4028234663852886e38)  # of float32
-
-
-@triton.jit
-def find_part(first, q_len, count, K_TILE: tl.constexpr):
-    """The keys of a program, of those that any of its queries sees."""
-    low = 0
-    high = tl.cdiv(count, K_TILE)
-    if LEFT is not None:
-        low = tl.maximum(first - LEFT, 0) // K_TILE
-    if RIGHT is not None:
-        high = tl.cdiv(tl.minimum(count, first + q_len + RIGHT), K_TILE)
-    steps = tl.maximum(high - low, 0)
-    split = tl.program_id(0)
-    splits = tl.num_programs(0)
-    begin = (low + split * steps // splits) * K_TILE
-    end = (low + (split + 1) * steps // splits) * K_TILE
-    return begin, end
 
 
 @triton.jit
@@ -107,10 +97,32 @@ def add_sums(parts):
 
 
 @triton.jit
+def store_rest(quotient, kv_head, q_len, dim, dim_ok, out_ptr, out_head, out_row):
+    line = tl.arange(0, ROWS)[:, None]
+    its_query = line // GROUP
+    its_head = (kv_head * GROUP + line % GROUP).to(tl.int64)
+    out_at = out_ptr + its_head * out_head + its_query * out_row + dim
+    tl.store(out_at, quotient.to(STORED), mask=(its_query < q_len) & dim_ok)
+
+
+@triton.jit
+def store_few_rows(
+    q_len, past, dim, dim_ok, k_ptr, k_row, v_ptr, v_row, head_ptr, k_blocks, v_blocks, block_len
+):
+    for first_row in range(0, q_len, 16):
+        new_row = first_row + tl.arange(0, 16)[:, None]
+        store_rows(
+            new_row, new_row < q_len, past, dim, dim_ok, k_ptr, k_row, v_ptr, v_row, head_ptr,
+            k_blocks, v_blocks, block_len,
+        )  # fmt: skip
+
+
+@triton.jit
 def split_attention(
-    q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, bias_ptr, sinks_ptr, partial_ptr, turns_ptr, batch,
-    heads, kv_heads, q_len, k_len, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head,
-    v_row, out_batch, out_head, out_row, key_mask_stride, bias_batch, bias_head, bias_q, bias_k,
+    q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, bias_ptr, sinks_ptr, cache_ptr, k_table_ptr,
+    v_table_ptr, partial_ptr, turns_ptr, batch, heads, kv_heads, q_len, k_len, q_batch, q_head,
+    q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    key_mask_stride, bias_batch, bias_head, bias_q, bias_k, columns, block_len,
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
@@ -128,31 +140,35 @@ def split_attention(
     k_ptr += batch_index * k_batch + kv_head.to(tl.int64) * k_head
     v_ptr += batch_index * v_batch + kv_head.to(tl.int64) * v_head
     out_ptr += batch_index * out_batch
+    head_ptr, k_blocks, v_blocks = find_cache(
+        kv_head, batch_index, cache_ptr, k_table_ptr, v_table_ptr, columns, block_len
+    )
+    past = k_len - q_len
     count = k_len
     if KEYS == "lengths":
         count = tl.minimum(tl.load(keys_ptr + batch_index), k_len).to(tl.int32)
     if KEYS == "mask":
         keys_ptr += batch_index * key_mask_stride
     # The places of queries, and not the rows of a bias, may count from the last key back.
-    first = k_len - q_len if LATE else 0
+    first = past if LATE else 0
     row = query + first
     if BIAS != "none":
         bias_ptr += batch_index * bias_batch + head.to(tl.int64) * bias_head - first * bias_q
-    largest, total, values = begin_sums(sinks_ptr, head, row_ok, Q_TILE)
-    begin, end = find_part(first, q_len, count, K_TILE)
-    for start in range(begin, end, K_TILE):
-        col, key, key_ok, mask = find_keys(start, keys_ptr, k_len, count, K_TILE)
-        k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, mask=key_ok & dim_ok, other=0.0)
-        # Behind one another, and before anything waits for either.
-        v = tl.load(v_ptr + key.to(tl.int64) * v_row + dim, mask=key_ok & dim_ok, other=0.0)
-        scores = score_keys(q, k, mask, row, row_ok, col, count, bias_ptr, bias_q, bias_k)
-        larger = tl.maximum(largest, tl.max(scores, 1, keep_dims=True))
-        shift = tl.where(larger == float("-inf"), 0.0, larger)
-        share = tl.exp2(scores - shift)
-        fade = tl.exp2(largest - shift)
-        total = total * fade + tl.sum(share, 1, keep_dims=True)
-        values = values * fade + tl.dot(share.to(STORED), v, input_precision=PRECISION)
-        largest = larger
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    if split == splits - 1:
+        store_few_rows(
+            q_len, past, dim, dim_ok, k_ptr, k_row, v_ptr, v_row, head_ptr, k_blocks, v_blocks,
+            block_len,
+        )  # fmt: skip
+    old_first, olds, new_first, news = find_tiles(first, q_len, past, count, K_TILE)
+    steps = olds + news
+    most, share_of_most, nothing = begin_sums(sinks_ptr, head, row_ok, Q_TILE)
+    largest, total, values = attend_in_blocks(
+        q, row, row_ok, dim, dim_ok, split * steps // splits, (split + 1) * steps // splits,
+        old_first, olds, new_first, past, k_ptr, k_row, v_ptr, v_row, head_ptr, k_blocks, v_blocks,
+        block_len, keys_ptr, bias_ptr, bias_q, bias_k, k_len, count, most, share_of_most, nothing,
+        K_TILE,
+    )  # fmt: skip
     if SPLIT:
         size = tl.num_programs(0) * (ROWS * (DEPTH + 2))
         parts = partial_ptr + pair.to(tl.int64) * size
@@ -160,15 +176,15 @@ def split_attention(
         if turn == tl.num_programs(0) - 1:
             tl.store(turns_ptr + pair, 0)
             all_values, all_total = add_sums(parts)
-            quotient = divide_values(
-                all_values, all_total, v_ptr, v_row, dim, dim_ok, k_len, K_TILE
-            )
-            line = tl.arange(0, ROWS)[:, None]
-            its_query = line // GROUP
-            its_head = (kv_head * GROUP + line % GROUP).to(tl.int64)
-            out_at = out_ptr + its_head * out_head + its_query * out_row + dim
-            tl.store(out_at, quotient.to(STORED), mask=(its_query < q_len) & dim_ok)
+            quotient = divide_in_blocks(
+                all_values, all_total, v_ptr, v_row, head_ptr, v_blocks, block_len, dim, dim_ok,
+                q_len, k_len, K_TILE,
+            )  # fmt: skip
+            store_rest(quotient, kv_head, q_len, dim, dim_ok, out_ptr, out_head, out_row)
     else:
-        quotient = divide_values(values, total, v_ptr, v_row, dim, dim_ok, k_len, K_TILE)
+        quotient = divide_in_blocks(
+            values, total, v_ptr, v_row, head_ptr, v_blocks, block_len, dim, dim_ok, q_len, k_len,
+            K_TILE,
+        )  # fmt: skip
         out_at = out_ptr + head.to(tl.int64) * out_head + query * out_row + dim
         tl.store(out_at, quotient.to(STORED), mask=row_ok & dim_ok)
