@@ -1,4 +1,4 @@
-"""torchao weights: what torchao's `quantize_` leaves in a model, as integers and scales.
+"""torchao weights: reads the integers and scales that torchao's `quantize_` leaves in a model.
 
 In: a parameter. Out: integers of int8 with a scale a row, or of int4 with one a group, as
 `ir.quantized_ops` has them, and whether what they are multiplied by stays float; None for other

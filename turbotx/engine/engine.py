@@ -183,7 +183,7 @@ class Engine(EagerCalls):
         outcomes: Outcomes,
     ) -> tuple[tuple[Variant, Program, Binding], list[torch.Tensor]]:  # fmt: skip
         """Look up a call that the fast path did not find; capture and bind it if necessary."""
-        leave_foreign(pytree.tree_leaves((args, kwargs)))
+        leave_foreign(pytree.tree_leaves((args, kwargs)) if described is None else ())
         leaves, spec = flatten_call(args, kwargs)
         leave_foreign(leaves)
         tensors = carry(leaves)

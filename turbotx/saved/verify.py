@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from turbotx.engine.cached_engine import plain_call
 from turbotx.engine.engine import Engine
 from turbotx.errors import InputError
 from turbotx.ir.quantized_ops import Scheme
@@ -31,8 +32,10 @@ def verify_saved(
     Raises InputError if the file has no such call, or holds other weights than the model.
     """
     _compare_weights(saved, engine.model)
-    call, binding = saved.find_call(args, dict(kwargs))
-    ours = pytree.tree_leaves(saved(*args, **kwargs))
+    engine, args, kwargs = plain_call(engine, args, kwargs)
+    table, args, plain = saved.plain_call(args, dict(kwargs))
+    call, binding = table.find(args, plain)
+    ours = pytree.tree_leaves(table.run(args, plain))
     found = measure_outputs(engine, call.program, args, kwargs, ours)
     return dict(zip(call.program.dims, binding.dims, strict=True)), found
 
