@@ -216,14 +216,10 @@ class GemmLaunch(Launch):
     @property
     def operands(self) -> tuple[Operand | None, ...]:
         """x, weight, bias, out, residual, int8 scales or operands of folded norms; some None."""
-        own, n, int8 = (
-            (self.x, self.weight, self.bias, self.out, self.residual),
-            self.norm,
-            self.int8,
-        )
-        if int8 is not None:
-            scales = None if int8.group else int8.weight_scale, int8.x_scale or int8.x_peaks
-            return (*own, *scales, *((int8.peaks,) if int8.peaks is not None else ()))
+        own, n, q = (self.x, self.weight, self.bias, self.out, self.residual), self.norm, self.int8
+        if q is not None:
+            scales = None if q.group else q.weight_scale, q.x_scale or q.x_peaks
+            return (*own, *scales) if q.peaks is None else (*own, *scales, q.peaks)
         if n is None:
             return own
         read = (n.sums, n.scales, n.x_stats, n.residual_affine, n.residual_stats)
