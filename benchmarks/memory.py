@@ -4,6 +4,7 @@ In: launch lists of four model families, as compiled and made by hand, or others
 Out: tables on the terminal and a JSON file. Sections may be run alone, each replaces its part::
 
     python benchmarks/memory.py [grid] [speed] [stream] [oracles] [minimalloc] [--launches FILE]
+    python benchmarks/memory.py architectures    # the compiler's own, 2 to 48 layers, four minutes
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from memory_models import LaunchList, Sized, compiled_models, hand_models, size
 from memory_oracles import compare_on_minimalloc, compare_on_samples
+from memory_plans import LAYERS, plan_architectures
 from memory_stream import run_stream
 
 from turbotx.kernels.processor import processor_name
@@ -30,7 +32,7 @@ from turbotx.memory.planner import Planner, check_plan, make_planner
 from turbotx.memory.pool import ChunkPool
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
-SECTIONS = ("grid", "speed", "stream", "oracles", "minimalloc")
+SECTIONS = ("grid", "speed", "stream", "oracles", "minimalloc", "architectures")
 KINDS = ("symbolic", "greedy", "chunked")
 
 
@@ -202,6 +204,11 @@ def main() -> None:
             part = compare_on_samples(models[:12], 5 if options.quick else 20)
             for row in part:
                 print_sample(row)
+        elif name == "architectures":
+            part = []
+            for row in plan_architectures(layers=(2, 12) if options.quick else LAYERS):
+                part.append(row)
+                print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
         else:
             part = compare_on_minimalloc(0.2 if options.quick else 1.0)
             print(part["mean"])

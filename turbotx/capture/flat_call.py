@@ -9,6 +9,7 @@ tensor leaves and returns the leaves of the output, then the call's effects::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch import nn
 
 from turbotx.capture.arguments import Structure, changed_arguments, is_float, rebuild
 from turbotx.capture.composition import calls_forward
+from turbotx.capture.equal_layers.layers import EqualLayers
 from turbotx.capture.grouped_products import GroupedProducts
 from turbotx.capture.layout_questions import LayoutQuestions
+from turbotx.capture.module_state.gradients import note_gradients
 from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.returned import take_apart
 from turbotx.capture.sandbox.sandbox import Sandbox
@@ -50,7 +53,8 @@ class FlatCall(nn.Module):
         carried = (leaves[i] for i in self.positions)
         self.orders = [memory_order(x) if isinstance(x, torch.Tensor) else None for x in carried]
         self.floats = FloatReads()
-        self.layouts, self.values = LayoutQuestions(), values
+        self.layouts, self.values = LayoutQuestions(partial(note_gradients, recorder)), values
+        self.layers = EqualLayers(self.seen.model, recorder, self._look_around)
         self.calls_forward = calls_forward(model)
         self.in_spec = spec
         self.given = ""  # # a description of the arguments, for messages
@@ -65,6 +69,7 @@ class FlatCall(nn.Module):
         self.floats.begin()
         self.layouts.begin(tensors)
         self.values.begin()
+        self.layers.begin()
         given = [
             in_memory(tensor, inverse(order))
             for tensor, order in zip(tensors, self.orders, strict=True)
@@ -86,6 +91,13 @@ class FlatCall(nn.Module):
             return [*map(read_floats, flat), *self.seen.finish(), *self.values.finish()]
         except Exception as error:
             raise Stopped(error) from error
+        finally:
+            self.layers.finish()
+
+    def _look_around(self) -> tuple[Any, Any]:
+        """Return what the model's code may leave behind, as it is now, and what keeps it alive."""
+        written, kept = self.seen.look_around()
+        return (written, set(self.layouts.asked), self.values.count), kept
 
     def describe_floats(self) -> tuple[FloatInput, ...]:
         """Return every float of the call, with what the trace assumed of it."""

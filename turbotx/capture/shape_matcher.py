@@ -1,7 +1,8 @@
 """Shape matcher: binds a call's sizes to dims and checks a capture's size guards.
 
-In: what the inputs' sizes are made of and the guards, as plain data, and the shapes of a call's
-tensors. Out: the values of the capture's dims, or None and the reason why it does not hold::
+In: the expressions of the inputs' sizes and the guards, as plain data, and the shapes of a call's
+tensors. Out: the values of the capture's dims, or None and the reason why the capture does not
+apply::
 
     match([(2, 17), (2, 17)])  ->  (2, 17, 2)      # batch, seq, attention_mask_d0
 """
@@ -20,8 +21,8 @@ from turbotx.ir.sizes import Evaluate, Sizes, define
 class InputSize:
     """The size of one dim of an input.
 
-    dims: those of the capture that it is made of. solve: (dim, slope, rest) where it is slope * dim
-    + rest, so that the dim follows from it; None where it is not. shown: in messages.
+    dims: the capture's dims in its expression. solve: (dim, slope, rest) if the size is slope * dim
+    + rest, so that it determines the dim; otherwise None. shown: the text for messages.
     """
 
     size: Sizes
@@ -37,7 +38,7 @@ class InputSize:
 
 @dataclass(frozen=True)
 class SizeGuard:
-    """A condition on the dims that held while tracing; `text` is shown when it fails."""
+    """A condition on the dims that held while tracing; `text` is shown if it fails."""
 
     condition: Sizes
     dims: tuple[str, ...]
@@ -51,7 +52,7 @@ class SizeGuard:
 
 @dataclass(frozen=True)
 class SizeRules:
-    """What a capture assumed of sizes. inputs: the name and the sizes of each, in order."""
+    """What a capture assumed of sizes. inputs: the name and sizes of each input, in order."""
 
     dims: tuple[str, ...]
     inputs: tuple[tuple[str, tuple[InputSize, ...]], ...]
@@ -60,7 +61,7 @@ class SizeRules:
 
 @dataclass(frozen=True)
 class _Broken:
-    """Why a capture does not hold: in words, and the dims or the one place that it is about."""
+    """Why a capture does not apply: in words, and the dims or the single place at fault."""
 
     why: str
     dims: frozenset[str] = frozenset()
@@ -68,7 +69,8 @@ class _Broken:
 
 
 class ShapeMatcher:
-    """Solves a call's shapes for the captured dims, and checks what tracing assumed."""
+    """Solves a call's shapes for the captured dims, and checks the conditions assumed while
+    tracing."""
 
     def __init__(self, rules: SizeRules) -> None:
         self.rules = rules
@@ -114,12 +116,12 @@ class ShapeMatcher:
         return define("match", "shapes", lines)
 
     def explain(self, shapes: Sequence[Sequence[int]]) -> str:
-        """Return why `match` gives None, in words; "" where it gives dims."""
+        """Describe why `match` returns None; "" if it returns dims."""
         broken = self._solve(shapes)[1]
         return broken.why if broken is not None else ""
 
     def find_deciding(self, shapes: Sequence[Sequence[int]]) -> set[tuple[int, int]]:
-        """Return the dims, as (tensor, dim), whose sizes are why `match` gives None."""
+        """Return the dims, as (tensor, dim), whose sizes make `match` return None."""
         broken = self._solve(shapes)[1]
         if broken is None:
             return set()
@@ -133,7 +135,7 @@ class ShapeMatcher:
         later: list[tuple[tuple[int, int], InputSize, int]] = []
         for i, ((_, sizes), shape) in enumerate(zip(self.rules.inputs, shapes, strict=True)):
             for d, (size, actual) in enumerate(zip(sizes, shape, strict=True)):
-                # A size that is a dim itself says it without doubt; others come after.
+                # # A size that is itself a dim determines it directly; others come after.
                 if size.solve is not None and size.solve[1:] == (1, 0):
                     name = size.solve[0]
                     if dims.setdefault(name, actual) != actual:
@@ -167,7 +169,7 @@ class ShapeMatcher:
         for guard in self.rules.guards:
             try:
                 holds = all(guard.evaluate(*(dims[name] for name in guard.dims)))
-            except (ArithmeticError, ValueError):  # no size that the model takes
+            except (ArithmeticError, ValueError):  # # a size that the model does not accept
                 holds = False
             if not holds:
                 return _Broken(f"{guard.text} does not hold", frozenset(guard.dims))

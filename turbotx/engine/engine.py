@@ -183,7 +183,7 @@ class Engine(EagerCalls):
         outcomes: Outcomes,
     ) -> tuple[tuple[Variant, Program, Binding], list[torch.Tensor]]:  # fmt: skip
         """Look up a call that the fast path did not find; capture and bind it if necessary."""
-        leave_foreign(pytree.tree_leaves((args, kwargs)))
+        leave_foreign(pytree.tree_leaves((args, kwargs)) if described is None else ())
         leaves, spec = flatten_call(args, kwargs)
         leave_foreign(leaves)
         tensors = carry(leaves)
@@ -203,7 +203,7 @@ class Engine(EagerCalls):
 
     def refuse_training(self) -> None:
         """Raise TrainingError if the model is in training mode."""
-        if self.model.training:
+        if getattr(self.model, "_exported_training", self.model.training):  # of exported models
             raise TrainingError(
                 f"{type(self.model).__name__} is in training mode, and turbotx is for inference "
                 "only: call model.eval() first"

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch import fx
 
 from turbotx import ir
+from turbotx.capture.equal_layers.layers import LayerCalls
 from turbotx.engine.compiled import Compiled
 from turbotx.engine.fused_graph import make_fused_graph
 from turbotx.errors import InputError
@@ -61,6 +62,12 @@ class Record:
     def target(self) -> str:
         """The compilation target: "cpu" or a GPU, such as "sm_90"."""
         return self.compiled.unbound.target
+
+    @property
+    def layers(self) -> LayerCalls:
+        """Which of the model's layers were traced, which copied from an equal one, and why others
+        were not."""
+        return self.compiled.captured.layers
 
     @cached_property
     def graph(self) -> fx.GraphModule:

@@ -8,8 +8,9 @@ In: nothing, these are types shared by CPUs and GPUs. Out, for example::
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,26 @@ import torch
 from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
 from turbotx.runtime.weights import Weights
+
+
+class NamedOffsets(Mapping[str, int]):
+    """Offsets by name, laid out when one is asked for: only ops of PyTorch and watches do."""
+
+    def __init__(self, names: Iterable[str], offsets: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        self._names, self._offsets = names, offsets
+
+    @cached_property
+    def _found(self) -> dict[str, int]:
+        return dict(zip(self._names, self._offsets.tolist(), strict=True))
+
+    def __getitem__(self, name: str) -> int:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 @dataclass(frozen=True)
@@ -31,7 +52,7 @@ class Binding:
     dims: tuple[int, ...]
     sizes: Any
     offsets: np.ndarray[Any, np.dtype[np.int64]]
-    offset_of: dict[str, int]
+    offset_of: Mapping[str, int]
     footprint_nbytes: int
     outputs: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
 

@@ -32,7 +32,7 @@ from turbotx.memory.planner.plan import Plan, align
 from turbotx.memory.pool import ChunkPool, poison, poison_enabled
 from turbotx.program.executable import Executable, TokenRange
 from turbotx.runtime.aten import make_leaf
-from turbotx.runtime.binding import Binding, Execution, Runtime
+from turbotx.runtime.binding import Binding, Execution, NamedOffsets, Runtime
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.inplace_watch import InplaceWatch, Reuse, TensorSlot
 from turbotx.runtime.lru import LruDict
@@ -181,7 +181,7 @@ class Program:
             shape = ", ".join(f"{n} {v}" for n, v in zip(self.dims, dims, strict=True))
             log.debug("planned %d buffers at %s: %d bytes", len(offsets), shape, footprint)
         array = np.array(offsets, dtype=np.int64)[self._root_places]
-        offset_of = dict(zip(self.liveness.root_of, array.tolist(), strict=True))
+        offset_of = NamedOffsets(self.liveness.root_of, array)
         sizes, outputs = self._sizes_of(dims), self._shapes_of(dims)
         return Binding(dims, sizes, array, offset_of, align(max(footprint, 1)), outputs)
 

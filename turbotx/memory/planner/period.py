@@ -21,11 +21,13 @@ from turbotx.memory.planner.plan import Lifetime
 Ints = npt.NDArray[np.int64]
 Place = Callable[[Sequence[Lifetime], Sequence[int]], Iterator[list[int]]]
 
-UNITS = (1, 2)
-"""How many layers repeat together: two if buffers swap places from one layer to the next."""
-SOLVED_LAYERS = (3, 4)
-"""How many layers are placed, two of them before the repeated ones. Both counts are tried, since
-the parity of the number of layers decides which one fits."""
+WAYS = ((3, 1), (3, 2), (4, 1), (4, 2))
+"""How many layers are placed, two of them before those that repeat, and how many repeat together:
+two where buffers change places from one to the next. Which count of layers ends as it began depends
+on how many there are."""
+FIRST_TRIES = 4
+"""Placements that are repeated one layer at a time before two at a time are tried: where buffers
+change places, as BLOOM's do, none of a hundred can be."""
 LEAST_REPEATS = 6
 
 
@@ -70,14 +72,23 @@ def repeated(
     """Yield placements, in bytes, that repeat what `place` finds for fewer layers; skips those with
     overlaps."""
     order = _order(lifetimes)
-    for kept, unit in itertools.product(SOLVED_LAYERS, UNITS):
-        left_out = (period.repeats - kept) // unit * unit
-        short = _shorten(lifetimes, order, period, left_out)
-        names = [i for i, _ in short]
-        for offsets in place([x for _, x in short], [sizes[i] for i in names]):
-            found = _repeat(dict(zip(names, offsets, strict=True)), order, period, left_out, unit)
-            if not _overlap(lifetimes, sizes, found):
-                yield found
+    ways = [_repeat_each(lifetimes, sizes, period, place, order, *way) for way in WAYS]
+    tries = [itertools.islice(ways[0], FIRST_TRIES), *ways[1:], ways[0]]
+    for found in itertools.chain.from_iterable(tries):
+        if not _overlap(lifetimes, sizes, found):
+            yield found
+
+
+def _repeat_each(
+    lifetimes: Sequence[Lifetime], sizes: Sequence[int], period: Period, place: Place,
+    order: Sequence[int], kept: int, unit: int,
+) -> Iterator[list[int]]:  # fmt: skip
+    """Repeat every placement of `kept` layers, `unit` of them at a time."""
+    left_out = (period.repeats - kept) // unit * unit
+    short = _shorten(lifetimes, order, period, left_out)
+    names = [i for i, _ in short]
+    for offsets in place([x for _, x in short], [sizes[i] for i in names]):
+        yield _repeat(dict(zip(names, offsets, strict=True)), order, period, left_out, unit)
 
 
 def _order(lifetimes: Sequence[Lifetime]) -> list[int]:
