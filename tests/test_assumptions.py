@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.assumption_results import is_rounding
 from tests.assumption_weights import PIECES
 from tests.assumptions import (
     PER_MODULE,
@@ -51,6 +52,16 @@ def test_every_piece_runs_and_every_change_is_one() -> None:
         for name in kind.changes():
             model = spec.build()
             getattr(model.pieces["p0"], name)(1)
+
+
+def test_rounding_is_told_from_what_is_wrong() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()).to(torch.bfloat16)
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    right = model(x)
+    assert is_rounding(model, (x,), {}, right, right + 0.02)
+    assert not is_rounding(model, (x,), {}, right, right + 0.3)
+    assert not is_rounding(model, (x,), {}, (right, 1), (right, 2))
+    assert not is_rounding(torch.nn.Linear(8, 8), (x,), {}, right, right)
 
 
 def test_a_seed_says_all() -> None:

@@ -8,13 +8,14 @@ to do about it, for example::
 
 from __future__ import annotations
 
-import platform
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 
 
 def versions() -> dict[str, str]:
     """Return what a report of a fault has to name: versions of Python and of what is installed."""
+    import platform  # not at the top: these take half of what `import turbotx` does
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {"python": platform.python_version()}
     for name in ("turbotx", "torch", "triton", "transformers"):
         with suppress(PackageNotFoundError):
@@ -118,7 +119,8 @@ class DeviceError(TurbotxError):
 
 
 class BuildWarning(UserWarning):
-    """Generated kernels cannot be built here, so regions run through ATen instead."""
+    """Generated kernels cannot be built here, so regions run through ATen instead, or not be kept,
+    so that each process builds them."""
 
 
 class EagerWarning(UserWarning):

@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gemms": ("auto", "cublas", "triton"),
     "norms": ("auto", "fold", "store"),
     "padding": ("padded", "packed"),
-    "quantize": ("none", "int8", "int8-weights"),
+    "quantize": ("none", "int8", "int8-weights", "int4-weights"),
 }
 HEAD = "@head"
 """In `keep_float`: the products whose result the call returns as it is, such as logits."""
@@ -50,7 +50,7 @@ class Options:
     keep_weights: on a CPU, keep the parameters that were packed as they are too. False gives their
         memory back after the first call: a module's parameter is then a `PackedParameter`, which is
         unpacked where it is read, as by `state_dict`, and whose changes raise WeightsReleasedError
-        (docs/scale.md). Of a quantised weight it is int8 times scale, and a warning says so.
+        (docs/scale.md). Of a quantised weight it is integers times scales, with a warning.
     epilogues: let a GEMM's launch finish its sums (bias, activation, gate, residual) where a region
         is just that; False gives every region a kernel of its own.
     gemms: on a GPU, what runs matrix products: "cublas", with a kernel for what follows; "triton",
@@ -77,7 +77,8 @@ class Options:
     quantize: "int8" runs products by weights in int8 (docs/quantization.md): weights with a scale
         an output column, activations with one a token, found anew in every call; sums are exact,
         and all else is float as ever. "int8-weights" quantises the weights alone, for few tokens,
-        as in decoding, where the bytes of weights are what a product waits for; CPUs only so far.
+        as in decoding, where the bytes of weights are what a product waits for; "int4-weights" has
+        half as many, at a scale a group of 32 inputs, and keeps less; both on CPUs only so far.
         Results differ from the float model's by what `turbotx verify --quantize int8` says.
     keep_float: which products stay float all the same: patterns of modules' dotted names, as
         "encoder.layer.0.*", and "@head" for products whose result the call returns (logits, say).
@@ -186,7 +187,7 @@ class OptionArguments(TypedDict, total=False):
     cuda_graphs: bool
     max_graphs: int
     padding: Literal["padded", "packed"]
-    quantize: Literal["none", "int8", "int8-weights"]
+    quantize: Literal["none", "int8", "int8-weights", "int4-weights"]
     keep_float: Sequence[str]
     launch_ranges: bool
     schedules: Mapping[str, str]

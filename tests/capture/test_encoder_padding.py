@@ -75,3 +75,13 @@ def test_a_decoder_sees_the_zeros_of_its_encoder() -> None:
         for tokens in (5, 3):
             inputs = torch.randn(3, 5, 8), torch.randn(3, tokens, 8)
             compare(fast, model, *inputs, src_key_padding_mask=ENDS)
+
+
+def test_which_parameters_require_gradients_decides_it() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    fast, x = turbotx.optimize(encoder.eval(), backend="aten"), torch.randn(3, 5, 8)
+    for asked in (True, False, True):
+        encoder.requires_grad_(asked)
+        values = compare(fast, encoder, x, src_key_padding_mask=ENDS)[0, 4]
+        assert bool(values.any()) is asked
+    assert fast.stats()["captures"] == 2

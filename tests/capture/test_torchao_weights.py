@@ -12,18 +12,18 @@ from torch import nn
 
 import turbotx
 from tests.torchao_weights import quantize
-from turbotx.capture.torchao_weights import is_torchao, read_int8
+from turbotx.capture.torchao_weights import is_torchao, read_integers
 from turbotx.errors import CaptureError
 
 
 @pytest.mark.parametrize("float_rows", [True, False])
 def test_integers_and_scales_are_read(float_rows: bool) -> None:
     linear: Any = quantize("stand-in", nn.Linear(6, 3), float_rows)
-    rows = read_int8(linear.weight)
-    assert rows is not None and rows.float_rows is float_rows
+    rows = read_integers(linear.weight)
+    assert rows is not None and rows.scheme.float_rows is float_rows
     assert rows.numbers is linear.weight.qdata and rows.scale.shape == (3, 1)
     assert torch.equal(rows.numbers * rows.scale, linear.weight.dequantize())
-    assert not is_torchao(nn.Linear(2, 2).weight) and read_int8(torch.ones(2)) is None
+    assert not is_torchao(nn.Linear(2, 2).weight) and read_integers(torch.ones(2)) is None
 
 
 def grouped(weight: Any) -> None:
@@ -55,6 +55,6 @@ def by_tensor(weight: Any) -> None:
 def test_others_are_refused_by_name(spoil: Callable[[Any], None], says: str) -> None:
     model: Any = quantize("stand-in", nn.Linear(6, 3).eval(), float_rows=True)
     spoil(model.weight)
-    assert read_int8(model.weight) is None
+    assert read_integers(model.weight) is None
     with pytest.raises(CaptureError, match=f"'weight' is a Int8Tensor .*{says}"):
         turbotx.optimize(model)(torch.randn(2, 6))

@@ -37,6 +37,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
         (["verify", "hf-config:bert,num_layers=2"], "did you mean 'num_hidden_layers'?"),
         (["verify", "hf-config:bert,num_hidden_layers=x"], "cannot make a bert"),
         (["verify", "hf-config:brt"], "did you mean"),
+        (["verify", "./my:make"], "is no module's name"),
+        (["verify", "minilm", "--shape", "seq=²"], "whole number"),
+        (["save", "minilm", "--out", "/no/such/folder/x.ttx"], "no folder to write to"),
+        (["profile", "minilm", "--trace", "/dev"], "cannot write /dev: /dev is a folder"),
     ],
 )
 def test_a_wrong_command_is_one_line(
@@ -86,6 +90,54 @@ def test_a_loader_that_failed_is_the_users(run: Callable[..., Ran], tmp_path: Pa
     (tmp_path / "broken.py").write_text("def make():\n    return None\n")
     code, _, err = run("verify", f"{tmp_path / 'broken.py'}:make")
     assert code == MISUSED and "gave a NoneType" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("raise NameError('lost')", "NameError: lost"),
+        ("raise SystemExit(7)", "SystemExit: 7"),
+        ("def make(:", "SyntaxError"),
+    ],
+)
+def test_a_module_that_fails_is_the_users(
+    run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, said: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"ugly_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code)
+    for model in (f"{name}:make", f"{tmp_path / name}.py:make"):
+        code_, _, err = run("verify", model)
+        assert code_ == MISUSED and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(28, "No space left on device", "/disk/x"), "/disk/x: No space left on device"),
+        (MemoryError(), "not enough memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: you tried to allocate 8589934592 bytes"),
+            "8.0 GiB were asked for",
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_machine_refuses_is_no_fault_of_turbotx(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def fail(*_: Any) -> int:
+        raise error
+
+    monkeypatch.setattr("turbotx.cli.doctor.doctor", fail)
+    code, _, err = run("doctor")
+    assert code == FAILED and said in err and err.count("\n") == 1
+    assert said in run("doctor", "--json").json["error"]
+
+
+def test_a_full_standard_output_is_a_line() -> None:
+    command = f"{sys.executable} -m turbotx diff no.json no.json --json > /dev/full"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == MISUSED and done.stderr.startswith("error: ")
 
 
 def test_a_fault_of_turbotx_is_told_from_a_mistake(
@@ -207,6 +259,10 @@ class Shortening(nn.Module):
         (
             lambda x, path: turbotx.optimize(small_bert())(x.long(), attention_mask=x[:, 1:]),
             r"do not fit the model.*attention_mask float32 \[2, 2\]",
+        ),
+        (
+            lambda x, path: turbotx.optimize(nn.Linear(3, 3).bfloat16().eval())(x),
+            r"multiplies float32 by bfloat16.*input float32 \[2, 3\]",
         ),
         (lambda x, path: turbotx.optimize(Odd().eval())(x), "cannot be traced for others"),
         (lambda x, path: turbotx.optimize(Leaving().eval())(x), "If the plain model fails too"),

@@ -141,3 +141,30 @@ def test_inputs_are_made_for_every_kind_of_argument(tmp_path: Path) -> None:
     loaded(*args, **kwargs)
     with pytest.raises(InputError, match="no dim is called 'heads'"):
         example_call(loaded, {"heads": 5})
+
+
+def test_a_decoders_step_is_saved_verified_and_profiled(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    model = (
+        "hf-config:gpt2,n_layer=1,n_embd=16,n_head=2,vocab_size=50,bos_token_id=0,eos_token_id=1"
+    )
+    path, shape = tmp_path / "step.ttx", ("--shape", "batch=2,seq=1,past=70")
+    ran = run("compile", model, *shape, "--out", tmp_path / "out", "--save", path, "--json")
+    assert ran.code == 0 and ran.json["saved"] == str(path), ran.err
+    ran = run("profile", path, "--shape", "batch=3,seq=2,past=90", "--runs", "2", "--json")
+    assert ran.code == 0, ran.err
+    found = ran.json
+    assert {k: found["dims"][k] for k in ("batch", "seq", "length")} == {
+        "batch": 3, "seq": 2, "length": 92
+    }  # fmt: skip
+    assert any("attention" in x["name"] for x in found["launches"])
+    ran = run("verify", path, "--reference", model, *shape, "--json")
+    assert ran.code == 0 and ran.json["holds"], ran.err
+    ran = run("profile", path, "--shape", "nose=3")
+    assert ran.code == 2 and "no dim is called 'nose'" in ran.err
+
+
+def test_a_step_of_a_file_without_steps_is_refused(run: Callable[..., Ran], saved: Path) -> None:
+    ran = run("profile", saved, "--shape", "batch=3,past=5")
+    assert ran.code == 2 and "no call with a key/value cache" in ran.err

@@ -11,7 +11,7 @@ from torch import nn
 
 import turbotx
 from tests.kernels.cpp.cpp_probe import needs_compiler
-from tests.torchao_weights import WAYS, quantize
+from tests.torchao_weights import INT4_WAYS, WAYS, quantize, quantize_int4
 from turbotx.errors import SaveError
 
 pytestmark = needs_compiler
@@ -89,3 +89,49 @@ def test_beside_floats_that_are_quantised_on_request() -> None:
     assert sum(x.startswith("linear_int8_weights") for x in launches(fast)) == 2
     assert sum(x.startswith("linear_int8_") for x in launches(fast)) == 3
     assert torch.cosine_similarity(fast(X), model(X), -1).min() > 0.999
+
+
+class Wide(Gated):
+    """The same of widths that torchao's int4 takes."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.norm, self.c = nn.LayerNorm(64), nn.Linear(96, 64)
+        self.a, self.b = nn.Linear(64, 96), nn.Linear(64, 96)
+
+
+WIDE = torch.randn(3, 5, 64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", INT4_WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_int4_numbers_are_multiplied_by(way: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: Any = quantize_int4(way, Wide().eval().to(dtype))
+    fast: Any = turbotx.optimize(model)
+    ours, eager = fast(WIDE), model(WIDE)
+    names = [x.name for x in turbotx.explain(fast, WIDE).compiled.assembly.launches]
+    assert [x for x in names if x.startswith("linear")] == [
+        "linear_int4_weights_tanh_mul_0",
+        "linear_int4_weights_0",
+    ]
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours, eager, rtol=16 * eps, atol=16 * eps)
+    numerics = turbotx.explain(fast, WIDE).numerics(fast, WIDE)
+    assert numerics.holds and numerics.likenesses[0].worst > 0.999
+    turbotx.save(fast, tmp_path / "model.ttx")
+    assert torch.equal(turbotx.load(tmp_path / "model.ttx")(WIDE), ours)
+
+
+@torch.no_grad()
+def test_a_weight_of_another_scheme_in_its_place_is_seen() -> None:
+    torch.manual_seed(0)
+    model: Any = quantize_int4("Int4Tensor", Wide().eval())
+    fast: Any = turbotx.optimize(model)
+    fast(WIDE)
+    model.c = quantize("stand-in", nn.Linear(96, 64), float_rows=True)
+    torch.testing.assert_close(fast(WIDE), model(WIDE), rtol=1e-5, atol=1e-5)
+    model.c = nn.Linear(96, 64)
+    torch.testing.assert_close(fast(WIDE), model(WIDE), rtol=1e-5, atol=1e-5)
+    assert fast.stats()["captures"] == 3

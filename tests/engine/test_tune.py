@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 from tests.compiled_functions import compile_function
 from tests.runtime.cuda.stand_in_device import InterpretedDevice, RecordingDevice, bind_to
 from turbotx import ir
-from turbotx.cli.main import main
+from turbotx.cli import main
 from turbotx.engine.optimize import engine_of
 from turbotx.engine.tune import gains, time_launches, tune_program
 from turbotx.errors import BuildError, OptionsError

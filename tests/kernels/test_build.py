@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from turbotx.errors import BuildError, NoCompilerError
+from turbotx.errors import BuildError, BuildWarning, NoCompilerError
 from turbotx.kernels.build import build_library, cache_directory, find_compiler
 
 UNIT = 'extern "C" int {name}(int x) {{ return x + {value}; }}\n'
@@ -47,6 +47,31 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(NoCompilerError, match="install g\\+\\+"):
         find_compiler()
+
+
+def test_a_compiler_that_is_named_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(NoCompilerError, match="CXX names no program, 'no-such-compiler'"):
+        find_compiler()
+
+
+def test_a_cache_that_takes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TURBOTX_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.warns(BuildWarning, match="cache cannot keep them"):
+        library, built = build_library({"one": UNIT.format(name="f", value=1)})
+    assert built and library.f(1) == 2
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))
+    with pytest.raises(BuildError, match=r"neither in .*cache \(Not a directory\) nor in"):
+        build_library({"one": UNIT.format(name="f", value=2)})
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    for name in ("TURBOTX_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(BuildError, match="set TURBOTX_CACHE_DIR"):
+        cache_directory()
 
 
 def test_two_processes_build_at_once(tmp_path: Path) -> None:

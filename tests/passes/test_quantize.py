@@ -15,6 +15,7 @@ from turbotx.capture.trace import capture
 from turbotx.engine.pipeline import rewrite
 from turbotx.errors import VerifyError
 from turbotx.ir.quantized_ops import (
+    Scheme,
     quantize_rows,
     quantized_linear,
     row_scale,
@@ -114,7 +115,7 @@ def test_what_is_no_product_by_a_float_weight_stays() -> None:
 
 def test_weights_alone_leave_rows_as_they_are() -> None:
     made = capture(Net(lambda net, x: net.up(net.norm(x)).exp()).eval(), (X,), {}).graph_module
-    rewrite(made.graph, "auto", Quantization(made.meta["paths"], (), float_rows=True))
+    rewrite(made.graph, "auto", Quantization(made.meta["paths"], (), Scheme(float_rows=True)))
     (product,) = made.graph.find_nodes(op="call_function", target=weight_only_linear)
     assert product.args[0].target is torch.ops.aten.layer_norm.default
     assert calls(made.graph).count("quantize_rows") == 1, "its weight"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import turbotx
 from turbotx.report.numerics import Error, compare, pool
 
 
@@ -35,3 +36,18 @@ def test_nothing_measures_float64_but_a_wrong_result_shows() -> None:
     assert not near.applies and near.holds and not far.holds
     assert compare("x", "", "", exact.float(), exact.float(), exact).applies
     assert not compare("x", "", "", exact * float("nan"), exact, exact).holds
+
+
+def test_what_is_pooled_of_a_sequence_without_a_token_is_not_measured() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        vocab_size=20,
+    )  # fmt: skip
+    fast = turbotx.optimize(transformers.BertModel(config).eval(), padding="packed")
+    ids, mask = torch.arange(15).view(3, 5), torch.ones(3, 5, dtype=torch.int64)
+    mask[1], mask[2, 3:] = 0, 0
+    call = {"input_ids": ids, "attention_mask": mask}
+    found = turbotx.explain(fast, **call).numerics(fast, **call)
+    assert found.holds and [x.name for x in found.outputs] == ["output 0", "output 1"]
+    assert all(x.largest > 0 for x in found.outputs)

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbotx.errors import CacheFullError, InputError
+from turbotx.memory.cache_blocks import CacheBudget
 from turbotx.memory.cache_blocks_check import check_blocks
 from turbotx.runtime.block_memory import BLOCK_LEN, SLACK, BlockMemory, fits_blocks
-from turbotx.runtime.cache_memory import CacheBudget, LayerShape
+from turbotx.runtime.cache_memory import LayerShape
 
 SHAPES = (LayerShape(2, 4, 2), LayerShape(1, 8, 4))
 POSITION = 2 * 12 * 4
@@ -195,6 +196,34 @@ def test_what_left_the_window_is_let_go_and_a_few_positions_may_be_dropped() -> 
     memory.drop(0, SLACK)
     with pytest.raises(InputError, match="have been let go"):
         memory.drop(0, 3 * SLACK)
+
+
+def test_a_cache_shorter_than_its_window_may_be_dropped_from() -> None:
+    memory, held = make(), drawn(2, 0)
+    memory.windows = [10, 10]
+    held = step(memory, held, 2, 6)
+    for layer in range(len(SHAPES)):
+        memory.drop(layer, 2)
+    assert_holds(memory, [tuple(part[:, :, :4] for part in parts) for parts in held])
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(InputError, match="a batch of 0"):
+        make().tensor_for(0, 3)
+
+
+def test_a_batch_is_told_what_it_takes() -> None:
+    memory = make()
+    for batch, length in ((2, 60), (2, 64), (2, 65), (2, 200)):
+        before, told = memory.blocks.used, memory.count_new(batch, length)
+        memory.tensor_for(batch, length)
+        assert memory.blocks.used - before == told
+        memory.advance(length - memory.length)
+    for layer in range(len(SHAPES)):
+        memory.select(layer, torch.tensor([0, 0, 1]))
+    before, told = memory.blocks.used, memory.count_new(3, 201)
+    memory.tensor_for(3, 201)
+    assert memory.blocks.used - before == told == 2
 
 
 def test_a_bound_is_kept_and_what_was_held_stays() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from turbotx.errors import CacheFullError, InputError
-from turbotx.runtime.cache_memory import LEAST_CAPACITY, CacheBudget, CacheMemory, LayerShape
+from turbotx.memory.cache_blocks import CacheBudget
+from turbotx.runtime.cache_memory import LEAST_CAPACITY, CacheMemory, LayerShape
 
 SHAPES = [LayerShape(2, 4, 4), LayerShape(1, 8, 3)]
 

@@ -54,7 +54,7 @@ ALL = {"turned", "twice.weight", "a.weight", "b.weight"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("how", ["int8", "int8-weights"])
+@pytest.mark.parametrize("how", ["int8", "int8-weights", "int4-weights"])
 def test_floats_are_given_up_and_results_stay(dtype: torch.dtype, how: str) -> None:
     model, plain, fast, keeping = make(dtype, how)
     left = weakref.ref(model.a.weight)
@@ -81,7 +81,7 @@ def test_another_kind_of_call_shares_what_is_packed(monkeypatch: pytest.MonkeyPa
 def test_a_state_dict_is_dequantised_and_says_so() -> None:
     model, plain, fast, _ = make()
     fast(X)
-    with pytest.warns(QuantizedWarning, match="int8 times scale"):
+    with pytest.warns(QuantizedWarning, match="integers times scales"):
         state = model.state_dict()
     for name, true in plain.state_dict().items():
         rows, found = (t.t() if name == "turned" else t for t in (true, state[name]))

@@ -31,7 +31,7 @@ def saved(path: Path, dtype: torch.dtype = torch.float32, **how: Any) -> tuple[A
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("how", ["int8", "int8-weights"])
+@pytest.mark.parametrize("how", ["int8", "int8-weights", "int4-weights"])
 def test_a_file_has_no_floats_and_packs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, how: str
 ) -> None:
@@ -73,7 +73,7 @@ def test_floats_are_written_where_panels_are_left_out(tmp_path: Path) -> None:
 
 def test_floats_that_were_given_up_are_written_with_a_warning(tmp_path: Path) -> None:
     file = tmp_path / "model.ttx"
-    with pytest.warns(QuantizedWarning, match="the file has int8 times scale"):
+    with pytest.warns(QuantizedWarning, match="the file has integers times scales"):
         fast, expected = saved(file, keep_weights=False, panels=[])
     loaded = turbotx.load(file)
     torch.testing.assert_close(loaded(X), expected)

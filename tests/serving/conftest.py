@@ -60,12 +60,12 @@ def stand_in(engine=None, head=None, max_length=32):
 
 
 @contextlib.contextmanager
-def listening(service, receive_s=20.0, most=1000, application=create_app):
+def listening(service, receive_s=20.0, most=1000, application=create_app, nbytes=8 << 20):
     """The service behind uvicorn on a free loopback port; yields its base URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    limits = ConnectionLimits(receive_s, most)
+    limits = ConnectionLimits(receive_s, most, nbytes)
     config = uvicorn.Config(
         application(service), port=port, log_config=None, access_log=False,
         http=make_protocol(limits), ws="none",

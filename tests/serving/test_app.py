@@ -190,12 +190,14 @@ def test_predict_texts_pairs_and_lists():
 
 
 def test_a_key_is_asked_for_except_by_probes():
-    with client_of(sleeping_service(api_keys=("other", "s3cret"))) as client:
+    with client_of(sleeping_service(api_keys=("other", "s3cret", "clé"))) as client:
         body = {"inputs": "w0"}
         assert client.post("/embed", json=body).status_code == 401
         for wrong in ("Bearer no", "Basic s3cret", "Bearer \xe9"):
             given = {"authorization": wrong.encode("latin-1")}
             assert client.post("/embed", json=body, headers=given).status_code == 401
+        given = {"authorization": "Bearer clé".encode()}
+        assert client.post("/embed", json=body, headers=given).status_code == 200
         given = {"authorization": "Bearer s3cret"}
         assert client.post("/embed", json=body, headers=given).status_code == 200
         assert client.get("/info").status_code == 401
@@ -242,6 +244,9 @@ def test_before_it_is_ready_it_says_so():
 def test_settings_are_checked():
     with pytest.raises(SettingsError, match="policy"):
         Settings(policy="random")
+    for name, value in (("timeout_ms", float("inf")), ("max_age_ms", float("nan")), ("lazy_ms", float("nan"))):  # fmt: skip  # noqa: E501
+        with pytest.raises(SettingsError, match=name):
+            Settings(**{name: value})
     with pytest.raises(SettingsError, match="max_batch"):
         Settings(max_batch=0)
     with pytest.raises(SettingsError, match="API key"):

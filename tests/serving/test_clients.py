@@ -123,6 +123,8 @@ def test_packed_bodies(client, coding, pack):
     assert client.post("/embed", content=whole, headers=headers).status_code == 200
     assert client.post("/embed", content=whole[:-5], headers=headers).status_code == 422
     assert client.post("/embed", content=b"{}", headers=headers).status_code == 422
+    more = client.post("/embed", content=whole + b"more", headers=headers)
+    assert more.status_code == 422 and "more follows its end" in more.json()["error"]
     bomb = pack(b" " * 3_000_000)
     assert client.post("/embed", content=bomb, headers=headers).status_code == 413
     other = client.post("/embed", content=whole, headers={"content-encoding": "br"})

@@ -140,6 +140,9 @@ class Connection:
     def abort(self):
         self.aborted = True
 
+    def leave(self):
+        pass
+
     def get_write_buffer_size(self):
         return self.left
 
@@ -178,3 +181,63 @@ def test_who_does_not_read_is_closed_and_who_reads_slowly_is_not():
         done.left = 0
         limits.close_late(float(now_s))
     assert never.aborted and not slowly.aborted and not done.aborted
+
+
+def test_of_answers_that_are_not_read_the_largest_go():
+    limits = ConnectionLimits(3.0, 10, nbytes=100)
+    small, large, middle = (Connection() for _ in range(3))
+    for connection, left in ((small, 200), (large, 700), (middle, 300)):
+        limits.admit(connection)
+        connection.left = left
+    limits.close_late(0.0)
+    assert large.aborted and not small.aborted and not middle.aborted
+
+
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "begin, more",
+    [
+        (CHUNKED + b"1\r\n{\r\n0\r\n", b"x-a: b\r\n" * 1000),  # trailers
+        (CHUNKED + b"1", b";a=b" * 2000),  # extensions of a chunk
+    ],
+)
+def test_what_goes_with_a_body_has_an_end(either_parser, begin, more):
+    with listening(sleeping_service(), nbytes=10_000) as url, connect(url) as sock:
+        sock.sendall(begin)
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            sock.sendall(more * 2_000)  # 16 MB and more
+        assert httpx.post(f"{url}/embed", json={"inputs": "w1"}).status_code == 200
+
+
+def test_trailers_are_not_kept():
+    parsers = pytest.importorskip("uvicorn.protocols.http.httptools_impl")
+    protocol = connections.make_protocol(ConnectionLimits(1.0, 1))
+    if not issubclass(protocol, parsers.HttpToolsProtocol):
+        pytest.skip("uvicorn takes its other parser")
+    one = protocol.__new__(protocol)
+    one.headers, one.heads_over = [], True
+    one.on_header(b"x", b"y")
+    assert one.headers == []
+
+
+@pytest.mark.parametrize("offer", [b"h2c", b"websocket", b"foo/2"])
+def test_an_offer_of_another_protocol_changes_nothing(either_parser, caplog, offer):
+    wanted = WHOLE.replace(
+        b"\r\n\r\n", b"\r\nconnection: upgrade\r\nupgrade: " + offer + b"\r\n\r\n"
+    )
+    with listening(sleeping_service()) as url, connect(url) as sock:
+        sock.sendall(wanted)
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+    assert "WebSocket" not in caplog.text
+
+
+def test_who_leaves_while_many_are_answered_is_no_error(either_parser, caplog):
+    with listening(sleeping_service()) as url:
+        for _ in range(5):
+            with connect(url) as sock:
+                sock.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: a\r\n\r\n" * 300)
+                time.sleep(0.05)
+        assert httpx.post(f"{url}/embed", json={"inputs": "w1"}).status_code == 200
+    assert "Exception in ASGI" not in caplog.text

@@ -16,6 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from turbotx.capture.module_state.gradients import require_gradients
+
 _forward = nn.TransformerEncoder.forward
 
 
@@ -60,4 +62,4 @@ def _leaves_padding_out(encoder: nn.TransformerEncoder, src: Tensor) -> bool:
     )
     if not able or layer.training or src.dim() != 3 or torch.is_autocast_enabled():
         return False
-    return not (torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()))
+    return not (torch.is_grad_enabled() and require_gradients(layer))

@@ -9,6 +9,7 @@ tensor leaves and returns the leaves of the output, then the call's effects::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from turbotx.capture.composition import calls_forward
 from turbotx.capture.equal_layers.layers import EqualLayers
 from turbotx.capture.grouped_products import GroupedProducts
 from turbotx.capture.layout_questions import LayoutQuestions
+from turbotx.capture.module_state.gradients import note_gradients
 from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.returned import take_apart
 from turbotx.capture.sandbox.sandbox import Sandbox
@@ -51,7 +53,7 @@ class FlatCall(nn.Module):
         carried = (leaves[i] for i in self.positions)
         self.orders = [memory_order(x) if isinstance(x, torch.Tensor) else None for x in carried]
         self.floats = FloatReads()
-        self.layouts, self.values = LayoutQuestions(), values
+        self.layouts, self.values = LayoutQuestions(partial(note_gradients, recorder)), values
         self.layers = EqualLayers(self.seen.model, recorder, self._look_around)
         self.calls_forward = calls_forward(model)
         self.in_spec = spec

@@ -4,17 +4,18 @@ In: the call's tensors and the model's code, traced while this mode is active. O
 strides or contiguity, or those of a view, were queried. A trace sees dense inputs, so the program
 then accepts only dense ones::
 
-    with LayoutQuestions() as questions:  ...  if x.is_contiguous(): ...
+    with LayoutQuestions(note) as questions:  ...  if x.is_contiguous(): ...
     questions.asked  ->  {0}
 
 `x.contiguous()` of an input stays an op of the graph. Access to an input's storage,
-`x.untyped_storage()`, is refused, since it may hold more than the input; so is `x.requires_grad`.
+`x.untyped_storage()`, is refused, since it may hold more than the input; so is `x.requires_grad`,
+but of the model's parameters, where the answer is a guard.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -36,8 +37,10 @@ _STORAGES = frozenset((Tensor.untyped_storage, Tensor.storage))
 class LayoutQuestions(TorchFunctionMode):
     """While active, records the indices of the inputs whose layout the user's code queries."""
 
-    def __init__(self) -> None:
+    def __init__(self, note_gradients: Callable[[torch.Tensor], bool | None]) -> None:
+        """note_gradients: tells whether a parameter requires gradients, None for other tensors."""
         super().__init__()
+        self._note_gradients = note_gradients
         self.asked: set[int] = set()
         self._places: dict[int | None, int] = {}
 
@@ -51,6 +54,9 @@ class LayoutQuestions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in _MODES and not is_library(_find_asker()):
+            asked = self._note_gradients(args[0]) if _MODES[func] == "requires_grad" else None
+            if asked is not None:
+                return asked
             raise CaptureError(
                 f"its code asks for the {_MODES[func]} of a tensor, which no trace knows, since it "
                 "runs without gradients: ask torch.is_grad_enabled() or is_inference_mode_enabled()"

@@ -1,7 +1,7 @@
-"""Quiet: silences what PyTorch logs of traces that fail or are tried again.
+"""Quiet: silences what PyTorch logs about traces that fail or are retried.
 
-In: nothing. Out: a context in which the loggers of PyTorch drop this thread's warnings and errors;
-what is wrong is said by turbotx's own error. TORCH_LOGS, where it is set, keeps them::
+In: nothing. Out: a context in which PyTorch's loggers drop this thread's warnings and errors;
+turbotx's own error reports the problem. If TORCH_LOGS is set, nothing is dropped::
 
     with quiet_torch():
         torch.export.export(...)
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Those that may not have been asked for yet when a trace begins.
+# # Loggers that may not exist yet when a trace begins.
 _NAMES = (
     "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes",
     "torch.fx.experimental.proxy_tensor", "torch.fx.experimental.recording",
@@ -67,8 +67,8 @@ _filter = _OfThisThread()
 
 @contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Context manager: suppress PyTorch's log messages in this thread, warnings and errors
-    included."""
+    """Context manager: suppress PyTorch's log messages in this thread, including warnings and
+    errors."""
     if os.environ.get("TORCH_LOGS"):
         yield
         return

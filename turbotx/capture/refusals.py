@@ -1,7 +1,7 @@
-"""Refusals: checks that reject inputs, weights and modes that no program supports, by name.
+"""Refusals: checks that reject unsupported inputs, weights and modes, by name.
 
-In: tensors, a model, the state around a call, a traced program. Out: nothing, or an error that says
-what was seen and what to do::
+In: tensors, a model, the ambient state, a traced program. Out: nothing, or an error that says what
+was seen and what to do::
 
     refuse_tensor(torch.empty(3, device="meta"))  ->  InputError: an input is on meta, ...
 """
@@ -21,8 +21,10 @@ from turbotx.errors import CaptureError, InputError, TrainingError
 
 
 def refuse_tensor(tensor: torch.Tensor) -> None:
-    """Raise InputError, or TrainingError, for an input that no program takes. x: of any shape and
-    dtype."""
+    """Raise InputError or TrainingError for an input that programs do not support.
+
+    tensor: of any shape and dtype.
+    """
     if tensor.is_nested:
         raise InputError("an input is a nested tensor; turbotx takes plain dense tensors only")
     if tensor.device.type not in ("cpu", "cuda"):
@@ -38,8 +40,8 @@ def refuse_tensor(tensor: torch.Tensor) -> None:
 
 
 def refuse_modes(ambient: Ambient) -> None:
-    """Raise InputError for a call under a mode that intercepts PyTorch's functions: a program
-    does not call them."""
+    """Raise InputError under a mode that intercepts PyTorch's functions, since programs do not call
+    them."""
     names = unknown_modes(ambient)
     if names:
         raise InputError(
@@ -58,9 +60,9 @@ def refuse_gradient() -> None:
 
 
 def refuse_foreign_weights(model: nn.Module) -> None:
-    """Raise CaptureError for a parameter or buffer that computes by code of its own: fake,
-    distributed, quantised by a subclass; LeftToPyTorch for parameters that are none, as
-    `torch.func.functional_call` puts them in place for one call."""
+    """Raise CaptureError for a parameter or buffer of a subclass with its own computations: fake,
+    distributed or quantized tensors. Raises LeftToPyTorch for parameters replaced by plain tensors,
+    as `torch.func.functional_call` does for one call."""
     if not all(isinstance(p, nn.Parameter) for p in model.parameters()):
         raise LeftToPyTorch("the model's parameters are other tensors for this call")
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -75,7 +77,7 @@ def refuse_foreign_weights(model: nn.Module) -> None:
 
 
 def refuse_parts(model: nn.Module) -> None:
-    """Raise CaptureError for a model with a part that no trace of PyTorch can look into."""
+    """Raise CaptureError for a model with a part that PyTorch cannot trace."""
     name = type(model).__name__
     for path, module in model.named_modules():
         part = f"its part {path!r}" if path else "it"
@@ -97,8 +99,8 @@ def refuse_parts(model: nn.Module) -> None:
 
 
 def refuse_encoder_layers(model: nn.Module) -> None:
-    """Raise CaptureError for PyTorch's encoder layers under autocast on CPUs: a fused op of its own
-    runs them there, whose results are of the lower dtype where the layer's code gives float32."""
+    """Raise CaptureError for PyTorch's encoder layers under autocast on CPUs: a fused op runs them
+    there, and returns the lower dtype where the layer's code returns float32."""
     fused = torch.is_autocast_enabled("cpu") and torch.backends.mha.get_fastpath_enabled()
     for path, module in model.named_modules() if fused else ():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -111,15 +113,15 @@ def refuse_encoder_layers(model: nn.Module) -> None:
 
 
 def refuse_inference_tensors(model: nn.Module) -> None:
-    """Raise CaptureError for parameters and buffers without a version: torch.export takes none,
-    and a change of them would go unnoticed."""
+    """Raise CaptureError for parameters and buffers without a version counter: torch.export does
+    not accept them, and changes would go unnoticed."""
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_inference():
             raise made_in_inference_mode(type(model).__name__, path)
 
 
 def made_in_inference_mode(name: str, path: str) -> CaptureError:
-    """Return the error for a tensor of a model, found at `path`, that has no version."""
+    """Return the error for a tensor of a model, at `path`, that has no version counter."""
     return CaptureError(
         f"cannot capture {name}: its {path!r} was made under torch.inference_mode(), and nothing "
         "tells when such a tensor changes. Make or load the model outside of it (torch.no_grad() "
@@ -128,8 +130,8 @@ def made_in_inference_mode(name: str, path: str) -> CaptureError:
 
 
 def refuse_mutation(exported: Any, name: str) -> None:
-    """Raise CaptureError where the call changes a buffer or an input: a program could not be run
-    by two threads, or again, and mean the same."""
+    """Raise CaptureError if the call mutates a buffer or an input: such a program could not run in
+    two threads, or twice, with the same result."""
     for spec in exported.graph_signature.output_specs:
         if spec.kind is OutputKind.USER_OUTPUT:
             continue

@@ -1,7 +1,7 @@
-"""Returned: flattens a model's output for tracing and rebuilds it at every call.
+"""Returned: flattens a model's output for tracing and rebuilds it in every call.
 
-In: the output of a model's forward while it is traced. Out: leaves that a graph can return, the
-structure around them, and what is neither a tensor nor a number but always the same::
+In: the output of a model's forward under a trace. Out: leaves that a graph can return, the
+structure around them, and the constants that are neither tensors nor numbers::
 
     take_apart((x, x.shape, x.dtype), "")  ->  [x, 2, 3, None], (*, Extents(*, *), *), {3: float32}
 """
@@ -26,11 +26,11 @@ _CONSTANTS = (
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo, torch.iinfo,
     complex, bytes, range, type(Ellipsis), enum.Enum, type,
 )  # fmt: skip
-"""No tensor hides in these, and they do not change."""
+"""Immutable types that contain no tensor."""
 
 
 class Extents(tuple[Any, ...]):
-    """A torch.Size whose numbers are known at a call only; PyTorch itself makes a tuple of it."""
+    """A torch.Size whose numbers are known only at call time; PyTorch would make it a tuple."""
 
 
 def _to_size(values: Any, context: Any = None) -> Any:
@@ -44,8 +44,8 @@ pytree.register_pytree_node(
 
 
 def _without_own_classes(tree: Any) -> Any:
-    """Return an output with the model's own dicts in the place of those that a trace ran with, and
-    with sizes that pytree keeps as such."""
+    """Return an output with plain dicts in place of the dicts used under the trace, and with sizes
+    in a form that pytree keeps."""
 
     def change(value: Any) -> Any:
         if isinstance(value, torch.Size):
@@ -58,7 +58,7 @@ def _without_own_classes(tree: Any) -> Any:
 
 
 class ReturnedObjectError(CaptureError):
-    """An output holds an object of a class, `kind`, that a program cannot make."""
+    """An output contains an object of a class, `kind`, that a program cannot create."""
 
     def __init__(self, leaf: Any, name: str) -> None:
         super().__init__(_refusal(leaf, name))
@@ -66,9 +66,9 @@ class ReturnedObjectError(CaptureError):
 
 
 def take_apart(output: Any, name: str) -> tuple[list[Any], pytree.TreeSpec, dict[int, Any]]:
-    """Return the leaves, their structure, and the constants in whose places a leaf is None.
+    """Return the leaves, their structure, and the constants, which are None among the leaves.
 
-    Raises ReturnedObjectError for an object that may hold tensors where pytree does not see them.
+    Raises ReturnedObjectError for an object that may hold tensors that pytree does not see.
     """
 
     leaves, spec = pytree.tree_flatten(_without_own_classes(output))
@@ -83,7 +83,7 @@ def take_apart(output: Any, name: str) -> tuple[list[Any], pytree.TreeSpec, dict
 
 
 def is_constant(value: Any) -> bool:
-    """Return whether an object is the same at every call: plain, and without a tensor inside."""
+    """Return whether an object is the same in every call: plain, and without a tensor inside."""
     if isinstance(value, slice):
         return all(type(v) in (int, type(None)) for v in (value.start, value.stop, value.step))
     if isinstance(value, (set, frozenset)):
@@ -102,6 +102,7 @@ def _refusal(leaf: Any, name: str) -> str:
 
 
 def put_constants(graph: fx.Graph, constants: Mapping[int, Any]) -> None:
-    """Return what tracing could not return, a dtype for one, where it stood in the output."""
+    """Put constants that tracing cannot return, such as a dtype, in their places in the output, in
+    place."""
     (node,) = graph.find_nodes(op="output")
     node.args = ([constants.get(k, leaf) for k, leaf in enumerate(node.args[0])],)

@@ -1,7 +1,8 @@
 """Shape matcher: binds a call's sizes to dims and checks a capture's size guards.
 
-In: what the inputs' sizes are made of and the guards, as plain data, and the shapes of a call's
-tensors. Out: the values of the capture's dims, or None and the reason why it does not hold::
+In: the expressions of the inputs' sizes and the guards, as plain data, and the shapes of a call's
+tensors. Out: the values of the capture's dims, or None and the reason why the capture does not
+apply::
 
     match([(2, 17), (2, 17)])  ->  (2, 17, 2)      # batch, seq, attention_mask_d0
 """
@@ -11,16 +12,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from turbotx.ir.sizes import Evaluate, Sizes
+from turbotx.ir.sizes import Evaluate, Sizes, define
 
 
 @dataclass(frozen=True)
 class InputSize:
     """The size of one dim of an input.
 
-    dims: those of the capture that it is made of. solve: (dim, slope, rest) where it is slope * dim
-    + rest, so that the dim follows from it; None where it is not. shown: in messages.
+    dims: the capture's dims in its expression. solve: (dim, slope, rest) if the size is slope * dim
+    + rest, so that it determines the dim; otherwise None. shown: the text for messages.
     """
 
     size: Sizes
@@ -36,7 +38,7 @@ class InputSize:
 
 @dataclass(frozen=True)
 class SizeGuard:
-    """A condition on the dims that held while tracing; `text` is shown when it fails."""
+    """A condition on the dims that held while tracing; `text` is shown if it fails."""
 
     condition: Sizes
     dims: tuple[str, ...]
@@ -50,7 +52,7 @@ class SizeGuard:
 
 @dataclass(frozen=True)
 class SizeRules:
-    """What a capture assumed of sizes. inputs: the name and the sizes of each, in order."""
+    """What a capture assumed of sizes. inputs: the name and sizes of each input, in order."""
 
     dims: tuple[str, ...]
     inputs: tuple[tuple[str, tuple[InputSize, ...]], ...]
@@ -59,7 +61,7 @@ class SizeRules:
 
 @dataclass(frozen=True)
 class _Broken:
-    """Why a capture does not hold: in words, and the dims or the one place that it is about."""
+    """Why a capture does not apply: in words, and the dims or the single place at fault."""
 
     why: str
     dims: frozenset[str] = frozenset()
@@ -67,23 +69,59 @@ class _Broken:
 
 
 class ShapeMatcher:
-    """Solves a call's shapes for the captured dims, and checks what tracing assumed."""
+    """Solves a call's shapes for the captured dims, and checks the conditions assumed while
+    tracing."""
 
     def __init__(self, rules: SizeRules) -> None:
         self.rules = rules
 
     def match(self, shapes: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
         """Return the dims' values in order, or None where the capture does not hold."""
-        dims, broken = self._solve(shapes)
-        return tuple(dims[name] for name in self.rules.dims) if broken is None else None
+        found: tuple[int, ...] | None = self._match(shapes)
+        return found
+
+    @cached_property
+    def _match(self) -> Any:
+        """`_solve` of these rules as one function of Python's, without words: a step of a decoder
+        comes with new sizes every time."""
+        sizes = [
+            (f"x{i}_{d}", size)
+            for i, (_, sizes) in enumerate(self.rules.inputs)
+            for d, size in enumerate(sizes)
+        ]
+        unpacked = "".join(
+            f"({''.join(f'x{i}_{d}, ' for d in range(len(sizes)))}), "
+            for i, (_, sizes) in enumerate(self.rules.inputs)
+        )
+        lines, known = [f"[{unpacked}] = shapes"], set[str]()
+        plain = [(x, s.solve[0]) for x, s in sizes if s.solve and s.solve[1:] == (1, 0)]
+        for x, name in plain:
+            lines.append(f"if {x} != {name}: return" if name in known else f"{name} = {x}")
+            known.add(name)
+        later = [(x, s) for x, s in sizes if not s.solve or s.solve[1:] != (1, 0)]
+        for x, size in later:
+            if size.solve is not None and size.solve[0] not in known:
+                name, slope, rest = size.solve
+                lines += [f"{name}, over = divmod({x} - {rest}, {slope})", "if over: return"]
+                known.add(name)
+        if not known.issuperset(self.rules.dims):
+            return lambda shapes: None
+        lines += [f"if ({size.size.texts[0]}) != {x}: return" for x, size in later]
+        lines += [f"if {name} < 1: return" for name in self.rules.dims]
+        for guard in self.rules.guards:
+            texts = " and ".join(f"({text})" for text in guard.condition.texts)
+            lines += ["try:", f"    if not ({texts}): return"]
+            lines += ["except (ArithmeticError, ValueError): return"]
+        lines.append(f"return ({''.join(f'{name}, ' for name in self.rules.dims)})")
+        return define("match", "shapes", lines)
 
     def explain(self, shapes: Sequence[Sequence[int]]) -> str:
-        """Return why `match` gives None, in words; "" where it gives dims."""
+        """Describe why `match` returns None; "" if it returns dims."""
         broken = self._solve(shapes)[1]
         return broken.why if broken is not None else ""
 
     def find_deciding(self, shapes: Sequence[Sequence[int]]) -> set[tuple[int, int]]:
-        """Return the dims, as (tensor, dim), whose sizes are why `match` gives None."""
+        """Return the dims, as (tensor, dim), whose sizes make `match` return None."""
         broken = self._solve(shapes)[1]
         if broken is None:
             return set()
@@ -97,7 +135,7 @@ class ShapeMatcher:
         later: list[tuple[tuple[int, int], InputSize, int]] = []
         for i, ((_, sizes), shape) in enumerate(zip(self.rules.inputs, shapes, strict=True)):
             for d, (size, actual) in enumerate(zip(sizes, shape, strict=True)):
-                # A size that is a dim itself says it without doubt; others come after.
+                # # A size that is itself a dim determines it directly; others come after.
                 if size.solve is not None and size.solve[1:] == (1, 0):
                     name = size.solve[0]
                     if dims.setdefault(name, actual) != actual:
@@ -131,7 +169,7 @@ class ShapeMatcher:
         for guard in self.rules.guards:
             try:
                 holds = all(guard.evaluate(*(dims[name] for name in guard.dims)))
-            except (ArithmeticError, ValueError):  # no size that the model takes
+            except (ArithmeticError, ValueError):  # # a size that the model does not accept
                 holds = False
             if not holds:
                 return _Broken(f"{guard.text} does not hold", frozenset(guard.dims))

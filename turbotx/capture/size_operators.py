@@ -1,9 +1,8 @@
 """Size operators: Python's arithmetic operators on symbolic sizes.
 
-In: a trace. Out: the same trace, in which floats are computed step by step as Python does, a size
-that the model writes into a string is its number, with a guard, and is an int where the model asks
-`isinstance`; if need be, comparisons that the model writes are answered at once, for some ops take
-a bool only::
+In: a trace. Out: the same trace, in which floats are computed step by step as in Python, a size
+written into a string is a number (with a guard), and `isinstance` sees an int. Optionally, the
+model's comparisons are evaluated at once, since some ops accept only a bool::
 
     with python_operators():    n * 0.1 * 3  ->  (0.1 * n) * 3, not 0.30000000000000004 * n
                                 f"layer_{n}"  ->  "layer_5", with the guard n == 5
@@ -30,13 +29,13 @@ from turbotx.capture.module_state.values import is_library
 
 _COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
 _SUMS = ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__")
-"""Of these sympy would merge the numbers of one with those of the next; no other operator's."""
+"""The only operators whose constants sympy would merge with those of the next one."""
 _NUMBERS: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 
 
 def python_operators() -> ExitStack:
-    """Make sums and products of floats one operand of what follows, and a size that is formatted as
-    a string a number; in this thread, inside the context."""
+    """Context manager: make float sums and products opaque operands of later expressions, and make
+    sizes numbers when they are formatted; in this thread."""
     stack = _replaced(_SUMS, _as_step)
     thread = threading.get_ident()
     for cls in (torch.SymInt, torch.SymFloat, torch.SymBool):
@@ -48,16 +47,18 @@ def python_operators() -> ExitStack:
 
 
 def _set_class(cls: type, kind: property | None) -> None:
-    """Have `isinstance` ask `kind` of a class's objects, for which no `setattr` is taken."""
+    """Set the property that `isinstance` reads on a class's objects; `setattr` does not accept
+    it."""
     held = class_dict(cls)
     held.pop("__class__", None)
     if kind is not None:
         held["__class__"] = kind
-    cls.__doc__ = cls.__doc__  # so that Python forgets what it knew of the class's attributes
+    cls.__doc__ = cls.__doc__  # # invalidates Python's cache of the class's attributes
 
 
 def _kind(cls: type, thread: int) -> Callable[[Any], type]:
-    """Return what tells the model's code that a size is an int, as it is in eager."""
+    """Return a getter of `__class__` that tells the model's code that a size is an int, as in eager
+    mode."""
 
     def kind(self: Any) -> type:
         frame: FrameType | None = sys._getframe(1)
@@ -71,23 +72,26 @@ def _kind(cls: type, thread: int) -> Callable[[Any], type]:
 
 @functools.cache
 def _is_inside(asker: str | None) -> bool:
-    """Tell whether it is a library's code that asks: `kind` is asked a million times a trace."""
+    """Return whether library code asks; cached, since `kind` is called a million times per
+    trace."""
     return is_library(asker) or str(asker).partition(".")[0] == "sympy"
 
 
 def wants_bool(error: BaseException | None) -> bool:
-    """Return whether a trace ended because a comparison of sizes was used where only a bool is."""
+    """Return whether a trace failed because a comparison of sizes was used where only a bool is
+    accepted."""
     text = str(error)
     return isinstance(error, TypeError) and ("SymBool" in text or "BooleanAtom" in text)
 
 
 def wants_number(error: BaseException | None) -> bool:
-    """Return whether a trace ended because a size was handed to what takes plain numbers only."""
+    """Return whether a trace failed because a size was passed where only plain numbers are
+    accepted."""
     return isinstance(error, TypeError) and ("SymInt" in str(error) or "SymFloat" in str(error))
 
 
 def relations_answered() -> ExitStack:
-    """Evaluate comparisons in the model's code to bools, in this thread, inside the context."""
+    """Context manager: evaluate comparisons in the model's code to bools, in this thread."""
     return _replaced(_COMPARISONS, _as_bool)
 
 
@@ -115,7 +119,7 @@ def _spelling(show: Callable[..., str], thread: int) -> Callable[..., str]:
 
 
 def _replaced(names: Sequence[str], change: Callable[[Any, str | None], Any]) -> ExitStack:
-    """Have what operators of sizes give go through `change`, with the module whose code asks."""
+    """Pass the results of size operators through `change`, with the module of the calling code."""
     thread = threading.get_ident()
 
     def changed(operator: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """Size questions: records the decisions about sizes that a trace's results depend on.
 
 In: a trace by torch.export. Out: the same trace over sizes that may be 1, whose shape environment
-has a guard for each answer that decided something, and none for those that decided nothing::
+has a guard for each decision that affects a result, and none for the others::
 
     with sizes_from_one(answer):  export(lambda x: x[:, :2] if x.shape[1] != 7 else x)
     ->  guards  seq >= 2, seq != 7          # and not seq != 1, of whether x is contiguous
@@ -30,31 +30,32 @@ from turbotx.capture.conditions import decides_nothing
 from turbotx.capture.sandbox.effects import SizesNeeded
 from turbotx.capture.tracing import replaced_in_thread
 
-# Functions of PyTorch that ask how a tensor lies in memory: no size and no element of a result
-# depends on that.
+# # PyTorch functions that query a tensor's memory layout: no size and no element of a result
+# depends on it.
 _LAYOUT = ("contiguous", "non_overlapping", "channels_last", "logical_to_physical", "strides")
-# Those that look for a way from one shape to another: it ends at the shape that was asked for.
+# # Functions that search for views between two shapes: the result has the requested shape either
+# way.
 _VIEWS = ("_reshape_view_helper", "_collapse_view_helper")
-# A function that looks for such ways by what it calls in C++, and asks nothing itself.
+# # A function that searches for such views through C++, and queries nothing itself.
 _FOLDS = ("torch._decomp.decompositions", "matmul")
-# Who asks in C++ which library is to convolve, and by that how the result lies.
+# # A query from C++ about which library computes a convolution, and thereby the result's layout.
 _CHOOSES = ("torch._subclasses.fake_impls", "conv")
-# Who asks in C++ whether what is written to overlaps itself, which no size of 1 makes it do.
+# # A query from C++ about whether the destination overlaps itself, which a size of 1 cannot cause.
 _WRITES = ("torch._meta_registrations", "meta_copy_")
 Answer: TypeAlias = Callable[..., bool | None]
 _PASS_ON = {__name__, sym_node.__name__, symbolic_shapes.__name__}
 
 
 class SizesFromOne(ShapeEnv):
-    """A shape environment in which a size may be 1, as PyTorch's own takes each for 2 and more.
+    """A shape environment in which a size may be 1; PyTorch's own assumes 2 or more.
 
-    There, `seq >= 2` holds without a guard, and `seq == 1` is false. Here both are guards where
-    the model asks. PyTorch asks the like of every size it meets, to broadcast or to lay out
-    memory: where either answer is right, none is noted.
+    There, `seq >= 2` holds without a guard, and `seq == 1` is false. Here both become guards if the
+    model tests them. PyTorch makes such tests for every size, for broadcasting and memory layouts;
+    where either outcome gives the same result, no guard is recorded.
     """
 
     def __init__(self, answer: Answer, *args: Any, **kwargs: Any) -> None:
-        """answer: what the trace assumes of a question about values."""
+        """Create the environment. answer: returns the assumed outcome of a condition on values."""
         super().__init__(*args, **kwargs)
         self._answer = answer
         self._settled: dict[sympy.Basic, sympy.Basic] = {}
@@ -65,10 +66,10 @@ class SizesFromOne(ShapeEnv):
     def evaluate_sym_node(
         self, sym_node: Any, size_oblivious: bool = False, fallback_value: bool | None = None
     ) -> Any:
-        """Return a question's answer; a guard is noted where a result depends on it.
+        """Return the outcome of a condition; a guard is recorded if a result depends on it.
 
-        What ranges and guards settle is settled for good: PyTorch forgets it with every new guard,
-        and deriving it takes sympy a millisecond, for each of 10,000 questions of a few views.
+        Conditions settled by ranges and guards are cached: PyTorch drops them with every new guard,
+        and deriving one takes sympy a millisecond, for each of 10,000 conditions of a few views.
         """
         answer, question = sym_node.hint, sym_node.expr
         if not isinstance(answer, bool):
@@ -77,7 +78,7 @@ class SizesFromOne(ShapeEnv):
                 return sympy.true if assumed else sympy.false
             return super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
         said = sympy.true if answer else sympy.false
-        if answer == fallback_value:  # who asks by guard_or_true and the like takes either
+        if answer == fallback_value:  # # guard_or_true and the like accept either
             return said
         if question not in self._settled:
             settled = self._maybe_evaluate_static(question)
@@ -93,22 +94,23 @@ class SizesFromOne(ShapeEnv):
     def guard_or_defer_runtime_assert(  # type: ignore[override]
         self, orig_expr: Any, msg: str, fx_node: fx.Node | None = None
     ) -> bool:
-        """Return whether what `torch._check` asks for holds, or note that it has to."""
+        """Return whether a condition of `torch._check` holds, or record that it must."""
         assumed = self._answer(orig_expr, True)
         if assumed is not None:
             return assumed
         return super().guard_or_defer_runtime_assert(orig_expr, msg, fx_node)
 
     def _require_bound(self, question: sympy.Basic, answer: bool) -> None:
-        """Raise SizesNeeded where several rounded sizes have been found to make one number.
+        """Raise SizesNeeded if several rounded sizes were found to be equal to a number together.
 
-        A picture of (height // 4) * (width // 4) patches, as many as there are positions, has no
-        side that is free by itself, and views of its windows would be expressions without end.
+        For an image of (height // 4) * (width // 4) patches, as many as there are positions, no
+        side is free by itself, and views of its windows would have unbounded expressions.
         """
         if not isinstance(question, sympy.Eq if answer else sympy.Ne):
             return
         whole = self.replace(question)
-        # Not the quotient of two sizes, as of (4 * batch) // other, which says that they are equal.
+        # # Not the quotient of two sizes, as in (4 * batch) // other, which says that they are
+        # equal.
         rounded = [x for x in whole.atoms(FloorDiv) if x.args[1].is_Integer]
         sizes = set[sympy.Basic]().union(*(x.free_symbols for x in rounded))
         if len(sizes) > 1 and any(a.is_Integer for a in whole.args):
@@ -116,16 +118,16 @@ class SizesFromOne(ShapeEnv):
 
 
 def _is_idle(question: sympy.Basic, answer: bool, has_fallback: bool) -> bool:
-    """Return whether no result depends on an answer.
+    """Return whether no result depends on a condition's outcome.
 
-    has_fallback: whether it was asked by `guard_or_true` or the like, which need none.
+    has_fallback: whether it was asked by `guard_or_true` or the like, which need no answer.
     """
     frame = _find_asker()
     module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
     native = module == "torch._ops" or name == "__torch_function__"
     differ = isinstance(question, sympy.Ne if answer else sympy.Eq)
     if differ and (native or has_fallback) and _is_for_one(question):
-        return True  # a size that is spread over another: where it is 1, the other one is too
+        return True  # # broadcasting: if this size is 1, so is the other
     if not native and not module.startswith("torch."):
         return decides_nothing(frame)
     if _asks_to_write(frame) or (has_fallback and (module, name) == _CHOOSES):
@@ -141,8 +143,8 @@ def _is_idle(question: sympy.Basic, answer: bool, has_fallback: bool) -> bool:
 
 
 def _asks_to_write(frame: FrameType | None) -> bool:
-    """Tell whether `_WRITES` asks, be it through the op that export has in that question's place,
-    or the copy that a write becomes."""
+    """Return whether `_WRITES` asks, possibly through export's wrapper of it, or through the copy
+    that a write becomes."""
     while frame is not None:
         place = frame.f_globals.get("__name__"), frame.f_code.co_name
         if place == _WRITES or (
@@ -156,7 +158,8 @@ def _asks_to_write(frame: FrameType | None) -> bool:
 
 
 def _is_for_one(question: sympy.Basic) -> bool:
-    """Return whether two numbers are equal where a size is 1, as 8 * seq and 8, a row's strides."""
+    """Return whether two numbers are equal if a size is 1, such as 8 * seq and 8, the strides of a
+    row."""
     left, right = question.args
     whole, symbols = sympy.sympify(left - right), question.free_symbols
     return sympy.S.One in question.args or any(_is_zero_for_one(whole, s) for s in symbols)
@@ -165,12 +168,12 @@ def _is_for_one(question: sympy.Basic) -> bool:
 def _is_zero_for_one(whole: sympy.Expr, symbol: sympy.Symbol) -> bool:
     try:
         return bool(sympy.expand(whole.xreplace({symbol: sympy.S.One})) == 0)
-    except ZeroDivisionError:  # no size that the model takes: seq // (seq // 8)
+    except ZeroDivisionError:  # # a size that the model does not accept: seq // (seq // 8)
         return False
 
 
 def _find_asker() -> FrameType:
-    """Return the frame that asks, behind PyTorch's own symbolic numbers."""
+    """Return the calling frame outside PyTorch's symbolic numbers."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_globals.get("__name__")
@@ -181,7 +184,7 @@ def _find_asker() -> FrameType:
 
 
 def sizes_from_one(answer: Answer) -> AbstractContextManager[None]:
-    """Let sizes of 1 stay symbolic in this thread's exports, inside the context.
+    """Context manager: keep sizes of 1 symbolic in this thread's exports.
 
     answer: see `ValueQuestions.answer`.
     """

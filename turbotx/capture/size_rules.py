@@ -1,7 +1,7 @@
-"""Size rules: a capture's size guards, from symbolic expressions to plain data.
+"""Size rules: converts a capture's size guards from symbolic expressions to plain data.
 
-In: the sizes of the inputs as expressions over the dims, and guards. Out: what `ShapeMatcher` tells
-from whether a capture serves a call::
+In: the inputs' sizes as expressions over the dims, and guards. Out: the data by which
+`ShapeMatcher` decides whether a capture serves a call::
 
     2*seq + 1  ->  InputSize(Sizes(("seq * 2 + 1",)), ("seq",), solve=("seq", 2, 1), ...)
 """
@@ -24,7 +24,7 @@ def find_size_rules(
 ) -> SizeRules:  # fmt: skip
     """Return the rules of a capture. names, sizes: of its inputs, in order.
 
-    Raises VerifyError for a guard by a function that sizes are not known to be made by.
+    Raises VerifyError for a guard with an unsupported function.
     """
     rows = zip(names, sizes, strict=True)
     return SizeRules(
@@ -45,7 +45,8 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def _solve(size: Expr) -> tuple[str, int, int] | None:
-    """Return the one unknown of a size, its slope and the rest, where it is linear in it."""
+    """Return the single unknown of a linear size, its slope and the constant; None for other
+    sizes."""
     if len(size.free_symbols) != 1:
         return None
     (unknown,) = size.free_symbols

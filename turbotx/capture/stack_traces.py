@@ -1,8 +1,8 @@
-"""Stack traces: where in the model's code a trace's nodes come from, written out once a place.
+"""Stack traces: the source locations of a trace's nodes, formatted once per location.
 
-In: the nodes that a trace makes. Out: the same texts in `node.stack_trace` that PyTorch's tracer
-writes, which tells every frame, its file's line included, anew for each node; the calls of equal
-layers come through the same frames::
+In: the nodes that a trace makes. Out: the same text in `node.stack_trace` as PyTorch's tracer
+writes. It formats every frame again for each node, including the source line, though the calls of
+equal layers come from the same frames::
 
     with remembered_stack_traces():  torch.export.export(model, ...)
 """
@@ -22,9 +22,9 @@ from torch.fx import proxy
 
 @contextmanager
 def remembered_stack_traces() -> Iterator[None]:
-    """Let traces write each place in the code out once, inside the context."""
+    """Context manager: format each source location only once in traces."""
     known = _Places()
-    # Private parts of PyTorch, the same from 2.11 to 2.13: without one, it writes texts as before.
+    # # Private parts of PyTorch, the same from 2.11 to 2.13; without one, it formats as before.
     tracer: Any = proxy.TracerBase
     with ExitStack() as stack:
         if hasattr(proxy, "CapturedTraceback"):
@@ -36,7 +36,7 @@ def remembered_stack_traces() -> Iterator[None]:
 
 
 class _Stack(traceback.StackSummary):
-    """Frames, outermost first, with what has been made of them."""
+    """Frames, outermost first, with their cached text."""
 
     text: list[str] | None = None
     filtered: dict[bool, _Stack]
@@ -48,14 +48,14 @@ class _Stack(traceback.StackSummary):
 
 
 class _Places:
-    """Stands for `CapturedTraceback`; frames are told apart by code and place in it."""
+    """Stands for `CapturedTraceback`; stacks are identified by their code objects and offsets."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, ...], _Stack] = {}
-        self._codes: dict[int, CodeType] = {}  # an id means something as long as its owner lives
+        self._codes: dict[int, CodeType] = {}  # keeps ids valid
 
     def extract(self, **kwargs: Any) -> _Place:
-        """Return where the caller is."""
+        """Return the caller's stack."""
         frames: list[FrameType] = []
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:

@@ -1,12 +1,12 @@
 """Size tensors: keeps sizes that a model stores in tensors symbolic while it is traced.
 
-In: calls such as torch.tensor(x.shape[1]) and arithmetic with what they return. Out: the same
-calls; the size that such a tensor holds is remembered, so that its `.item()`, and its use as a
-bound of a slice or as an extent, is an expression over the traced sizes and no unknown number::
+In: calls such as torch.tensor(x.shape[1]) and arithmetic on their results. Out: the same calls; the
+size in such a tensor is recorded, so that its `.item()`, and its use as a slice bound or an extent,
+is an expression over the traced sizes and not an unknown number::
 
     span = torch.tensor(x.shape[1]);  table[512 - span : 512 + span]  ->  table[512 - s : 512 + s]
 
-The same look at every call refuses a torch.Generator, which a graph would have as a constant.
+The same hook refuses a torch.Generator, which a graph would hold as a constant.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _CONVERSIONS = (Tensor.long, Tensor.int, Tensor.clone, Tensor.detach)
 
 
 class SizeTensors(TorchFunctionMode):
-    """While it is entered, an integer tensor of one element made from sizes remembers its value."""
+    """While active, records the value of one-element integer tensors made from sizes."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -70,7 +70,7 @@ def _is_integer(tensor: torch.Tensor) -> bool:
 
 
 def _find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the size that a call's result holds; None for a plain number, or what is unknown."""
+    """Return the size that a call's result holds; None for a plain number or an unknown value."""
     if func in _MAKERS:
         return args[0] if args and isinstance(args[0], torch.SymInt) else None
     values: list[Any] = [_size_in(a) for a in args]
@@ -81,7 +81,7 @@ def _find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in _ARITHMETIC and not kwargs:
         return _ARITHMETIC[func](*values)
     if func in _DIVISIONS and len(values) == 2 and isinstance(values[1], int) and values[1] > 0:
-        # A size itself is not negative: it is rounded down and to zero alike.
+        # # A size is not negative, so rounding down and toward zero are the same.
         floors = {"floor", "trunc"} if isinstance(args[0], torch.SymInt) else {"floor"}
         if kwargs.get("rounding_mode") in floors:
             return values[0] // values[1]

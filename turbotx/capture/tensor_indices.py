@@ -1,7 +1,8 @@
-"""Tensor indices: turns an index by a one-element tensor into a gather; its value is not read.
+"""Tensor indices: turns indexing by a one-element tensor into a gather that does not read its
+value.
 
-In: calls such as x[:, i] and x.select(1, i) whose i is a tensor without dims. Out: the same
-elements by an op that reads i when the program runs; PyTorch would ask for the number now::
+In: calls such as x[:, i] and x.select(1, i) whose i is a 0-d tensor. Out: the same elements by an
+op that reads i when the program runs; PyTorch would read the number while tracing::
 
     x[:, i]  ->  x.index_select(1, i.reshape(1))[:, 0]
 """
@@ -18,7 +19,7 @@ Tensor: Any = torch.Tensor
 
 
 class TensorIndices(TorchFunctionMode):
-    """While it is entered, around the model alone, such calls gather."""
+    """While active, around the model only, turns such calls into gathers."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -29,7 +30,8 @@ class TensorIndices(TorchFunctionMode):
 
 
 def _take_at_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what a call gives, or NotImplemented where no tensor stands for one place in it."""
+    """Return the result of a call, or NotImplemented if no tensor is used as a single index in
+    it."""
     if func is Tensor.__getitem__:
         return _index(*args)
     if func in (Tensor.select, torch.select):
@@ -41,7 +43,7 @@ def _take_at_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def is_place(value: Any) -> bool:
-    """Return whether a tensor holds one integer that tracing does not know."""
+    """Return whether a tensor holds one integer that is unknown while tracing."""
     return (
         isinstance(value, FakeTensor)
         and value.dim() == 0
@@ -52,7 +54,7 @@ def is_place(value: Any) -> bool:
 
 
 def _as_size(part: Any) -> Any:
-    """Return the size that a tensor is known to hold: PyTorch 2.11 would ask for it anew."""
+    """Return the size that a tensor is known to hold: PyTorch 2.11 would read it again."""
     memo = part.item_memo if isinstance(part, FakeTensor) and not part.shape else None
     return memo if isinstance(memo, torch.SymInt) else part
 
@@ -75,7 +77,7 @@ def _index(tensor: Any, index: Any) -> Any:
 
 
 def _dims_of(part: Any) -> int:
-    """Return how many dims of the tensor a part of an index is about."""
+    """Return the number of the tensor's dims that a part of an index consumes."""
     if part is None or part is Ellipsis or isinstance(part, bool):
         return 0
     if isinstance(part, torch.Tensor) and part.dtype in (torch.bool, torch.uint8) and part.dim():
@@ -84,6 +86,6 @@ def _dims_of(part: Any) -> int:
 
 
 def _take(tensor: Any, d: int, place: Any) -> Any:
-    """Return a tensor with one element left along a dim, which may be counted from the end."""
+    """Return a tensor with one element left along dim `d`; `place` may be negative."""
     place = torch.where(place < 0, place + tensor.shape[d], place)
     return tensor.index_select(d, place.reshape(1).to(torch.int64))

@@ -1,8 +1,8 @@
 """Capture: traces a module and one call's inputs to an fx graph of ATen ops with symbolic sizes.
 
-In: an nn.Module and example args/kwargs. Out: a `Captured` whose graph reads parameters by
-their own names (`get_attr`), takes the call's tensors as placeholders, and whose every size is
-an expression over named dims; the first call's size-1 dims are symbolic too. Example::
+In: an nn.Module and example args/kwargs. Out: a `Captured` whose graph reads parameters by their
+own names (`get_attr`) and takes the call's tensors as placeholders. Every size is an expression
+over named dims, also where the first call's size is 1. Example::
 
     captured = capture(bert, (), {"input_ids": ids, "attention_mask": mask})
     captured.dims  ->  ("batch", "seq", "attention_mask_d0")
@@ -75,7 +75,12 @@ from turbotx.capture.size_questions import sizes_from_one
 from turbotx.capture.size_rules import find_size_rules
 from turbotx.capture.stack_traces import remembered_stack_traces
 from turbotx.capture.symint_tensors import SizeTensors
-from turbotx.capture.trace_errors import Stopped, capture_error, describe_arguments
+from turbotx.capture.trace_errors import (
+    Stopped,
+    capture_error,
+    describe_arguments,
+    refuse_mixed_products,
+)
 from turbotx.capture.traced_float import FloatInput
 from turbotx.capture.tracing import tracing
 from turbotx.capture.unlift import FRESH, unlift
@@ -86,12 +91,12 @@ from turbotx.ir.expr import Expr, expr
 from turbotx.ir.fx_nodes import is_random, remember_names
 from turbotx.ir.memory_order import by_order, inverse, make_dense, moved_dims
 
-# The key, in the exported graph's meta, of the sizes that a squeeze looks at.
+# # The key in the exported graph's meta of the sizes that squeezes test.
 SQUEEZED = "squeezed"
-# The key of what `find_shown` gives of the graph before it is decomposed.
+# # The key of the result of `find_shown` for the graph before decomposition.
 SHOWN = "shown"
-# Composite ops that stay whole: the passes and the op table know them as they are, and their
-# decompositions only hide what they mean.
+# # Composite ops that are not decomposed: the passes and the op table handle them directly, and
+# their decompositions would only obscure them.
 KEPT_WHOLE = frozenset(
     (
         "aten.scaled_dot_product_attention.default",
@@ -108,10 +113,11 @@ KEPT_WHOLE = frozenset(
 
 @dataclass(frozen=True)
 class Captured:
-    """One traced call: the graph, how to feed it and how to rebuild the model's own output.
+    """One traced call: the graph, how to pass it a call's tensors and how to rebuild the model's
+    output.
 
-    ambient: the state of PyTorch that it was traced in. asked: the places in it that Python code
-    asked for, beside those that decide every trace.
+    ambient: PyTorch's settings during the trace. asked: the indices of the settings that Python
+    code read, besides those that affect every trace.
     """
 
     graph_module: fx.GraphModule
@@ -138,22 +144,22 @@ class Captured:
 
     @cached_property
     def matcher(self) -> ShapeMatcher:
-        """What tells which sizes it serves."""
+        """Matches a call's sizes against those that this capture serves."""
         rules = find_size_rules(self.dims, self.input_names, self.input_sizes, self.guards)
         return ShapeMatcher(rules)
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Return whether the floats that its Python code asked for are as they were."""
+        """Return whether the floats that its Python code read have the same values."""
         return all(x.takes(tensors) for x in self.floats)
 
     def serves(self, ambient: Ambient, tensors: Sequence[torch.Tensor], outcomes: Outcomes) -> bool:
-        """Return whether it holds for a call, its sizes aside, whose first decisions by values come
-        out so."""
+        """Return whether it serves a call, apart from sizes, whose first data-dependent conditions
+        have these outcomes."""
         follows = not outcomes or (self.decisions is not None and self.decisions.follow(outcomes))
         return follows and self.holds_in(ambient) and self.takes(tensors)
 
     def holds_in(self, ambient: Ambient) -> bool:
-        """Return whether what its Python code asked PyTorch for is as it was."""
+        """Return whether the PyTorch settings that its Python code read are unchanged."""
         return all(ambient[k] == self.ambient[k] for k in self.asked)
 
 
@@ -161,11 +167,11 @@ def capture(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], least: int = 2,
     fixed: Places = (), outcomes: Outcomes = (),
 ) -> Captured:  # fmt: skip
-    """Trace `model(*args, **kwargs)` with every size of every tensor symbolic, less those of 0.
+    """Trace `model(*args, **kwargs)` with every size of every tensor symbolic, except sizes of 0.
 
-    least: sizes of 1 and 2 are traced as this size. fixed: dims whose sizes are to be numbers, the
-    call's own. outcomes: how the first decisions by values come out, see `ValueQuestions`.
-    Raises CaptureError, naming the user's own source line, when the model cannot be traced.
+    least: the size that sizes of 1 and 2 are traced as. fixed: dims that become constants, with the
+    call's sizes. outcomes: those of the first data-dependent conditions, see `ValueQuestions`.
+    Raises CaptureError, naming the user's source line, if the model cannot be traced.
     """
     refuse_parts(model)
     leaves, spec = flatten_call(args, kwargs)
@@ -226,20 +232,20 @@ def _capture(
 def _export_with_floats(
     flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
 ) -> Any:
-    """Trace with the call's floats as inputs, or else as the numbers that they are."""
+    """Trace with the call's floats as inputs, or, if that fails, as constants."""
     try:
         return _export_with_relations(flat, tensors, least, fixed, name)
     except CaptureError:
         if not flat.describe_floats():
             raise
-        flat.floats.fixed = True  # an op or a class took no stand-in for a number
+        flat.floats.fixed = True  # # an op or a class does not accept a stand-in for a number
         return _export_with_relations(flat, tensors, least, fixed, name)
 
 
 def _export_with_relations(
     flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
 ) -> Any:
-    """Trace with comparisons of sizes as expressions, or else as True and False."""
+    """Trace with comparisons of sizes as expressions, or, if that fails, as True and False."""
     try:
         return _export_widened(flat, tensors, least, fixed, name)
     except CaptureError as error:
@@ -252,11 +258,12 @@ def _export_with_relations(
 def _export_widened(
     flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
 ) -> Any:
-    """Trace with as many dims symbolic as the call takes; raise the first attempt's error.
+    """Trace with as many dims symbolic as possible; raises the first attempt's error.
 
-    A size of 1 varies unless a larger one stands beside it, counted from the left, or else from
-    either side. Where that fails too it is taken for a broadcast (the call may have moved the dims)
-    or for a number that the call spells out too. A size that the code makes a key of is fixed.
+    A size of 1 varies unless another input has a larger size at the same position, counted from the
+    left, or in a later attempt from either side. If that fails too, it is taken for a broadcast
+    (the call may have moved the dims) or for a number that the code writes out. A size that the
+    code uses in a dict key is a constant.
     """
     first, tried = None, []
     tensors = [t.resolve_conj().resolve_neg() for t in tensors]
@@ -274,7 +281,7 @@ def _export_widened(
                     return _export(flat, examples, varying)
             except Exception as error:
                 error = error.error if isinstance(error, Stopped) else error
-                if str(error).startswith("cannot capture"):  # no other sizes would help
+                if str(error).startswith("cannot capture"):  # # no other sizes would help
                     raise error from None
                 spelled |= flat.seen.find_spelled(error)
                 first = first or error
@@ -283,9 +290,9 @@ def _export_widened(
 
 
 def _find_cause(flat: FlatCall, tensors: Sequence[torch.Tensor]) -> Exception | bool:
-    """Return what the model raises at the call's own sizes, as numbers: then the arguments are at
-    fault. True where it raises nothing, and other sizes are; False where that is not known."""
-    if flat.values.has_decided:  # another trace would decide anew, and its outcomes are tried next
+    """Return the exception that the model raises at the call's own sizes, as constants: then the
+    arguments are at fault. True if it raises none, so that other sizes are; False if unknown."""
+    if flat.values.has_decided:  # # another trace would choose other outcomes, which are tried next
         return False
     examples = list(map(make_dense, tensors, flat.orders))
     try:
@@ -293,7 +300,7 @@ def _find_cause(flat: FlatCall, tensors: Sequence[torch.Tensor]) -> Exception | 
             _export(flat, examples, [[] for _ in examples])
     except Stopped as stopped:
         return stopped.error
-    except Exception:  # of PyTorch's tracing itself
+    except Exception:  # # in PyTorch's tracing itself
         return False
     return True
 
@@ -303,17 +310,17 @@ def attention_kernels(
 ) -> Sequence[Callable[[], AbstractContextManager[object]]]:
     """Return context managers that select an attention kernel while tracing, in the order to try.
 
-    The graph holds attention whole, but tracing follows the choice inside. On CUDA the
-    memory-efficient one asks whether the mask's length is a multiple of 16, which would be a guard
-    on seq; the plain one asks nothing. A model that cannot be traced so, because it views the
-    result as the fused ones lay it out, is traced by the device's own choice.
+    Attention stays one op in the graph, but tracing follows the choice inside it. On CUDA the
+    memory-efficient kernel tests whether the mask's length is a multiple of 16, which would become
+    a guard on seq; the math kernel tests nothing. A model that cannot be traced with it, because it
+    views the result in the layout of the fused kernels, is traced with the device's own choice.
     """
     return (_plain_attention, nullcontext) if any(t.is_cuda for t in tensors) else (nullcontext,)
 
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    # The choice is the process's: restored out of order, it would stay as another thread made it.
+    # # The setting is global: concurrent contexts could restore it in the wrong order.
     with _choosing_attention, sdpa_kernel(SDPBackend.MATH):
         yield
 
@@ -322,7 +329,8 @@ _choosing_attention = threading.RLock()
 
 
 def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
-    """Trace with the `varying` dims of each example symbolic, down to the ops that are kept."""
+    """Trace with the `varying` dims of each example symbolic, and decompose all ops but those
+    kept."""
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     fakes, places = remembering_fakes(), remembered_stack_traces()
     with torch.no_grad(), warnings.catch_warnings(), fakes, places:
@@ -349,8 +357,8 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
 
 
 def _fresh_constants(exported: Any) -> set[str]:
-    """Return the constants that only tracing made, of torch.tensor(0.5) in the model's code: the
-    user has no name by which to change one later."""
+    """Return the constants created by the trace itself, as for torch.tensor(0.5) in the model's
+    code: the user has no name by which to change them later."""
     targets = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.target}
     lift = torch.ops.aten.lift_fresh_copy.default
     nodes = [n for n in exported.graph_module.graph.nodes if n.name in targets]
@@ -368,6 +376,7 @@ def _describe(
 ) -> Captured:
     refuse_mutation(exported, name)
     graph_module, inputs = unlift(exported, model, names)
+    refuse_mixed_products(graph_module.graph, name, flat.given)
     put_constants(graph_module.graph, flat.seen.constants)
     fakes = [node.meta["val"] for node in inputs]
     shapes = [by_order(f.shape, inverse(o)) for f, o in zip(fakes, flat.orders, strict=True)]

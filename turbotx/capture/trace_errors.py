@@ -1,7 +1,7 @@
 """Trace errors: translates failures of torch.export into errors that name the user's source.
 
-In: an error of the model's code or of torch.export. Out: a CaptureError that names the user's own
-line and says what to do::
+In: an exception of the model's code or of torch.export. Out: a CaptureError that names the user's
+source line and says what to do::
 
     cannot capture Net at net.py:12: return x[: int(n)] ...
 """
@@ -13,14 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from turbotx.errors import CaptureError
+from turbotx.ir.fx_nodes import place_of
+
+aten = torch.ops.aten
+_PRODUCTS = {
+    aten.linear.default: 0, aten.mm.default: 0, aten.matmul.default: 0, aten.bmm.default: 0,
+    aten.addmm.default: 1, aten.baddbmm.default: 1,
+}  # fmt: skip
+"""Where the two matrices begin among the arguments."""
 
 
 class Stopped(Exception):
-    """What the model raised while it was traced, in `error`. torch.export prints the graph so far
-    on the screen where an error carries it, so this one carries nothing."""
+    """Wraps the exception that the model raised under the trace, in `error`. torch.export attaches
+    the partial graph to exceptions and prints it; this one refuses the attribute."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -31,7 +39,7 @@ class Stopped(Exception):
             super().__setattr__(name, value)
 
 
-# What torch.export raises where a number of a tensor is asked for.
+# # torch.export's exceptions when a tensor's value is needed.
 _ASKS_FOR_VALUES = {
     "PendingUnbackedSymbolNotFound", "GuardOnDataDependentSymNode", "DataDependentOutputException",
     "DynamicOutputShapeException",
@@ -42,14 +50,14 @@ _CHECKS = (
     "__init__.py", "_ops.py", "nn/functional.py", "_meta_registrations.py", "_prims", "_refs",
     "_decomp", "_subclasses",
 )  # fmt: skip
-"""Where PyTorch checks shapes and dtypes while it traces."""
+"""The files in which PyTorch checks shapes and dtypes while tracing."""
 _OF_TRACES = ("FakeTensor", "fake tensor", "data pointer", "meta tensor", "subclass")
 
 BREAKS = (
     'or call the model through torch.compile(model, backend="turbotx"), which runs in PyTorch what '
     "cannot be captured"
 )
-"""What a message offers for a model that is no single graph."""
+"""The advice for a model that is not a single graph."""
 
 
 def capture_error(
@@ -57,8 +65,8 @@ def capture_error(
 ) -> CaptureError:
     """Return a CaptureError that points at the deepest frame outside torch and turbotx.
 
-    cause: what the model raises for the call's own sizes, True where it raises nothing there, False
-    where that is not known. given: its arguments in words.
+    cause: the exception that the model raises at the call's own sizes, True if it raises none,
+    False if unknown. given: a description of its arguments.
     """
     for own in (error, cause):
         if isinstance(own, CaptureError):
@@ -93,7 +101,7 @@ def capture_error(
 
 
 def _is_of_arguments(error: Exception) -> bool:
-    """Tell an error that the plain model raises too from one that only a trace meets: its own
+    """Return whether the original model raises this error too, and not only a trace: its own
     `raise`, a call that does not fit a signature, or an operator's check of shapes and dtypes."""
     text, frames = str(error), traceback.extract_tb(error.__traceback__)
     plain = type(error) in (RuntimeError, ValueError, TypeError, IndexError)
@@ -109,7 +117,7 @@ def _is_of_arguments(error: Exception) -> bool:
 
 
 def _where(error: Exception) -> str:
-    """Return the line of the model's code that raised it."""
+    """Return the line of the model's code that raised the error."""
     inside = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     frames = [
         f
@@ -126,10 +134,26 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def refuse_mixed_products(graph: fx.Graph, name: str, given: str) -> None:
+    """Raise CaptureError for a product of matrices of two dtypes, which PyTorch refuses when it
+    computes and not while it traces. given: the call's arguments in words."""
+    for node in graph.nodes:
+        if node.target in _PRODUCTS:
+            first = _PRODUCTS[node.target]
+            dtypes = [x.meta["val"].dtype for x in node.args[first : first + 2]]
+            if dtypes[0] != dtypes[1]:
+                place, kinds = place_of(node), [str(d).removeprefix("torch.") for d in dtypes]
+                raise CaptureError(
+                    f"cannot capture {name}{f' at {place}' if place else ''}\n  It multiplies "
+                    f"{kinds[0]} by {kinds[1]}, which PyTorch refuses.\n  Convert the model or "
+                    f"what it is given by .to(...). It was given {given}"
+                )
+
+
 def describe_arguments(
     model: nn.Module, names: Sequence[str], tensors: Sequence[torch.Tensor]
 ) -> str:
-    """Return a call's tensors in words, and whether one is longer than the model's positions."""
+    """Describe a call's tensors, and whether one is longer than the model's positions."""
     kinds = (str(t.dtype).removeprefix("torch.") for t in tensors)
     rows = zip(names, kinds, tensors, strict=False)
     given = ", ".join(f"{name} {kind} {list(t.shape)}" for name, kind, t in rows)

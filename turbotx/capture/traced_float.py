@@ -1,8 +1,8 @@
 """Traced floats: makes a Python float among a call's arguments an input of its program.
 
-In: a number and the tensor of no dims that carries it in the trace. Out: what takes the number's
-place in the user's code: arithmetic on it is traced; what asks for its value (a branch on it,
-math.sqrt) gets it, and the capture then serves that value only::
+In: a number and the 0-d tensor that holds it in the trace. Out: a stand-in for the number in the
+user's code: arithmetic on it is traced; code that needs its value (a branch on it, math.sqrt) gets
+it, and the capture then serves only that value::
 
     x * scale  ->  mul(x, scale.to(float32));    if scale > 0.5: ...  ->  scale is read
 """
@@ -21,8 +21,8 @@ Tensor: Any = torch.Tensor
 
 @dataclass(frozen=True)
 class FloatInput:
-    """A float among a program's inputs: its place among them, the value that it must have where
-    the model's Python code asked for it, and whether it was divided by."""
+    """A float input of a program: its index among the inputs, the value that it must have if the
+    model's Python code read it, and whether it was used as a divisor."""
 
     place: int
     fixed: float | None
@@ -34,9 +34,8 @@ class FloatInput:
         return self.fixed is not None or self.nonzero
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Return whether a call's float is one that the capture holds for: equal to the one that
-        was read in the trace, and not 0 where that was decisive. Reads it from the call's
-        `tensors`."""
+        """Return whether the capture serves a call's float, read from the call's `tensors`: equal
+        to the value that the trace read, and not 0 if it was used as a divisor."""
         if not self.is_particular:
             return True
         value = float(tensors[self.place].item())
@@ -45,7 +44,7 @@ class FloatInput:
 
 
 def describe_floats(floats: Sequence[FloatInput]) -> str:
-    """Return in words which numbers a program serves."""
+    """Describe the numbers that a program serves."""
     told = [
         f"{'not 0.0' if x.fixed is None else x.fixed!r} (input {x.place})"
         for x in floats
@@ -57,8 +56,8 @@ def describe_floats(floats: Sequence[FloatInput]) -> str:
 class TracedFloat:
     """A float whose value a trace need not know; `isinstance(x, float)` holds.
 
-    reads: takes the places of the inputs whose value was asked for. nonzero: those that were
-    divided by, where Python raises for 0.0.
+    reads: collects the indices of the inputs whose value was read. nonzero: of those used as
+    divisors, for which Python raises at 0.0.
     """
 
     __slots__ = ("_is_input", "_nonzero", "_places", "_reads", "_tensor", "_value")
@@ -73,25 +72,25 @@ class TracedFloat:
     __class__ = property(lambda self: float)
 
     def read(self) -> float:
-        """Return the number: what was traced holds for this one only."""
+        """Return the number and record the read: the trace then serves this value only."""
         self._reads |= self._places
         return self._value
 
     def _made(self, value: float, tensor: torch.Tensor, places: frozenset[int]) -> TracedFloat:
         return TracedFloat(value, tensor, places, self._reads, self._nonzero, False)
 
-    # --- arithmetic ---
+    # # --- arithmetic ---
 
     def _with(self, other: Any, compute: Callable[[Any, Any], Any], flipped: bool) -> Any:
         if isinstance(other, torch.Tensor):
-            return NotImplemented  # the tensor's own operator comes to __torch_function__
+            return NotImplemented  # the tensor's operator is called next
         traced = type(other) is TracedFloat
         if not traced and type(other) not in (int, float):
             return compute(other, self.read()) if flipped else compute(self.read(), other)
         places = self._places | (other._places if traced else frozenset())
         values, tensors = [self._value], [self._tensor]
         values.append(other._value if traced else float(other))
-        # As a tensor: a number divided by one is computed by way of its reciprocal.
+        # # As a tensor: division of a scalar by a tensor uses its reciprocal.
         tensors.append(other._tensor if traced else torch.full_like(self._tensor, float(other)))
         if flipped:
             values.reverse()
@@ -127,7 +126,8 @@ class TracedFloat:
         return other / self.read()
 
     def _is_nonzero(self) -> bool:
-        """Whether it can be divided by: it is an input itself, which every call can look at."""
+        """Return whether it can be a divisor: only if it is an input itself, which every call can
+        check."""
         if self._is_input and self._value:
             self._nonzero |= self._places
         return self._is_input and bool(self._value)
@@ -141,7 +141,7 @@ class TracedFloat:
     def __abs__(self) -> TracedFloat:
         return self._made(abs(self._value), self._tensor.abs(), self._places)
 
-    # --- in PyTorch's functions ---
+    # # --- PyTorch functions ---
 
     @classmethod
     def __torch_function__(
@@ -156,9 +156,9 @@ class TracedFloat:
 
 
 class FloatReads:
-    """What one trace takes for granted of the floats among a call's arguments.
+    """What one trace assumes of the floats among a call's arguments.
 
-    fixed: give the numbers themselves, where what the model calls takes nothing else.
+    fixed: pass the plain numbers, for models whose calls accept nothing else.
     """
 
     def __init__(self) -> None:
@@ -167,25 +167,26 @@ class FloatReads:
         self._nonzero: set[int] = set()
 
     def begin(self) -> None:
-        """Forget what was read, as a trace begins."""
+        """Clear the records before a trace."""
         self._reads.clear()
         self._nonzero.clear()
 
     def make(self, value: float, tensor: torch.Tensor, place: int) -> float | TracedFloat:
-        """Return what stands for a number in the trace; place: of its tensor among the inputs."""
+        """Return the stand-in for a number in the trace. place: the index of its tensor among the
+        inputs."""
         if self.fixed:
             self._reads.add(place)
             return value
         return TracedFloat(value, tensor, frozenset((place,)), self._reads, self._nonzero)
 
     def describe(self, place: int, value: float) -> FloatInput:
-        """Return what the trace took for granted of the float at a place among the inputs."""
+        """Return what the trace assumed of the float at an index among the inputs."""
         fixed = value if place in self._reads else None
         return FloatInput(place, fixed, place in self._nonzero)
 
 
 def read_floats(value: Any) -> Any:
-    """Return arguments with numbers in the place of traced floats, at any depth."""
+    """Replace traced floats in arguments by their numbers, at any depth."""
     if type(value) is TracedFloat:
         return value.read()
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
@@ -197,8 +198,8 @@ def read_floats(value: Any) -> Any:
 
 
 def _result(tensor: torch.Tensor) -> torch.dtype | None:
-    """Return the dtype that PyTorch gives an op of a tensor and a Python float; None where the
-    number does not end in it as one of no more than its own digits."""
+    """Return the dtype of an op of a tensor and a Python float; None unless it is float32, float64
+    or the tensor's own bfloat16 or float16."""
     found = torch.result_type(tensor, 1.0)
     if found in (torch.float32, torch.float64):
         return found
@@ -206,7 +207,7 @@ def _result(tensor: torch.Tensor) -> torch.dtype | None:
 
 
 def _arithmetic(func: Any, args: tuple[Any, ...]) -> Any:
-    """Compute x * number in float32 at least, rounded to x's dtype, as PyTorch does."""
+    """Compute x * number in at least float32, rounded to x's dtype, as PyTorch does."""
     if len(args) != 2 or not any(isinstance(a, torch.Tensor) for a in args):
         return NotImplemented
     tensor = next(a for a in args if isinstance(a, torch.Tensor))
@@ -259,7 +260,7 @@ _RULES: dict[Any, Callable[[Any, tuple[Any, ...]], Any]] = {
 
 
 def _reader(name: str) -> Callable[..., Any]:
-    """Return a method that asks for the number, and does with it what floats do."""
+    """Return a method that reads the number and applies float's method to it."""
     own = getattr(float, name)
 
     def method(self: TracedFloat, *args: Any) -> Any:

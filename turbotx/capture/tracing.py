@@ -1,14 +1,14 @@
-"""Tracing: a process-wide lock around traces, so that other threads do not see their patches.
+"""Tracing: a process-wide lock around traces, which keeps their patches from other threads.
 
-In: a piece of work that traces. Out: the same work, holding the process's one lock; what PyTorch's
-tracer replaces for everybody meanwhile is replaced here for the tracing thread alone::
+In: code that traces. Out: the same, while holding the process-wide lock; what PyTorch's tracer
+patches globally is patched for the tracing thread only::
 
     with tracing():
         exported = torch.export.export(flat, examples, strict=False)
 
-That is `nn.Module.__call__`, and the answers of `torch.compiler.is_compiling()` and the like, by
-which models choose between ways of computing. The lock is reentrant, and
-waits there for no engine's lock: an optimized model that a traced one calls runs as it was written.
+This concerns `nn.Module.__call__` and functions such as `torch.compiler.is_compiling()`, by which
+models choose code paths. The lock is reentrant, and no engine's lock is taken while it is held: an
+optimized model called by a traced one runs its original code.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _active = threading.local()
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """Hold the lock of traces inside the context, and make PyTorch's replacements of `nn.Module`'s
-    methods act in this thread alone."""
+    """Context manager: hold the trace lock, and limit PyTorch's patches of `nn.Module` to this
+    thread."""
     with _lock:
         if getattr(_active, "inside", False):
             yield
             return
         _active.inside = True
         try:
-            # Private parts of PyTorch, the same from 2.11 to 2.14: without one, other threads meet
-            # what it does to the process.
+            # # Private parts of PyTorch, the same from 2.11 to 2.14: without one, its patches
+            # affect other threads.
             tracer: Any = import_module("torch.fx._symbolic_trace")
             export: Any = import_module("torch.export._trace")
             with ExitStack() as stack:
@@ -54,7 +54,7 @@ def tracing() -> Iterator[None]:
 
 
 def limit_flags() -> None:
-    """Make PyTorch's notes that a trace is under way, where they are set, mean this thread."""
+    """Limit PyTorch's flags for an active trace, where set, to this thread."""
     tracer: Any = import_module("torch.fx._symbolic_trace")
     for scope, name in (
         (torch.compiler, "_is_compiling_flag"),
@@ -90,8 +90,7 @@ class _InThread:
 
 @contextmanager
 def replaced_in_thread(scope: Any, name: str, new: Callable[..., Any]) -> Iterator[None]:
-    """Let calls of what `scope` has as `name` be calls of `new` inside the context, those of this
-    thread alone."""
+    """Context manager: in this thread, replace `name` of `scope` by `new` for calls."""
     owner = threading.get_ident()
     with _replaced(scope, name, lambda before: _in_thread(owner, new, before)):
         yield
@@ -124,7 +123,7 @@ def _limit_patches(patch: Any) -> Any:
     def patch_method(
         self: Any, cls: type, name: str, new: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        # Another thread may trace something of its own, by PyTorch: what it patches is its own.
+        # # Another thread may trace with PyTorch directly; its patches are left alone.
         if cls is nn.Module and threading.get_ident() == owner:
             new = _in_thread(owner, new, getattr(cls, name))
         return patch(self, cls, name, new, *args, **kwargs)
@@ -135,7 +134,7 @@ def _limit_patches(patch: Any) -> Any:
 def _in_thread(
     owner: int, new: Callable[..., Any], before: Callable[..., Any]
 ) -> Callable[..., Any]:
-    @functools.wraps(before, updated=())  # of a class, attributes are not the function's
+    @functools.wraps(before, updated=())  # without a class's attributes
     def choose(*args: Any, **kwargs: Any) -> Any:
         return (new if threading.get_ident() == owner else before)(*args, **kwargs)
 

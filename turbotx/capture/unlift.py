@@ -1,13 +1,14 @@
 """Unlift: turns parameters that an exported program takes as inputs into attributes again.
 
 In: a `torch.export` program and names for its other inputs. Out: an fx graph that reads parameters
-by the names that they have in the user's module, and its placeholders in order::
+by their names in the user's module, and its placeholders in order::
 
     linear(x, p_model_up_weight, ...)  ->  linear(x, get_attr "up.weight", ...)
 """
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,20 +20,20 @@ from turbotx.capture.torchao_weights import stand_ins
 from turbotx.errors import CaptureError
 from turbotx.ir.subgraphs import enclose_graphs
 
-# The key, in the exported graph's meta, of the constants that only tracing made.
+# # The key in the exported graph's meta of the constants created by the trace.
 FRESH = "fresh constants"
-# A GraphModule has attributes of its own, `graph` and `code` among them.
+# # GraphModule has attributes of its own, such as `graph` and `code`.
 RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
 
 
 def unlift(
     exported: Any, model: nn.Module, names: list[str]
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """Return the graph and its inputs, called by `names` in their order.
+    """Return the graph and its inputs, renamed to `names` in order.
 
     model: the user's module; what was traced has it, or its shadow, as `model`. meta["paths"] says
-    where the user's module has what a get_attr node names, meta["int8"] which of its parameters
-    stand for int8 ones.
+    where the user's module has what a get_attr node names, meta["quantized"] which of its
+    parameters stand for quantised ones, and how those are.
     """
     enclose_graphs(exported.graph_module)
     graph: fx.Graph = exported.graph_module.graph
@@ -50,18 +51,18 @@ def unlift(
             inputs.append(node)
             continue
         value, path = _find(exported, model, target, owned)
-        if value.is_inference():  # nothing tells when it changes
+        if value.is_inference():  # # its changes cannot be detected
             if target not in fresh:
                 raise made_in_inference_mode(type(model).__name__, path)
             with torch.inference_mode(False):
                 value = value.clone()
-        if path in known:  # export lifts what a closure names once for each time
+        if path in known:  # # export lifts a closure's tensor once per use
             node.replace_all_uses_with(known[path])
             graph.erase_node(node)
             continue
         with graph.inserting_before(node):
             if target in fresh and value.dim() == 0 and not value.is_complex():
-                # A number, which passes and kernels may know.
+                # # A number that passes and kernels may treat as known.
                 made: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
                 scalar = torch.ops.aten.scalar_tensor.default
                 attribute = graph.call_function(scalar, (value.item(),), made)
@@ -75,7 +76,7 @@ def unlift(
         graph.erase_node(node)
     graph_module = fx.GraphModule(holder, graph)
     graph_module.meta["paths"] = paths
-    graph_module.meta["int8"] = stand_ins(model)
+    graph_module.meta["quantized"] = stand_ins(model)
     return graph_module, inputs
 
 
@@ -92,8 +93,8 @@ def _find(
 ) -> tuple[torch.Tensor, str]:
     """Return the user's own tensor for a lifted name, and its path in the user's module.
 
-    owned: the paths of the module's tensors. Code that reaches the module by a closure or a global
-    reads its tensors as constants, and they are its own all the same.
+    owned: the paths of the module's tensors. Code that reaches the module through a closure or a
+    global reads its tensors as constants; they are found by their memory.
     """
     prefix, _, path = target.partition(".")
     owner: Any = model if prefix == "model" else None
@@ -105,7 +106,7 @@ def _find(
     value = _users_own(exported, made[target])
     try:
         known = owned.get(_place(value)) if value.numel() else None
-    except RuntimeError as error:  # it lies in no memory
+    except RuntimeError as error:  # # it has no memory
         raise CaptureError(
             "its code makes a tensor inside of a transform (torch.func.grad, vjp, jacrev), which a "
             "program cannot hold: make it outside of the transformed function"
@@ -115,10 +116,10 @@ def _find(
 
 def _users_own(exported: Any, constant: torch.Tensor) -> torch.Tensor:
     """Return the tensor that a constant of the program is an alias of: export takes `.data` of a
-    parameter that the module does not own (a closure's), which shows no later change of it.
+    parameter that the module does not own (a closure's), which does not reflect later changes.
 
-    It is among the tensors that tracing met, of which PyTorch keeps a list of its own (2.11 to
-    2.14 alike); without that the constant itself is watched.
+    The tensor is among those that tracing saw, which PyTorch keeps in a private list (the same from
+    2.11 to 2.14); without it, the constant itself is watched.
     """
     fakes = (n.meta.get("val") for n in exported.graph_module.graph.nodes)
     mode: Any = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
@@ -134,26 +135,32 @@ def _users_own(exported: Any, constant: torch.Tensor) -> torch.Tensor:
 
 
 def _is_alias(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two tensors show the same elements of one memory alike."""
+    """Return whether two tensors are identical views of the same memory."""
     same = tensor.dtype == other.dtype and tensor.device == other.device
     laid = same and tensor.shape == other.shape and tensor.stride() == other.stride()
     return laid and tensor.data_ptr() == other.data_ptr()
 
 
 def _place(tensor: torch.Tensor) -> Any:
-    """Return what says that two tensors are one, in the same memory."""
+    """Return a key that is equal for tensors that are identical views of the same memory."""
     held = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
     return held if held[1] else id(tensor)
 
 
 def _path_inside(path: str, model: nn.Module) -> str:
-    """Return a path that a GraphModule has room for: graph.weight becomes graph_.weight."""
-    name, dot, rest = path.partition(".")
-    if name in RESERVED:
-        name += "_"
-        while hasattr(model, name):
+    """Return a path that a GraphModule has room for: graph.weight becomes graph_.weight, and what
+    its code cannot name, a parameter `for`, is for_."""
+    owner: Any = model
+    found: list[str] = []
+    for k, part in enumerate(path.split(".")):
+        name = part
+        if keyword.iskeyword(part) or (k == 0 and part in RESERVED):
             name += "_"
-    return name + dot + rest
+            while hasattr(owner, name):
+                name += "_"
+        found.append(name)
+        owner = getattr(owner, part, None)
+    return ".".join(found)
 
 
 def _assign(holder: nn.Module, path: str, value: torch.Tensor) -> None:

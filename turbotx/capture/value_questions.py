@@ -1,13 +1,13 @@
-"""Value questions: branches of the user's code on values of tensors, answered while it is traced.
+"""Value questions: the user code's branches on tensor values, answered while tracing.
 
 In: `if`, `assert` and the like on `bool(tensor)`, or on a comparison with its `.item()`. Out: an
-outcome, assumed, and the values that it depends on, which become results of the program so that
+assumed outcome, and the values that it depends on, which become results of the program so that
 every call is checked (`decisions.py`)::
 
     assert lengths.max().item() <= seq    ->  True, the value lengths.max()
     if torch.isfinite(x).all():           ->  True, the value isfinite(x).all()
 
-A number that anything else is computed with, a size above all, is not known and is refused later.
+A value that is used in any other way, above all as a size, is unknown, and refused later.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from turbotx.ir.sizes import Sizes
 Tensor: Any = torch.Tensor
 
 MOST_DECISIONS = 128
-"""In one capture: a loop that ends by a value would be written out without end."""
+"""The most conditions of one capture: a loop that ends by a value would be unrolled without end."""
 MOST_ATTEMPTS = 6
-"""Traces of one capture, where the way that was taken cannot be traced and another one may be."""
+"""The most traces of one capture, if the branch taken cannot be traced and another one might be."""
 
 _PASS_ON = {
     __name__, sym_node.__name__, symbolic_shapes.__name__, "torch._tensor", "torch.overrides",
@@ -68,16 +68,15 @@ _QUESTIONS: dict[Any, Callable[..., Any]] = {
     Tensor.allclose: _allclose, torch.allclose: _allclose,
     torch._assert: _itself, torch._assert_async: _itself,
 }  # fmt: skip
-"""What Python code asks for a bool by, as the tensor that holds the answer."""
+"""Functions by which Python code gets a bool, with the tensor that holds the answer."""
 _ASSERTIONS = (torch._assert, torch._assert_async)
 
 
 class ValueQuestions(TorchFunctionMode):
-    """Context manager around the model's forward: records which tensor values the user's code
-    reads.
+    """Function mode around the model's forward: records which tensor values the user's code tests.
 
-    outcomes: how the first decisions come out. For those after them a line decides as it did
-    before, or else that its condition is true: as asserts and checks for NaN mostly are.
+    outcomes: those of the first conditions. After them, a line has the same outcome as before, or
+    else its condition is assumed true, as for most asserts and checks for NaN.
     """
 
     def __init__(self, outcomes: Outcomes = ()) -> None:
@@ -88,14 +87,14 @@ class ValueQuestions(TorchFunctionMode):
         self.begin()
 
     def begin(self) -> None:
-        """Say that the code is run now; a trace may do so more than once."""
+        """Start a run of the code; a trace may run it more than once."""
         self._running, self._values = True, list[torch.Tensor]()
         self._known: dict[sympy.Symbol, sympy.Symbol] = {}
         self._decided: dict[sympy.Basic, tuple[bool, str]] = {}
 
     @property
     def has_decided(self) -> bool:
-        """Whether the code that ran last decided by values."""
+        """Whether the last run of the code branched on values."""
         return bool(self._decided)
 
     @property
@@ -104,7 +103,7 @@ class ValueQuestions(TorchFunctionMode):
         return len(self._values), len(self._decided)
 
     def finish(self) -> list[torch.Tensor]:
-        """Return the tensors, of no dims, whose values were asked for; the code has ended."""
+        """End the run; return the 0-d tensors whose values were tested."""
         self._running = False
         return self._values
 
@@ -126,13 +125,13 @@ class ValueQuestions(TorchFunctionMode):
         return bool(number) if known else self._decide(number.node.expr, _find_user(asker) or asker)
 
     def _ask(self, tensor: Any, asker: FrameType) -> Any:
-        """Return the number in a tensor as a symbol, and have the program give the tensor."""
+        """Return a tensor's value as a symbol, and make the tensor a result of the program."""
         number = tensor.item()
         symbols = free_unbacked_symbols(number) if isinstance(number, _SYMBOLIC) else ()
         for symbol in set(symbols) - self._known.keys():
             self._known[symbol] = sympy.Symbol(f"value_{len(self._values)}", real=True)
             self._values.append(tensor.detach().reshape(()).clone())
-            # A symbol is a real number, whose difference with itself is 0.
+            # # A symbol is a real number: its difference with itself is 0.
             finite = not tensor.dtype.is_floating_point or self._decide(
                 (_FINITE, symbol), _find_user(asker) or asker
             )
@@ -141,10 +140,10 @@ class ValueQuestions(TorchFunctionMode):
         return number
 
     def answer(self, question: Any, is_check: bool = False) -> bool | None:
-        """Return what is assumed of a condition that the user's code asks for; None where it is
-        not about such values alone, or where PyTorch asks and has another way.
+        """Return the assumed outcome of a condition tested by the user's code; None if it depends
+        on other unknowns, or if PyTorch itself tests it and has an alternative.
 
-        is_check: it has none, as in `torch._check`.
+        is_check: it has no alternative, as in `torch._check`.
         """
         unknown = set(free_unbacked_symbols(question)) if question.free_symbols else set()
         if not self._running or not unknown or not unknown <= self._known.keys():
@@ -154,7 +153,8 @@ class ValueQuestions(TorchFunctionMode):
         return None if user is None else self._decide(question, user)
 
     def _decide(self, question: Any, user: FrameType) -> bool:
-        """Return the outcome of a condition, or of whether a symbol is (_FINITE, symbol)."""
+        """Return the outcome of a condition, or of (_FINITE, symbol): whether the symbol is
+        finite."""
         if question not in self._decided:
             number, where = len(self._decided), _describe(user)
             if number >= MOST_DECISIONS:
@@ -168,8 +168,8 @@ class ValueQuestions(TorchFunctionMode):
         return self._decided[question][0]
 
     def turn(self) -> bool:
-        """Have the line of the latest decision decide otherwise, after a trace that failed; return
-        False where both ways were tried, or none is left to choose. An assertion has one way."""
+        """After a failed trace, flip the outcome of the latest condition's line. Returns False if
+        both were tried or no condition is free; assertions are never flipped."""
         made = list(self._decided.values())[len(self._given) :]
         free = [(outcome, where) for outcome, where in made if ": assert " not in where]
         if not free or free[-1][1] in self._turned or len(self._turned) >= MOST_ATTEMPTS - 1:
@@ -180,7 +180,7 @@ class ValueQuestions(TorchFunctionMode):
         return True
 
     def describe(self, symbols: Mapping[Any, Any], dims: tuple[str, ...]) -> Decisions | None:
-        """Return what was assumed, over the dims; None where nothing was. symbols: the dims'.
+        """Return what was assumed, over the dims; None if nothing was. symbols: the dims' symbols.
 
         Raises CaptureError for a condition over something else.
         """
@@ -208,7 +208,7 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def _is_unknown(tensor: Any) -> bool:
-    """Return whether a tensor holds one number that only a run tells."""
+    """Return whether a tensor holds one number that is known only at run time."""
     return (
         isinstance(tensor, FakeTensor)
         and tensor.constant is None
@@ -218,8 +218,8 @@ def _is_unknown(tensor: Any) -> bool:
 
 
 def _find_user(frame: FrameType | None) -> FrameType | None:
-    """Return the frame of the user's code that asks, behind PyTorch's symbolic numbers and checks;
-    None where PyTorch asks for itself."""
+    """Return the frame of user code that tests a value, skipping PyTorch's symbolic numbers and
+    checks; None if PyTorch itself tests it."""
     while frame is not None:
         name, function = str(frame.f_globals.get("__name__")), frame.f_code.co_name
         checks = name == "torch" and function.startswith(("_check", "_assert", "__bool__"))
@@ -236,8 +236,8 @@ def _describe(frame: FrameType) -> str:
 
 
 def erase_numbers(graph: fx.Graph) -> None:
-    """Erase what reads numbers from tensors only for conditions, which are checked elsewhere, and
-    what PyTorch says of the numbers' ranges."""
+    """Erase nodes that read numbers only for conditions, which are checked elsewhere, and PyTorch's
+    range assertions."""
     for node in reversed(graph.nodes):
         number = isinstance(node.meta.get("val"), (*_SYMBOLIC, bool, int, float))
         if (number and not node.users and node.op == "call_function") or node.target in _RANGES:

@@ -1,6 +1,6 @@
-"""Widen: example inputs whose sizes of 1 are replaced, since export would specialize them.
+"""Widen: enlarges example inputs with sizes of 1, since export would specialize them.
 
-In: a call's tensors. Out: like ones whose sizes of 1 tracing cannot take for fixed, and the dims
+In: a call's tensors. Out: similar tensors whose sizes of 1 tracing cannot specialize, and the dims
 that vary, for example::
 
     widen([ids of (1, 7), mask of (1, 7)], 2, (), "left")  ->  [(2, 7), (2, 7)], [[0, 1], [0, 1]]
@@ -14,18 +14,18 @@ from typing import TypeAlias
 import torch
 
 Places: TypeAlias = Collection[tuple[int, int]]
-"""Dims of a call's tensors: the tensor's number and the dim's."""
+"""Dims of a call's tensors: (tensor index, dim)."""
 
 
 def widen(
     tensors: Sequence[torch.Tensor], least: int, fixed: Places, sides: str
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """Repeat size-1 dims so that tracing cannot specialise on them; list the dims that vary.
+    """Repeat size-1 dims so that tracing cannot specialize on them; also return the dims that vary.
 
-    sides: where another input with a larger size keeps a size 1 fixed: at the same position from
-    the "left" or from "both" sides, as a (1, seq) mask beside (batch, seq) ids is a broadcast; with
-    "none" every size 1 is fixed. A size of 0 is always, and where `fixed` says so. Inputs that are
-    one tensor become two: tracing would take them for one argument.
+    sides: where a larger size of another input keeps a size of 1 fixed: at the same position
+    counted from the "left" or from "both" sides, as a (1, seq) mask beside (batch, seq) ids is
+    broadcast; with "none" every size of 1 is fixed. Sizes of 0 and dims in `fixed` are always
+    fixed. A tensor that is passed twice is cloned: tracing would treat it as one argument.
     """
     largest: dict[int, int] = {}
     for tensor in tensors:

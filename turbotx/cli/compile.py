@@ -32,7 +32,7 @@ from turbotx.engine.optimize import engine_of, optimize
 from turbotx.errors import InputError
 from turbotx.memory.planner.svg import plan_to_svg
 from turbotx.report.amounts import show_shape
-from turbotx.report.dump import STAGES, Dumped, make_folder, stage_text
+from turbotx.report.dump import STAGES, Dumped, check_file, make_folder, stage_text
 from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.report import Report, explain_call
 from turbotx.saved.contents import read_contents
@@ -57,6 +57,7 @@ def compile_model(
     """
     _refuse_mixtures(model, targets, verify, save, packed)
     saved_for = chosen_targets(targets) if save is not None else []
+    check_file(save)
     wanted, gpus = [parse_shape(text) for text in shapes], parse_targets(targets)
     make_folder(out)
     if model.is_saved:

@@ -32,7 +32,7 @@ def parse_shape(text: str) -> dict[str, int]:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not (name and equals and value):
             raise InputError(f"--shape {text!r}: write names and sizes, as in batch=4,seq=128")
-        if not value.isdigit() or int(value) < 1:
+        if not (value.isascii() and value.isdigit() and len(value) < 19 and int(value) > 0):
             raise InputError(f"--shape {text!r}: {name} must be a whole number of at least 1")
         dims[name] = int(value)
     return dims

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from turbotx.capture.quiet import quiet_torch
 from turbotx.cli.inputs import huggingface_inputs
 from turbotx.engine.optimize import optimize
 from turbotx.errors import ModelError
@@ -125,7 +126,7 @@ def _transformers() -> ModuleType:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise ModelError(
-            "hf: and hf-config: need the extra hf: pip install 'turbotx[hf]'"
+            "minilm, hf: and hf-config: need the extra hf: pip install 'turbotx[hf]'"
         ) from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -144,7 +145,7 @@ def _huggingface(text: str, form: str, rest: str) -> nn.Module:
         name = (config.architectures or [""])[0]
         known = getattr(transformers, name, None) if name else None
         model = (known or transformers.AutoModel).from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any kind: readers of weights, packages that are not installed
         raise ModelError(f"cannot load {folder} with transformers: {_first_line(error)}") from error
     return _encoder(model).eval()
 
@@ -173,7 +174,10 @@ def _from_config(transformers: ModuleType, text: str) -> nn.Module:
         if not equals:
             raise ModelError(f"{change!r} is no change to a config: write name=value")
         given[name] = _number(value)
-    default = transformers.CONFIG_MAPPING[kind]()
+    try:
+        default = transformers.CONFIG_MAPPING[kind]()
+    except Exception as error:  # some are made of other configs, some need another package
+        raise ModelError(f"{kind} has no default config: {_first_line(error)}") from error
     names = {*default.to_dict(), *default.attribute_map}
     for name in given:
         if name not in names:
@@ -210,7 +214,8 @@ def _exported(path: Path) -> ModelWithInputs:
     if not path.is_file():
         raise ModelError(f"there is no file {path}")
     try:
-        program = torch.export.load(path)
+        with quiet_torch():
+            program = torch.export.load(path)
     except Exception as error:
         raise ModelError(f"{path} is no program of torch.export: {_first_line(error)}") from error
     if program.example_inputs is None:
@@ -246,7 +251,7 @@ def _made(text: str, shape: Mapping[str, int]) -> ModelWithInputs:
             )
         try:
             found = found()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             kind = type(error).__name__
             raise ModelError(f"{text}() raised {kind}: {_first_line(error)}") from error
     return _with_inputs(text, found, shape)
@@ -262,7 +267,7 @@ def _import_file(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{path}: {type(error).__name__}: {_first_line(error)}") from error
     finally:
         sys.path.pop(0)
@@ -270,13 +275,15 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _import_module(name: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ModelError(f"{name!r} is no module's name: {FORMS}")
     sys.path.insert(0, "")  # the current folder, as for `python -m`
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ModelError(f"cannot import {name!r}: {_first_line(error)}; {FORMS}") from error
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{name!r} is no module's name: {FORMS}") from error
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"{name}: {type(error).__name__}: {_first_line(error)}") from error
     finally:
         sys.path.pop(0)
 

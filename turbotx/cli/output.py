@@ -11,38 +11,56 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from turbotx.cli import clean_up_when_interrupted
 from turbotx.errors import (
     DumpError,
     InputError,
     ModelError,
     OptionsError,
+    SavedFileError,
     TurbotxError,
     WeightsError,
     versions,
 )
 
 OK, WRONG, MISUSED, FAILED, INTERNAL = 0, 1, 2, 3, 4
-_MISUSED = (ModelError, InputError, OptionsError, DumpError, WeightsError)
+_MISUSED = (ModelError, InputError, OptionsError, DumpError, WeightsError, SavedFileError)
 PIPE_COLUMNS = 160
 """Width of tables in a pipe or file, where the reader's width is unknown."""
 
 
 def exit_code(error: BaseException) -> int:
     """Return 2 for an error that the user can fix on the command line, 3 for other errors that
-    turbotx raises deliberately, 4 for all others."""
+    turbotx raises deliberately and those of the machine, 4 for all others."""
     if isinstance(error, _MISUSED):
         return MISUSED
-    return FAILED if isinstance(error, TurbotxError) else INTERNAL
+    known = isinstance(error, TurbotxError) or of_the_machine(error) is not None
+    return FAILED if known else INTERNAL
+
+
+def of_the_machine(error: BaseException) -> str | None:
+    """Return what the machine refused, as a line: a file, room on a disk, memory; None for an
+    error of another kind."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        place = "" if error.filename is None else f"{error.filename}: "
+        return f"{place}{error.strerror}"
+    said = str(error)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in said:  # torch has no class for it
+        asked = re.search(r"allocate (\d+) bytes", said)
+        amount = f": {int(asked[1]) / 2**30:,.1f} GiB were asked for at once" if asked else ""
+        return f"there is not enough memory{amount}; take a smaller --shape or model"
+    return None
 
 
 LATE_S = 10.0
@@ -90,6 +108,7 @@ class Output:
         line for each step that begins after LATE_S."""
         from turbotx.engine.progress import hide_progress
 
+        clean_up_when_interrupted()
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
         with hide_progress(), Progress(
             *columns, TimeElapsedColumn(), console=self.errors, transient=True,
@@ -106,13 +125,15 @@ class Output:
     def failure(self, error: BaseException) -> None:
         """Report an error on standard error, or as the JSON object."""
         message, kind = str(error), type(error).__name__
+        message = of_the_machine(error) or message
         internal = exit_code(error) == INTERNAL
         if internal:
             message = f"{kind}: {message}" if message else kind
         if self.as_json:
             found = {"error": message, "kind": kind, "exit_code": exit_code(error)}
-            print(json.dumps({**found, **({"versions": versions()} if internal else {})}))
-            return
+            with suppress(OSError):  # else standard output takes nothing: the line below is left
+                print(json.dumps({**found, **({"versions": versions()} if internal else {})}))
+                return
         self.errors.print("internal error:" if internal else "error:", style="red bold", end=" ")
         # One line: the first few of a long message (such as compiler output); --json has all.
         lines = [line.strip() for line in message.splitlines() if line.strip()][:3]

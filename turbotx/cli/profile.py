@@ -20,8 +20,9 @@ import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize, view_at
 from turbotx.cli.models import ModelWithInputs, Source
 from turbotx.cli.output import OK, Output
-from turbotx.errors import DumpError, InputError
+from turbotx.errors import InputError
 from turbotx.report.amounts import show_shape
+from turbotx.report.dump import check_file, write_text
 from turbotx.report.profile import Profile
 from turbotx.saved.load import SavedModule
 from turbotx.saved.profile import profile_saved
@@ -38,6 +39,8 @@ def profile_model(
     if runs < 1:
         raise InputError(f"--runs {runs}: at least 1")
     dims = parse_shape(shapes[0]) if shapes else {}
+    check_file(trace)
+    check_file(page)
     with output.steps(f"load {model}", total=3) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **dims})
         if isinstance(loaded.model, SavedModule):
@@ -50,7 +53,7 @@ def profile_model(
         found = report.profile(*args, runs=runs, **kwargs)
     _write_trace(found, trace)
     if page is not None:
-        _write(page, report.with_findings(profile=found).to_html())
+        write_text(page, report.with_findings(profile=found).to_html())
     output.console.print(f"{report.name} at {show_shape(report.dims)}, {_threads()}")
     _show(found, trace, output)
     if page is not None:
@@ -96,14 +99,7 @@ def _show(found: Profile, trace: Path | None, output: Output) -> None:
 
 def _write_trace(found: Profile, path: Path | None) -> None:
     if path is not None:
-        _write(path, json.dumps(found.to_chrome_trace()) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DumpError(f"cannot write {path}: {error.strerror}") from error
+        write_text(path, json.dumps(found.to_chrome_trace()) + "\n")
 
 
 def kernels_table(found: Profile) -> Table:

@@ -17,6 +17,7 @@ from turbotx.cli.models import ModelWithInputs, Source
 from turbotx.cli.output import OK, Output, Steps
 from turbotx.engine.optimize import optimize
 from turbotx.errors import InputError
+from turbotx.report.dump import check_file
 from turbotx.saved.save import check_target, save
 
 
@@ -30,6 +31,7 @@ def save_model(
     if model.is_saved:
         raise InputError(f"{model} is saved already: name the model that it was saved from")
     names = chosen_targets(targets)
+    check_file(path)
     with output.steps(f"load {model}", total=3) as steps:
         loaded = model.load(EXAMPLE_SHAPE)
         steps("capture and fuse")

@@ -24,8 +24,9 @@ from transformers.cache_utils import (
 )
 
 from turbotx.errors import InputError
+from turbotx.memory.cache_blocks import CacheBudget
 from turbotx.runtime.block_memory import BlockMemory, fits_blocks
-from turbotx.runtime.cache_memory import CacheBudget, CacheMemory, LayerShape
+from turbotx.runtime.cache_memory import CacheMemory, LayerShape
 
 
 class CachedLayer(CacheLayerMixin):
@@ -143,7 +144,9 @@ def refuse_cache(cache: Any) -> None:
         raise InputError(f"a {name} as past_key_values has memory of its own kind: {hint}")
     if cache.offloading:
         raise InputError(f"a {name} that is offloaded moves between devices: {hint}")
-    known = (DynamicLayer, DynamicSlidingWindowLayer, CachedLayer)
+    known = {DynamicLayer, DynamicSlidingWindowLayer, CachedLayer}
+    if known.issuperset(map(type, cache.layers)):
+        return
     for k, layer in enumerate(cache.layers):
         if type(layer) not in known:
             raise InputError(
@@ -198,8 +201,10 @@ def _memory_of(layers: Sequence[Any]) -> CacheMemory | None:
     known = layers[0].memory if layers and type(layers[0]) is CachedLayer else None
     if known is None or len(layers) != len(known.shapes):
         return None
-    own = all(getattr(x, "memory", None) is known and x.layer == k for k, x in enumerate(layers))
-    return known if own else None
+    for k, layer in enumerate(layers):
+        if type(layer) is not CachedLayer or layer.memory is not known or layer.layer != k:
+            return None
+    return known
 
 
 def _take_over(memory: CacheMemory, k: int, layer: Any) -> None:

@@ -1,11 +1,10 @@
 """Cache rows: build a cache from rows of other caches, for batches whose members change.
 
 In: caches that an optimized model has filled, and which rows and how many positions to take. Out: a
-cache whose rows all end at the same position. Positions before a shorter row are zeros and must be
-masked::
+cache whose rows all end at the same position. Positions before a shorter row must be masked. Rows
+of caches in blocks are rows of block tables; no keys or values move::
 
-    cache = compose([CacheRow(a, 0, 9), CacheRow(b, 2, 5)], length=9)      # batch 2
-    put_row(cache, 1, CacheRow(c, 0, 7))                                   # replaces b's row
+    cache = compose([CacheRow(a, 0, 9), CacheRow(b, 2, 5)], length=73)      # batch 2
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 from turbotx.engine.cache_layers import CachedLayer
 from turbotx.errors import InputError
-from turbotx.runtime.cache_memory import CacheMemory
+from turbotx.runtime.cache_memory import CacheMemory, MemoryRow
 
 
 @dataclass(frozen=True)
@@ -32,33 +31,37 @@ class CacheRow:
 def compose(rows: Sequence[CacheRow], length: int) -> Any:
     """Return a new cache of these rows, each ending at position `length`.
 
-    Raises InputError if a cache has not been filled by an optimized model, or if a row is longer
-    than its cache or than `length`; CacheFullError if the model's max_cache_nbytes is exceeded.
+    Raises InputError if a cache has not been filled by an optimized model, if a row is longer than
+    its cache or than `length`, or if a cache in blocks ends at another position of a block than
+    `length` does; CacheFullError if a contiguous copy exceeds the model's max_cache_nbytes.
     """
-    first = memory_of(rows[0].cache)
-    made = first.like()
-    made.blank(len(rows), length)
-    cache = copy.copy(rows[0].cache)
-    cache.layers = [
-        CachedLayer(made, k, layer.window) for k, layer in enumerate(rows[0].cache.layers)
-    ]
-    for place, row in enumerate(rows):
-        put_row(cache, place, row)
-    return cache
+    found = [MemoryRow(memory_of(row.cache), row.row, row.count) for row in rows]
+    for row in found:
+        if row.count > min(row.memory.length, length):
+            raise InputError(
+                f"{row.count} positions of a cache of {row.memory.length} do not fit one of "
+                f"{length}"
+            )
+    made = found[0].memory.like()
+    made.gather(found, length)
+    return _with_memory(rows[0].cache, made)
 
 
-def put_row(cache: Any, place: int, row: CacheRow) -> None:
-    """Overwrite the last `row.count` positions of row `place` of `cache`.
+def blank_like(cache: Any, batch: int, length: int) -> Any:
+    """Return a new cache of the same kind, whose rows have `length` positions to be masked.
 
     The batch of `cache` must not have been reordered. Raises InputError as `compose` does.
     """
-    source, target = memory_of(row.cache), memory_of(cache)
-    if row.count > min(source.length, target.length):
-        raise InputError(
-            f"{row.count} positions of a cache of {source.length} do not fit one of {target.length}"
-        )
-    for layer in range(len(target.shapes)):
-        target.put_row(layer, place, *source.read_row(layer, row.row, row.count))
+    made = memory_of(cache).like()
+    made.blank(batch, length)
+    return _with_memory(cache, made)
+
+
+def free_cache(cache: Any) -> None:
+    """Free all that a cache holds; raise InputError as `compose` does."""
+    memory = memory_of(cache)
+    for layer in range(len(memory.shapes)):
+        memory.clear(layer)
 
 
 def free_row(cache: Any, place: int) -> None:
@@ -76,3 +79,9 @@ def memory_of(cache: Any) -> CacheMemory:
         raise InputError(f"the {type(cache).__name__} has not been filled by an optimized model")
     memory: CacheMemory = layers[0].memory
     return memory
+
+
+def _with_memory(cache: Any, memory: CacheMemory) -> Any:
+    made = copy.copy(cache)
+    made.layers = [CachedLayer(memory, k, layer.window) for k, layer in enumerate(cache.layers)]
+    return made

@@ -25,8 +25,8 @@ from turbotx.capture.decisions import UndecidedError
 from turbotx.capture.returned import ReturnedObjectError
 from turbotx.engine.engine import Engine
 from turbotx.errors import CaptureError, InputError
+from turbotx.memory.cache_blocks import CacheBudget
 from turbotx.options import Options
-from turbotx.runtime.cache_memory import CacheBudget
 
 
 def make_engine(model: nn.Module, options: Options) -> Engine:
@@ -119,10 +119,8 @@ class CachedEngine(Engine):
         super().reserve(**dims)
 
     def stats(self) -> dict[str, int]:
-        """Return counts as `Engine.stats`, and the current and peak bytes of all caches."""
-        budget = self.budget
-        found = {"cache_nbytes": budget.nbytes, "cache_peak_nbytes": budget.peak_nbytes}
-        return super().stats() | found
+        """Return counts as `Engine.stats`, and the size of all caches."""
+        return super().stats() | self.budget.stats()
 
 
 def plain_call(

@@ -203,7 +203,7 @@ class Engine(EagerCalls):
 
     def refuse_training(self) -> None:
         """Raise TrainingError if the model is in training mode."""
-        if self.model.training:
+        if getattr(self.model, "_exported_training", self.model.training):  # of exported models
             raise TrainingError(
                 f"{type(self.model).__name__} is in training mode, and turbotx is for inference "
                 "only: call model.eval() first"

@@ -49,8 +49,9 @@ from turbotx.passes.pack import TOKENS, PackedCapture, pack
 from turbotx.passes.pack_check import check_packed
 from turbotx.passes.partition import Region, find_hoisted, kind_of, partition
 from turbotx.passes.products import use_products
-from turbotx.passes.quantize import Quantization, quantize_linears
+from turbotx.passes.quantize import Quantization, check_target, quantize_linears
 from turbotx.passes.quantize_check import check_quantized
+from turbotx.passes.quantized_pairs import has_pairs, use_int8_pairs
 from turbotx.passes.results import use_single_results
 from turbotx.passes.rising import drop_packed_sequences
 from turbotx.program.assemble import assemble
@@ -96,18 +97,21 @@ def jobs(program: UnboundProgram, dims: Sequence[int]) -> list[LaunchJob]:
 
 
 def rewrite(
-    graph: fx.Graph, attention: str = "auto", quantization: Quantization | None = None
-) -> None:
-    """Run the graph passes in order; each is a file of `passes/`.
+    graph: fx.Graph, attention: str = "auto", quantization: Quantization | None = None,
+    pairs: bool = True,
+) -> None:  # fmt: skip
+    """Run the graph passes, each a file of `passes/`, in order.
 
-    attention: the option of that name. `canonicalize` runs several times, since some passes match
-    only one canonical form; each run takes 3 to 12 ms for a model of two layers.
+    attention: the option of that name. pairs: whether those of PyTorch's quantiser become int8.
+    `canonicalize` runs again where the next pass matches one form only; 3 to 12 ms each.
     """
     use_single_results(graph)
     drop_packed_sequences(graph)
     canonicalize(graph)
     use_multiplication(graph)
     use_linear(graph)
+    if found := pairs and has_pairs(graph):
+        use_int8_pairs(graph)
     use_experts(graph)
     pack_linears(graph, None if quantization is None else quantization.kind_of)
     recognize_attention(graph, attention)
@@ -122,6 +126,7 @@ def rewrite(
     if quantization is not None:
         quantize_linears(graph, quantization)
         place_quantization(graph)
+    if quantization is not None or found:
         check_quantized(graph)
     own_outputs(graph)
 
@@ -141,23 +146,19 @@ def rewrite_once(captured: Captured, options: Options, target: str) -> str:
     """
     graph, meta = captured.graph_module.graph, captured.graph_module.meta
     names = ("attention", "quantize", *(("keep_float",) if options.quantize != "none" else ()))
-    wanted = {name: getattr(options, name) for name in names}
-    given: dict[str, bool] = meta.get("int8", {})
-    if (options.quantize == "int8-weights" or given) and target != "cpu":
-        what = "a model of int8 weights" if given else f"quantize={options.quantize!r}"
-        raise OptionsError(
-            f"{what} runs on CPUs so far, not on {target}: leave it out (docs/quantization.md)"
-        )
+    pairs = meta.setdefault("pairs", has_pairs(graph)) and target == "cpu"
+    wanted = {name: getattr(options, name) for name in names} | {"int8_pairs": pairs}
+    check_target(options.quantize, given := meta.get("quantized", {}), target)
     if "rewritten" not in meta:
-        text = str(graph)
-        rewrite(graph, options.attention, Quantization.of(options, meta.get("paths", {}), given))
+        text, how = str(graph), Quantization.of(options, meta.get("paths", {}), given)
+        rewrite(graph, options.attention, how, pairs)
         meta["rewritten"] = Rewritten(text, wanted)
     done: Rewritten = meta["rewritten"]
     for name, value in wanted.items():
         if done.options.get(name) != value:
             raise InputError(
-                f"{captured.name} was compiled with {name}={done.options.get(name)!r}, and its "
-                f"graph is rewritten for that: capture the call again for {value!r}"
+                f"{captured.name} was compiled with {name}={done.options.get(name)!r}: capture the "
+                f"call again for {value!r}"
             )
     return done.text
 

@@ -19,7 +19,8 @@ from torch.profiler import record_function
 from turbotx.capture.cached_call import count_queries
 from turbotx.engine.cache_layers import adopt, refuse_cache
 from turbotx.errors import InputError
-from turbotx.runtime.cache_memory import CacheBudget, CacheMemory, LayerShape
+from turbotx.memory.cache_blocks import CacheBudget
+from turbotx.runtime.cache_memory import CacheMemory, LayerShape
 
 
 class StepCalls:

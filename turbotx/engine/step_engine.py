@@ -30,9 +30,10 @@ from turbotx.engine.step_example import make_example
 from turbotx.engine.variant import Variant
 from turbotx.errors import CaptureError, InputError, ModelChangedError
 from turbotx.ir.expr import evaluate
+from turbotx.memory.cache_blocks import CacheBudget
 from turbotx.options import Options
 from turbotx.runtime.binding import Binding
-from turbotx.runtime.cache_memory import CacheBudget, LayerShape, make_table
+from turbotx.runtime.cache_memory import LayerShape, make_table
 from turbotx.runtime.cpu.runtime import CpuCode
 from turbotx.runtime.program import Program
 

@@ -166,11 +166,11 @@ class NormOperands:
 
 @dataclass(frozen=True)
 class Int8Operands:
-    """Further operands of a GEMM with int8 weights, float32.
+    """Further operands of a GEMM with int8 or int4 weights, float32.
 
-    weight_scale: of the weight's rows, (n,).
-    x_scale: of x's rows, (.., 1); None if x is in floating point, and then float_rows says whether
-    its rows are multiplied directly or quantised first.
+    weight_scale: of the weight's rows, (n,); of int4 (n, groups, ..), one for `group` inputs.
+    x_scale: of x's rows, (.., 1); None if x is int8 with scale 1, or floating point, and then
+    float_rows says whether its rows are multiplied directly or quantised first.
     x_peaks: largest magnitudes of x's rows by part, int32 (rows, room for parts), to quantise by.
     peaks: where the largest magnitudes of the output's rows are stored.
     """
@@ -178,6 +178,7 @@ class Int8Operands:
     weight_scale: Operand
     x_scale: Operand | None = None
     float_rows: bool = False
+    group: int = 0
     x_peaks: Operand | None = None
     peaks: Operand | None = None
 
@@ -214,13 +215,15 @@ class GemmLaunch(Launch):
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
-        """x, weight, bias, out, residual, then int8 scales or the operands of folded norms; None
-        for absent ones."""
-        own, n = (self.x, self.weight, self.bias, self.out, self.residual), self.norm
-        if self.int8 is not None:
-            scales = self.int8.weight_scale, self.int8.x_scale or self.int8.x_peaks
-            left = () if self.int8.peaks is None else (self.int8.peaks,)
-            return *own, *scales, *left
+        """x, weight, bias, out, residual, int8 scales or operands of folded norms; some None."""
+        own, n, int8 = (
+            (self.x, self.weight, self.bias, self.out, self.residual),
+            self.norm,
+            self.int8,
+        )
+        if int8 is not None:
+            scales = None if int8.group else int8.weight_scale, int8.x_scale or int8.x_peaks
+            return (*own, *scales, *((int8.peaks,) if int8.peaks is not None else ()))
         if n is None:
             return own
         read = (n.sums, n.scales, n.x_stats, n.residual_affine, n.residual_stats)
@@ -228,14 +231,15 @@ class GemmLaunch(Launch):
 
     @property
     def sizes(self) -> tuple[Expr, ...]:
-        """Rows, stride of x, width and row length of the output in elements, and the
-        activation's index; for int8 also the code of the output's dtype, and 1 if rows stay
-        in floating point."""
+        """Rows, stride of x, width and row length of the output, the activation's index; for int8
+        also the code of the output's dtype, and 1 for floating-point rows, 2 for scale 1."""
         activation = Integer(ACTIVATIONS.index(self.gemm.activation))
         own = self.rows, self.x_stride, self.width, self.width, activation
         if self.int8 is None:
             return own
-        return *own, Integer(DTYPE_CODES[self.out.dtype]), Integer(self.int8.float_rows)
+        whole = self.int8.x_scale is None and self.x.dtype is torch.int8
+        rows = 2 if whole else int(self.int8.float_rows)
+        return *own, Integer(DTYPE_CODES[self.out.dtype]), Integer(rows)
 
     @property
     def writes(self) -> tuple[str, ...]:

@@ -16,9 +16,12 @@ from turbotx.ir.attention_ops import NO_WINDOW
 
 # In the order of `Activation` in epilogue.h.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh")
-# Of weights and outputs, as `ttx_pack_weight` and `ttx_linear_int8` in native.cpp expect them.
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-# How a dtype appears in the name of a kernel.
+# Of weights and outputs, as `ttx_pack_weight` and `ttx_linear_int8` in native.cpp take them;
+# bytes are two numbers of int4 each.
+DTYPE_CODES = {
+    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4,
+}  # fmt: skip
+# What stands for a dtype in the name of a kernel.
 DTYPE_NAMES = {
     torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16",
 }  # fmt: skip

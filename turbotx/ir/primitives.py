@@ -51,6 +51,7 @@ PRIMITIVES: dict[str, Primitive] = _rows(
     ("add", "{0} + {1}", "{0} + {1}", torch.add),
     ("sub", "{0} - {1}", "{0} - {1}", torch.sub),
     ("mul", "{0} * {1}", "{0} * {1}", torch.mul),
+    ("fma", "ttx::fma({0}, {1}, {2})", "tl.fma({0}, {1}, {2})", lambda a, b, c: a * b + c),
     ("div", "{0} / {1}", "{0} / {1}", torch.true_divide, 4),
     ("div_rn", "{0} / {1}", "tl.div_rn({0}, {1})", torch.true_divide, 4),  # correctly rounded
     ("floordiv", "ttx::floordiv({0}, {1})", "floordiv({0}, {1})", torch.floor_divide, 8),
@@ -110,6 +111,11 @@ PRIMITIVES: dict[str, Primitive] = _rows(
     ("shr", "ttx::shr({0}, {1})", "{0} >> {1}", torch.bitwise_right_shift),
     ("where", "{0} ? {1} : {2}", "tl.where({0}, {1}, {2})", torch.where),
     ("cast", "ttx::cast<{type}>({0})", "{0}.to({type})", lambda x: x),
+    # what is left of a float32 in memory of a half type
+    ("bfloat16", "ttx::held<ttx::bf16>({0})", "{0}.to(tl.bfloat16).to(tl.float32)",
+     lambda x: x.to(torch.bfloat16).to(x.dtype), 4),
+    ("float16", "ttx::held<ttx::f16>({0})", "{0}.to(tl.float16).to(tl.float32)",
+     lambda x: x.to(torch.float16).to(x.dtype), 8),
 )  # fmt: skip
 
 COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf"})

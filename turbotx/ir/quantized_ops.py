@@ -15,18 +15,33 @@ are all below 2^-100 is quantised as if its largest were 2^-100.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from turbotx.errors import ModelChangedError
+from turbotx.ir.int4_ops import (
+    GROUP,
+    SMALLEST,
+    dequantize_groups,
+    group_scale,
+    quantize_groups,
+)
+
 LEVELS = 127
-SMALLEST = 2.0**-100
 MAX_DEPTH = (2**31 - 1) // LEVELS**2
 """Largest number of int8 products whose sum always fits in int32."""
 
 _library = torch.library.Library("turbotx", "FRAGMENT")
 _library.define("row_scale(Tensor x) -> Tensor")
 _library.define("quantize_rows(Tensor x, Tensor scale) -> Tensor")
+_library.define("if_zeros(Tensor x, Tensor zeros) -> Tensor")
+_library.define("quantize_affine(Tensor x, float inverse, int shift, int low, int high) -> Tensor")
+_library.define(
+    "quantize_affine.tensor(Tensor x, Tensor scale, Tensor zero, int middle, int low, int high)"
+    " -> Tensor"
+)
 _library.define(
     "quantized_linear(Tensor x, Tensor weight, Tensor? bias, Tensor weight_scale, Tensor? x_scale,"
     " ScalarType dtype) -> Tensor"
@@ -56,17 +71,55 @@ def _quantize_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return unrounded_rows(x, scale).round().to(torch.int8)
 
 
+def unrounded_affine(
+    x: torch.Tensor, inverse: float, shift: int, low: int, high: int
+) -> torch.Tensor:
+    """Return what `quantize_affine` rounds."""
+    return (_wide(x) * inverse + shift).clamp(low, high)
+
+
+def _if_zeros(x: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Return x; raise ModelChangedError where zero points are none that a program was made for."""
+    if bool(zeros.any()):
+        raise ModelChangedError("zero points of an int8 weight are no longer 0")
+    return x.clone()
+
+
+def unrounded_affine_by(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, middle: int, low: int, high: int
+) -> torch.Tensor:
+    """Return what `quantize_affine.tensor` rounds."""
+    return (_wide(x) * (1 / scale).to(_wide(x).dtype) + (zero - middle)).clamp(low, high)
+
+
+def _quantize_affine_by(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, middle: int, low: int, high: int
+) -> torch.Tensor:
+    """Return the same by numbers that a call finds: scale and zero of one element each."""
+    rounded = (_wide(x) * (1 / scale).to(_wide(x).dtype)).round()
+    return (rounded + (zero - middle)).clamp(low, high).to(torch.int8)
+
+
+def _quantize_affine(
+    x: torch.Tensor, inverse: float, shift: int, low: int, high: int
+) -> torch.Tensor:
+    """Return round(x * inverse) + shift within [low, high], int8: by numbers that are not x's."""
+    return ((_wide(x) * inverse).round() + shift).clamp(low, high).to(torch.int8)
+
+
 def _quantized_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor,
     x_scale: torch.Tensor | None, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     """Return x_scale * weight_scale * (x weight^T) + bias in `dtype`, with exact sums.
 
-    x: int8 (.., k) with x_scale (.., 1); or floats with x_scale None, quantised first, in float32.
-    weight: int8 (n, k); weight_scale: (n,).
+    x: int8 (.., k) with x_scale (.., 1), None for ones, or floats to be quantised first, in
+    float32. weight: int8 (n, k), weight_scale: (n,).
     """
-    if x_scale is None:
-        narrow = x.float()  # float64 too, so that a reference has the same integers
+    if x.dtype is torch.int8:
+        x_scale = weight_scale.new_ones(1) if x_scale is None else x_scale
+    else:
+        narrow = x.float()  # of float64 too: a reference is to have the same integers
         x_scale = _row_scale(narrow)
         x = _quantize_rows(narrow, x_scale)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
@@ -83,13 +136,15 @@ def _quantized_linear(
 def _weight_only_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor
 ) -> torch.Tensor:
-    """Return weight_scale * (x weight^T) + bias in x's dtype, summed in float32, or float64 for
-    float64.
-
-    x: floats (.., k); weight: int8 (n, k); weight_scale: (n,).
-    """
+    """Return weight_scale * (x weight^T) + bias in x's dtype, sums in float32, or float64 of
+    float64. x: floats (.., k); weight: int8 (n, k), weight_scale: (n,); or both as `int4_ops` has
+    them."""
     wide = _wide(x)
-    made = wide @ weight.t().to(wide.dtype) * weight_scale.to(wide.dtype)
+    if weight.dtype is torch.uint8:
+        floats = dequantize_groups(weight, weight_scale.to(wide.dtype), x.shape[-1])
+        made = wide @ floats.t()
+    else:
+        made = wide @ weight.t().to(wide.dtype) * weight_scale.to(wide.dtype)
     return (made if bias is None else made + bias.to(wide.dtype)).to(x.dtype)
 
 
@@ -98,6 +153,22 @@ def _fake_row_scale(x: torch.Tensor) -> torch.Tensor:
 
 
 def _fake_quantize_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+def _fake_quantize_affine(
+    x: torch.Tensor, inverse: float, shift: int, low: int, high: int
+) -> torch.Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+def _fake_if_zeros(x: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_quantize_affine_by(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, middle: int, low: int, high: int
+) -> torch.Tensor:
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
@@ -117,6 +188,9 @@ def _fake_weight_only_linear(
 for _name, _meaning, _fake in (
     ("row_scale", _row_scale, _fake_row_scale),
     ("quantize_rows", _quantize_rows, _fake_quantize_rows),
+    ("if_zeros", _if_zeros, _fake_if_zeros),
+    ("quantize_affine", _quantize_affine, _fake_quantize_affine),
+    ("quantize_affine.tensor", _quantize_affine_by, _fake_quantize_affine_by),
     ("quantized_linear", _quantized_linear, _fake_quantized_linear),
     ("weight_only_linear", _weight_only_linear, _fake_weight_only_linear),
 ):
@@ -125,7 +199,42 @@ for _name, _meaning, _fake in (
 
 row_scale: Any = torch.ops.turbotx.row_scale.default
 quantize_rows: Any = torch.ops.turbotx.quantize_rows.default
+if_zeros: Any = torch.ops.turbotx.if_zeros.default
+quantize_affine: Any = torch.ops.turbotx.quantize_affine.default
+quantize_affine_by: Any = torch.ops.turbotx.quantize_affine.tensor
 quantized_linear: Any = torch.ops.turbotx.quantized_linear.default
 weight_only_linear: Any = torch.ops.turbotx.weight_only_linear.default
 QUANTIZED_LINEARS = (quantized_linear, weight_only_linear)
-"""Products with an int8 weight; its scale is the fourth argument of both."""
+"""Products by a quantised weight; of both, its scale is the fourth argument."""
+QUANTIZES = (quantize_rows, quantize_groups)
+"""What makes a weight's integers; of both, its scale is the second argument."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a product is quantised. float_rows: its weight alone is. group: how many inputs share a
+    scale of int4, 0: int8, of which a whole row does. shifted: groups have offsets too."""
+
+    float_rows: bool = False
+    group: int = 0
+    shifted: bool = False
+
+    def scale_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the scales of a weight, (n, 1), (n, groups) or (n, groups, 2)."""
+        if not self.group:
+            return row_scale(rows)
+        return group_scale(rows, self.group, self.shifted)
+
+    def integers_of(self, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return a weight's integers by its scales, int8 or two of int4 to a byte."""
+        if not self.group:
+            return quantize_rows(rows, scale)
+        return quantize_groups(rows, scale, self.group)
+
+
+SCHEMES = {
+    "int8": Scheme(),
+    "int8-weights": Scheme(float_rows=True),
+    "int4-weights": Scheme(float_rows=True, group=GROUP),
+}
+"""What the option `quantize` stands for."""

@@ -29,3 +29,19 @@ class Sizes:
         source = f"lambda {', '.join(dims)}: ({''.join(f'{text}, ' for text in self.texts)})"
         names = {**PYTHON_NAMES, "__builtins__": {}}
         return eval(compile(source, "<turbotx sizes>", "eval"), names)
+
+    def that_use(self, dims: Sequence[str]) -> list[int]:
+        """Return the places of the texts in which one of these dims is."""
+        wanted = set(dims)
+        used = (compile(text, "<turbotx sizes>", "eval").co_names for text in self.texts)
+        return [k for k, names in enumerate(used) if wanted.intersection(names)]
+
+
+def define(name: str, arguments: str, lines: Sequence[str]) -> Callable[..., Any]:
+    """Return a function of Python's whose lines use sizes as texts do."""
+    source = f"def {name}({arguments}):\n" + "".join(f"    {line}\n" for line in lines)
+    errors = {e.__name__: e for e in (ArithmeticError, ValueError)}
+    names: dict[str, Any] = {**PYTHON_NAMES, "divmod": divmod, "__builtins__": errors}
+    exec(compile(source, "<turbotx sizes>", "exec"), names)
+    made: Callable[..., Any] = names[name]
+    return made

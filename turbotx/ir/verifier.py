@@ -228,14 +228,16 @@ def _check_int8(launch: ir.GemmLaunch, int8: ir.Int8Operands) -> None:
     narrow = [launch.weight, *((launch.x,) if int8.x_scale is not None else ())]
     floats = (int8.weight_scale, int8.x_scale)
     bits = (int8.x_peaks, int8.peaks)
-    given = ((narrow, torch.int8), (floats, torch.float32), (bits, torch.int32))
+    whole = torch.uint8 if int8.group else torch.int8
+    given = ((narrow, whole), (floats, torch.float32), (bits, torch.int32))
     for operands, dtype in given:
         for operand in operands:
             if operand is not None and operand.dtype is not dtype:
                 raise VerifyError(
                     f"{launch.name} takes {operand.tensor!r} of {dtype}, and it is {operand.dtype}"
                 )
-    if int8.weight_scale.shape != launch.weight.shape[:1]:
+    held = int8.weight_scale.shape
+    if (held[:1] if int8.group else held) != launch.weight.shape[:1]:
         raise VerifyError(f"{launch.name} has {int8.weight_scale.shape} scales for its weight")
     if int8.x_scale is not None and product(int8.x_scale.shape) != launch.rows:
         raise VerifyError(f"{launch.name} has {int8.x_scale.shape} scales for {launch.rows} rows")
@@ -249,7 +251,7 @@ def _of_one_dtype(launch: ir.Launch) -> tuple[ir.Operand | None, ...]:
         # With a folded norm, the bias is float32.
         bias = launch.bias if launch.norm is None else None
         if launch.int8 is not None:
-            x = launch.x if launch.int8.x_scale is None else None
+            x = None if launch.x.dtype is torch.int8 else launch.x
             return x, bias, launch.out, launch.residual
         return launch.x, launch.weight, bias, launch.out, launch.residual
     if isinstance(launch, ir.GroupedGemmLaunch):

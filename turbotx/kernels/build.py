@@ -10,6 +10,7 @@ object is never the wrong one; two processes may build the same at once::
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import hashlib
 import logging
@@ -22,11 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from turbotx.errors import BuildError, NoCompilerError
+from turbotx.errors import BuildError, BuildWarning, NoCompilerError
 from turbotx.kernels.openmp import share_openmp
 
 log = logging.getLogger("turbotx.build")
@@ -41,23 +43,31 @@ FLAGS: tuple[str, ...] = (
 
 
 def cache_directory() -> Path:
-    """Return where built objects are kept: TURBOTX_CACHE_DIR, or the user's cache directory."""
+    """Return where built objects are kept: TURBOTX_CACHE_DIR, or the user's cache directory.
+
+    Raises BuildError for a user without a home, as containers may have them.
+    """
     given = os.environ.get("TURBOTX_CACHE_DIR")
     if given:
         return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "turbotx"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if base.startswith("~"):
+        raise BuildError("this user has no home to keep built kernels in: set TURBOTX_CACHE_DIR")
+    return Path(base) / "turbotx"
 
 
 def find_compiler() -> str:
     """Return the C++ compiler: $CXX, or the first of g++ and clang++ on the path.
 
-    Raises NoCompilerError where there is none.
+    Raises NoCompilerError where there is none, or none of that name.
     """
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
-        found = shutil.which(name) if name else None
+    named = os.environ.get("CXX")
+    for name in (named,) if named else ("g++", "clang++"):
+        found = shutil.which(name)
         if found:
             return found
+    if named:
+        raise NoCompilerError(f"no C++ compiler: the variable CXX names no program, {named!r}")
     raise NoCompilerError(
         "no C++ compiler: install g++ or clang++, or name one in the variable CXX"
     )
@@ -98,16 +108,42 @@ def build_library(units: Mapping[str, str]) -> tuple[ctypes.CDLL, bool]:
     identity = (_compiler_identity(compiler), _headers_digest(), *flags, *sorted(code.items()))
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
     path = cache_directory() / f"{digest}.so"
-    built = False
-    if not path.exists():
-        begin = time.perf_counter()
-        _compile(compiler, flags, units, path)
-        built = True
-        log.info("compiled %s in %.1f s: %s", ", ".join(units), time.perf_counter() - begin, path)
-    else:
-        log.debug("found %s: %s", ", ".join(units), path)
     share_openmp()
-    return ctypes.CDLL(str(path)), built
+    if os.path.exists(path):
+        log.debug("found %s: %s", ", ".join(units), path)
+        return ctypes.CDLL(str(path)), False
+    begin = time.perf_counter()
+    try:
+        _compile(compiler, flags, units, path)
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        path, library = _compile_unkept(compiler, flags, units, path, error)
+    log.info("compiled %s in %.1f s: %s", ", ".join(units), time.perf_counter() - begin, path)
+    return library, True
+
+
+def _compile_unkept(
+    compiler: str, flags: tuple[str, ...], units: Mapping[str, str], path: Path, why: OSError
+) -> tuple[Path, ctypes.CDLL]:
+    """Compile into a folder that goes at once, where the cache takes no file, or none that may be
+    loaded; warn once. Raises BuildError where that fails too."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="turbotx-") as folder:
+            kept = Path(folder) / path.name
+            _compile(compiler, flags, units, kept)
+            library = ctypes.CDLL(str(kept))
+    except OSError as error:
+        raise BuildError(
+            f"compiled kernels can be kept neither in {path.parent} ({why.strerror or why}) nor in "
+            f"{tempfile.gettempdir()} ({error.strerror or error}): name a folder with room in "
+            "TURBOTX_CACHE_DIR"
+        ) from error
+    warnings.warn(
+        f"kernels are compiled again by each process: {path.parent} cannot keep them "
+        f"({why.strerror or why}); name another folder in TURBOTX_CACHE_DIR",
+        BuildWarning, stacklevel=2,
+    )  # fmt: skip
+    return kept, library
 
 
 def _compile(compiler: str, flags: tuple[str, ...], units: Mapping[str, str], path: Path) -> None:
@@ -136,5 +172,7 @@ def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         shown = "\n".join(done.stderr.splitlines()[:40])
+        if os.strerror(errno.ENOSPC) in shown:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), command[-1])
         raise BuildError(f"{' '.join(command)} failed with exit code {done.returncode}:\n{shown}")
     return done.stdout

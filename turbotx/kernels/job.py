@@ -29,6 +29,7 @@ class Job:
     divisible: arguments that are multiples of 16 (pointers: addresses), so that an access may be
     128 bits wide. pdl: it waits for the kernel before it by itself (see `dependent`); before_wait:
     the lines that it then does first. cells: arguments that it is to read on the device (`cells`).
+    contracts: a product and a sum may be one instruction, and so another number in another loop.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Job:
     pdl: bool = False
     before_wait: str = ""
     cells: tuple[str, ...] = ()
+    contracts: bool = True
 
     def digest(self) -> str:
         """Return a digest of all that shapes the binary, which comments do not: a kernel's header

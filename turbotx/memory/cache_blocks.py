@@ -1,7 +1,8 @@
 """Cache blocks: reference-counted memory blocks of one size for key/value caches.
 
 In: how many blocks to allocate, share or release. Out: block ids. Block n begins n * block_nbytes
-after an address that never moves, and is free when its reference count drops to 0::
+after an address that never moves, and is free when its reference count drops to 0. A budget counts
+the bytes of all caches of a model::
 
     blocks = CacheBlocks(393216, budget.add)
     ids = blocks.take(3); blocks.share(ids[:1]); blocks.release(ids)     ->  one stays in use
@@ -13,11 +14,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from turbotx.errors import CacheFullError
 from turbotx.memory.arena import view_addresses
 from turbotx.memory.cpu_range import CpuRange, load_libc
 from turbotx.memory.planner.plan import CHUNK_NBYTES, align
@@ -129,3 +132,53 @@ class CacheBlocks:
         if 2 * end < len(self.references):
             self.references = self.references[:end].copy()
             self._range.unmap_to(align(end * self.block_nbytes, CHUNK_NBYTES))
+
+
+class CacheBudget:
+    """Counts the bytes of all caches of one model, and their peak.
+
+    most: the limit; None for no limit.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self.most, self.nbytes, self.peak_nbytes = most, 0, 0
+        self._lock = threading.RLock()  # reentrant: finalizers may run in this thread at any point
+        self._blocks: dict[int, CacheBlocks] = {}
+
+    def __deepcopy__(self, memo: Any) -> CacheBudget:
+        return self  # a copied cache belongs to the same model
+
+    def __reduce__(self) -> Any:
+        return CacheBudget, (self.most,)
+
+    def blocks_of(self, nbytes: int) -> CacheBlocks:
+        """Return the blocks of a size, shared by all caches."""
+        with self._lock:
+            if nbytes not in self._blocks:
+                self._blocks[nbytes] = CacheBlocks(nbytes, self.add)
+            return self._blocks[nbytes]
+
+    def stats(self) -> dict[str, int]:
+        """Return the current and peak bytes of all caches, and their blocks, shared ones once."""
+        used = sum(blocks.used for blocks in list(self._blocks.values()))
+        most = self.peak_nbytes
+        return {"cache_nbytes": self.nbytes, "cache_peak_nbytes": most, "cache_blocks": used}
+
+    def has_room(self, nbytes: int) -> bool:
+        """Return whether that many more bytes are within the limit."""
+        return self.most is None or self.nbytes + nbytes <= self.most
+
+    def add(self, nbytes: int) -> None:
+        """Count bytes about to be allocated, or freed if negative.
+
+        Raises CacheFullError if the limit would be exceeded.
+        """
+        with self._lock:
+            if nbytes > 0 and not self.has_room(nbytes):
+                raise CacheFullError(
+                    f"key/value caches hold {self.nbytes} bytes, and {nbytes} more would pass "
+                    f"max_cache_nbytes={self.most}: let go of a cache, call with fewer or shorter "
+                    "sequences, or give turbotx.optimize a larger max_cache_nbytes"
+                )
+            self.nbytes += nbytes
+            self.peak_nbytes = max(self.peak_nbytes, self.nbytes)

@@ -87,6 +87,9 @@ class KernelBuilder:
         self.body: list[ir.Statement] = []
         self._shared: dict[Any, Any] = {}
         self._counts: dict[str, int] = {}
+        # Values that a half type holds exactly, and what was rounded to be one.
+        self._held: dict[str, torch.dtype] = {}
+        self._before: dict[str, Element] = {}
 
     def bounds(self, value: Expr) -> tuple[Expr | None, Expr | None]:
         """Return the minimum and maximum of an index expression, None where unknown."""
@@ -136,6 +139,8 @@ class KernelBuilder:
             name = self._name("x" if dtype.is_floating_point else "k")
             self.body.append(ir.Load(name, access, dtype))
             self._shared[key] = Element(self, name, dtype)
+            if stored in HALVES:
+                self._held[name] = stored
         return self._shared[key]
 
     def emit_reduce(self, op: str, value: Element) -> tuple[Element, ...]:
@@ -145,6 +150,8 @@ class KernelBuilder:
             names = tuple(self._name(base) for base in REDUCTIONS[op].outputs)
             self.body.append(ir.Reduce(names, op, (value.name,), value.dtype))
             self._shared[key] = tuple(Element(self, n, value.dtype) for n in names)
+            if op in ("max", "min") and value.name in self._held:
+                self._held[names[0]] = self._held[value.name]
         return self._shared[key]
 
     def emit_scan(self, op: str, value: Element) -> Element:
@@ -182,7 +189,34 @@ class KernelBuilder:
             name = self._name(op if op not in _RESERVED else f"{op}_")
             self.body.append(ir.Compute(name, op, tuple(e.name for e in elements), result))
             self._shared[key] = Element(self, name, result)
+            if op in _CHOICES:
+                chosen = elements[op == "where" :]
+                kinds = {self._held[e.name] for e in chosen if e.name in self._held}
+                if kinds and all(self._holds(e, kind) for e in chosen for kind in kinds):
+                    self._held[name] = kinds.pop()
         return self._shared[key]
+
+    def rounded(self, x: Element, dtype: torch.dtype) -> Element:
+        """Return what memory of `dtype` keeps of a value that is computed in float32; x itself
+        where that is no half type, or holds it.
+
+        The digits that it has more stay inside of arithmetic of its own dtype: what decides by
+        values (a comparison, a rounding to whole numbers) and what converts asks for this.
+        """
+        if dtype not in HALVES or x.dtype is not torch.float32 or self._holds(x, dtype):
+            return x
+        found = self.call(str(dtype).removeprefix("torch."), x)
+        self._held[found.name], self._before[found.name] = dtype, x
+        return found
+
+    def _holds(self, x: Element, dtype: torch.dtype) -> bool:
+        if x.value is not None:
+            return float(torch.tensor(float(x.value)).to(dtype)) == x.value
+        return self._held.get(x.name) is dtype
+
+    def before_store(self, x: Element, dtype: torch.dtype) -> Element:
+        """Return a value whose store in memory of `dtype` writes x: a store rounds by itself."""
+        return self._before.get(x.name, x) if self._held.get(x.name) is dtype else x
 
     def exp(self, x: Element) -> Element:
         """Return e ** x."""
@@ -288,6 +322,9 @@ class KernelBuilder:
             return None
 
 
+HALVES = (torch.float16, torch.bfloat16)
+_CHOICES = {"maximum", "minimum", "neg", "abs", "where"}
+"""Primitives whose result is one of their arguments, or its sign turned."""
 _RESERVED = {"and", "or", "xor", "not", "where", "cast"}
 
 
@@ -297,7 +334,7 @@ def _has_position(value: Expr) -> bool:
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which values of `dtype` are computed: float32 for half types."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype in HALVES else dtype
 
 
 __all__ = ["ZERO", "Element", "KernelBuilder", "compute_dtype"]

@@ -67,10 +67,11 @@ pointwise("aten.sub.Tensor aten.sub.Scalar", lambda m, x, y, alpha=1: x - _scale
 pointwise("aten.rsub.Tensor aten.rsub.Scalar", lambda m, x, y, alpha=1: y - _scaled(m, x, alpha))
 pointwise("aten.mul.Tensor aten.mul.Scalar", lambda m, x, y: x * y)
 pointwise("aten.div.Tensor aten.div.Scalar aten.true_divide.Tensor", _divide)
-pointwise("aten.div.Tensor_mode aten.div.Scalar_mode", _divide)
-pointwise("aten.floor_divide.default", lambda m, x, y: m.call("floordiv", x, y))
-pointwise("aten.remainder.Tensor aten.remainder.Scalar", lambda m, x, y: m.call("remainder", x, y))
-pointwise("aten.fmod.Tensor aten.fmod.Scalar", lambda m, x, y: m.call("fmod", x, y))
+pointwise("aten.div.Tensor_mode aten.div.Scalar_mode", _divide, jumps=True)
+for _name, _op in (("floor_divide.default", "floordiv"), ("remainder.Tensor", "remainder"),
+                   ("remainder.Scalar", "remainder"), ("fmod.Tensor", "fmod"),
+                   ("fmod.Scalar", "fmod")):  # fmt: skip
+    pointwise(f"aten.{_name}", lambda m, x, y, _op=_op: m.call(_op, x, y), jumps=True)
 pointwise("aten.pow.Tensor_Scalar aten.pow.Tensor_Tensor aten.pow.Scalar", _power)
 pointwise("aten.square.default", lambda m, x: x * x)
 pointwise("aten.neg.default", lambda m, x: -x)
@@ -78,10 +79,11 @@ pointwise("aten.reciprocal.default", lambda m, x: 1 / x)
 pointwise("aten.addcmul.default", lambda m, x, a, b, value=1: x + _scaled(m, a * b, value))
 pointwise("aten.lerp.Scalar aten.lerp.Tensor", lambda m, x, y, w: x + w * (y - x))
 for _name in ("abs", "exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "sin", "cos",
-              "tanh", "erf", "sigmoid", "floor", "ceil", "trunc", "round", "sign", "isnan",
-              "isinf", "log10", "erfc", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh",
-              "acosh", "atanh"):  # fmt: skip
+              "tanh", "erf", "sigmoid", "isnan", "isinf", "log10", "erfc", "tan", "asin", "acos",
+              "atan", "sinh", "cosh", "asinh", "acosh", "atanh"):  # fmt: skip
     pointwise(f"aten.{_name}.default", lambda m, x, _op=_name: m.call(_op, x))
+for _name in ("floor", "ceil", "trunc", "round", "sign"):
+    pointwise(f"aten.{_name}.default", lambda m, x, _op=_name: m.call(_op, x), jumps=True)
 for _name in ("maximum", "minimum", "atan2", "hypot"):
     pointwise(f"aten.{_name}.default", lambda m, x, y, _op=_name: m.call(_op, x, y))
 for _name, _op in (("fmax", "maximum"), ("fmin", "minimum")):
@@ -89,7 +91,7 @@ for _name, _op in (("fmax", "maximum"), ("fmin", "minimum")):
 pointwise("aten.ldexp.Tensor", lambda m, x, y: x * m.call("exp2", y))
 pointwise("aten.copysign.Tensor aten.copysign.Scalar", lambda m, x, y: m.call("copysign", x, y))
 pointwise("aten.signbit.default", lambda m, x: _signbit(m, x))
-pointwise("aten.round.decimals", lambda m, x, decimals=0: _round(m, x, decimals))
+pointwise("aten.round.decimals", lambda m, x, decimals=0: _round(m, x, decimals), jumps=True)
 
 # --- pointwise: activations -----------------------------------------------------------------
 

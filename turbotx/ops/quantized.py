@@ -3,7 +3,8 @@
 In: a node and an index into its result. Out: the element there, with the arithmetic of
 `ir.quantized_ops`. After a norm both are fused into its kernel, and the row is read once::
 
-    quantize_rows(x, s)[row, col]  ->  cast(round(x[row, col] * (1 / s[row])), int8)
+    quantize_rows(x, s)[row, col]         ->  cast(round(x[row, col] * (1 / s[row])), int8)
+    quantize_affine(x, i, z, 0, 9)[r, c]  ->  cast(clamp(round(x[r, c] * i) + z, 0, 9), int8)
 
 Divisions are correctly rounded on every target, so that equal rows give equal integers.
 """
@@ -17,7 +18,8 @@ import torch
 
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import ZERO, Expr
-from turbotx.ir.quantized_ops import LEVELS, SMALLEST
+from turbotx.ir.int4_ops import SMALLEST
+from turbotx.ir.quantized_ops import LEVELS
 from turbotx.ops.table import indexed
 
 
@@ -38,5 +40,23 @@ def _quantize_rows(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     return m.call("round", m.where(inside, value, 0.0))
 
 
+def _quantize_affine(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    x, inverse, shift, low, high = node.args
+    value = m.call("round", m.cast(m.element(x, index), torch.float32) * float(inverse))
+    value = m.call("maximum", value + float(shift), float(low))
+    return m.call("minimum", value, float(high))
+
+
+def _quantize_affine_by(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    x, scale, zero, middle, low, high = node.args
+    step = m.cast(m.element(scale, (ZERO,)), torch.float32)
+    shift = m.cast(m.element(zero, (ZERO,)), torch.float32) - float(middle)
+    value = m.cast(m.element(x, index), torch.float32) * m.call("div_rn", 1.0, step)
+    value = m.call("maximum", m.call("round", value) + shift, float(low))
+    return m.call("minimum", value, float(high))
+
+
+indexed("turbotx.quantize_affine.default", _quantize_affine)
+indexed("turbotx.quantize_affine.tensor", _quantize_affine_by)
 indexed("turbotx.row_scale.default", _row_scale, True)
 indexed("turbotx.quantize_rows.default", _quantize_rows)

@@ -76,13 +76,17 @@ def _position_of(op: str) -> Callable[..., Any]:
         dims = tuple(range(len(shape))) if d is None else (d % len(shape),)
         index = tuple(ZERO for _ in shape) if d is None else index
         dtype = m.compute_dtype(x)
-        (extreme,), _ = m.reduce_dims(op, x, dims, index, dtype)
+
+        def held(value: Any) -> Any:
+            return m.rounded(value, g.dtype(x))
+
+        (extreme,), _ = m.reduce_dims(op, x, dims, index, dtype, before=held)
 
         def place(inner: tuple[Expr, ...]) -> Any:
             here, flat = list(index), ZERO
             for dim, i in zip(dims, inner, strict=True):
                 here[dim], flat = i, flat * shape[dim] + i
-            value = m.cast(m.element(x, tuple(here)), dtype)
+            value = m.cast(held(m.element(x, tuple(here))), dtype)
             found = m.call("eq", value, extreme)
             if value.is_float:
                 found = m.call("or", found, m.call("isnan", value))
@@ -129,9 +133,11 @@ def _normalize(m: Any, node: Any, index: tuple[Expr, ...], mean: Any, var: Any, 
 
 
 def _affine(m: Any, value: Any, weight: Any, bias: Any, at: tuple[Expr, ...]) -> Any:
-    if weight is not None:
-        value = value * m.cast(m.element(weight, at), value.dtype)
-    return value if bias is None else value + m.cast(m.element(bias, at), value.dtype)
+    by, more = (p if p is None else m.cast(m.element(p, at), value.dtype) for p in (weight, bias))
+    if by is not None and more is not None:
+        return m.call("fma", value, by, more)  # rounded once, as PyTorch's norms do it
+    value = value if by is None else value * by
+    return value if more is None else value + more
 
 
 def _layer_norm(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:

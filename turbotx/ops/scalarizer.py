@@ -8,7 +8,7 @@ appended to the body once. Views only rewrite the index, at no cost. Example::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,11 +33,15 @@ class Scalarizer(KernelBuilder):
     """IR builder passed to the op table's rules; emits statements on demand.
 
     loaded: whether a tensor node is already in memory; other views are traversed to their source.
+    as_stored: nodes whose values are to be as their dtype keeps them in memory.
     """
 
-    def __init__(self, loaded: Callable[[fx.Node], bool], loops: LoopNest) -> None:
+    def __init__(
+        self, loaded: Callable[[fx.Node], bool], loops: LoopNest,
+        as_stored: Collection[fx.Node] = (),
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.loaded = loaded
+        self.loaded, self.as_stored = loaded, as_stored
         self.loops = loops
         self.params: dict[fx.Node, str] = {}
         self.requirements: dict[Expr, str] = {}
@@ -85,7 +89,11 @@ class Scalarizer(KernelBuilder):
             )  # fmt: skip
         finally:
             self._stack.pop()
-        return self.cast(value, g.dtype(node))
+        value, dtype = self.cast(value, g.dtype(node)), g.dtype(node)
+        converts = (
+            node.target is torch.ops.aten._to_copy.default and g.dtype(g.operand(node, 0)) != dtype
+        )
+        return self.rounded(value, dtype) if converts or node in self.as_stored else value
 
     def _pointwise(self, row: Row, node: fx.Node, index: tuple[Expr, ...]) -> Element:
         dtype = self.compute_dtype(node)
@@ -95,6 +103,8 @@ class Scalarizer(KernelBuilder):
         def convert(position: int, value: Any) -> Any:
             if isinstance(value, fx.Node) and g.is_tensor(value):
                 element = self.element(value, self.broadcast(value, index))
+                if row.jumps or g.dtype(value) != g.dtype(node):
+                    element = self.rounded(element, g.dtype(value))
                 return element if position in row.as_is else self.cast(element, dtype)
             if isinstance(value, fx.Node):
                 return self.number(value, dtype)
@@ -194,7 +204,7 @@ class Scalarizer(KernelBuilder):
 
     def _param(self, node: fx.Node) -> str:
         if node not in self.params:
-            base = "".join(c if c.isalnum() else "_" for c in _base_name(node))
+            base = "".join(c if c.isalnum() and c.isascii() else "_" for c in _base_name(node))
             taken = set(self.params.values())
             name, k = base, 1
             while name in taken:
@@ -253,7 +263,10 @@ class Scalarizer(KernelBuilder):
             for d, i in zip(dims, inner, strict=True):
                 full[d] = i
             element = self.element(source, tuple(full))
-            value = self.truth(element) if dtype is torch.bool else self.cast(element, dtype)
+            if dtype is torch.bool:
+                value = self.truth(self.rounded(element, g.dtype(source)))
+            else:
+                value = self.cast(element, dtype)
             return value if before is None else before(value)
 
         results = self.reduce(op, pull, extents, kept, self._stack[-1])
@@ -361,7 +374,8 @@ def _common_dtype(node: fx.Node) -> torch.dtype:
 def _base_name(node: fx.Node) -> str:
     """Return a param name that is the same in equal kernels of different layers."""
     if node.op == "get_attr":
-        return str(node.target).rsplit(".", 1)[-1]
+        parts = reversed(str(node.target).split("."))
+        return next((p for p in parts if not p[0].isdigit()), "item")  # of a ParameterList, its own
     if node.op == "placeholder":
         return node.name
     return node.name.rstrip("0123456789").rstrip("_") or node.name

@@ -27,12 +27,14 @@ class Row:
     dtype; for an indexed one, (machine, node, index).
     as_is: positions of arguments that are not promoted.
     reduces: whether it reduces over an axis.
+    jumps: whether its result may be another where an argument is off by a rounding.
     """
 
     kind: str
     rule: Callable[..., Any]
     as_is: tuple[int, ...] = ()
     reduces: bool = False
+    jumps: bool = False
 
 
 OPS: dict[Any, Row] = {}
@@ -49,12 +51,14 @@ def _resolve(overload: str) -> Any | None:
     return getattr(getattr(getattr(torch.ops, namespace), packet, None), name, None)
 
 
-def pointwise(overloads: str, rule: Callable[..., Any], as_is: tuple[int, ...] = ()) -> None:
+def pointwise(
+    overloads: str, rule: Callable[..., Any], as_is: tuple[int, ...] = (), jumps: bool = False
+) -> None:
     """Add a row for each of the space-separated overloads that this version of torch has."""
     for overload in overloads.split():
         target = _resolve(overload)
         if target is not None:
-            OPS[target] = Row("pointwise", rule, as_is)
+            OPS[target] = Row("pointwise", rule, as_is, jumps=jumps)
 
 
 def indexed(overloads: str, rule: Callable[..., Any], reduces: bool = False) -> None:

@@ -1,12 +1,14 @@
-"""Quantize: products by weights become products of int8, on request.
+"""Quantize: products by weights become products of int8 or int4, on request.
 
-In: a graph whose products are `linear`s. Out: the same with weights as int8 and a scale an output
-column, computed from the parameters as constants are, and activations quantised by row (see
+In: a graph whose products are `linear`s. Out: the same with weights as integers and their scales,
+computed from the parameters as constants are, and activations quantised by row (see
 `ir.quantized_ops`), where `kernels.fusion.quantized_rows` decides, or left as they are::
 
     linear(x, w, b)  ->  quantized_linear(x, quantize_rows(w, s), b, s, None, float32)
                          where s = row_scale(w)
                      or  weight_only_linear(x, quantize_rows(w, s), b, s)
+                     or  weight_only_linear(x, quantize_groups(w, t, 32), b, t)
+                         where t = group_scale(w, 32, False)
 """
 
 from __future__ import annotations
@@ -18,9 +20,13 @@ from fnmatch import fnmatchcase
 import torch
 from torch import fx
 
+from turbotx.errors import OptionsError
 from turbotx.ir import fx_nodes as g
+from turbotx.ir.int4_ops import group_scale, quantize_groups
 from turbotx.ir.quantized_ops import (
     MAX_DEPTH,
+    SCHEMES,
+    Scheme,
     quantize_rows,
     quantized_linear,
     row_scale,
@@ -41,37 +47,47 @@ class Quantization:
     """Which products are quantised: all but those that patterns of modules' names keep float.
 
     paths: where in the user's module a graph's parameter is. keep_float: patterns, or HEAD.
-    float_rows: whether weights alone are quantised. given: of parameters that are int8 already, by
-    path, whether they alone are; all: whether others are quantised too.
+    scheme: how. given: of parameters that are quantised already, by path, how; all: whether others
+    are quantised too.
     """
 
     paths: Mapping[str, str]
     keep_float: Sequence[str]
-    float_rows: bool = False
-    given: Mapping[str, bool] = field(default_factory=dict)
+    scheme: Scheme = SCHEMES["int8"]
+    given: Mapping[str, Scheme] = field(default_factory=dict)
     all: bool = True
 
     @classmethod
     def of(
-        cls, options: Options, paths: Mapping[str, str], given: Mapping[str, bool]
+        cls, options: Options, paths: Mapping[str, str], given: Mapping[str, Scheme]
     ) -> Quantization | None:
         """Return what options ask for and a model brings, None where nothing is quantised."""
         if options.quantize == "none" and not given:
             return None
-        float_rows = options.quantize == "int8-weights"
-        return cls(paths, options.keep_float, float_rows, given, options.quantize != "none")
+        scheme = SCHEMES.get(options.quantize, Scheme())
+        return cls(paths, options.keep_float, scheme, given, options.quantize != "none")
 
     def kind_of(self, weight: fx.Node) -> object:
         """Return what only weights share that may be packed with each other."""
         found = self.given_to(weight)
         if found is not None:
-            return f"float rows: {found}"
+            return found
         return not self.all or _pattern_of(modules_of(weight, self.paths), self.keep_float)
 
-    def given_to(self, weight: fx.Node) -> bool | None:
-        """Return whether a weight that is int8 already is alone so; None for one of floats."""
+    def given_to(self, weight: fx.Node) -> Scheme | None:
+        """Return how a weight is quantised already; None for one of floats."""
         found = {self.given.get(path) for path in paths_of(weight, self.paths)}
         return found.pop() if len(found) == 1 else None
+
+
+def check_target(quantize: str, given: Mapping[str, Scheme], target: str) -> None:
+    """Raise OptionsError for an option, or weights that are quantised already, that a target's
+    kernels do not multiply by."""
+    if (quantize.endswith("-weights") or given) and target != "cpu":
+        what = "a model of quantised weights" if given else f"quantize={quantize!r}"
+        raise OptionsError(
+            f"{what} runs on CPUs so far, not on {target}: leave it out (docs/quantization.md)"
+        )
 
 
 def quantize_linears(graph: fx.Graph, asked: Quantization) -> dict[str, str]:
@@ -87,7 +103,7 @@ def quantize_linears(graph: fx.Graph, asked: Quantization) -> dict[str, str]:
             kept.update(dict.fromkeys(names, why))
         else:
             given = asked.given_to(g.operand(node, 1))
-            _quantize(node, asked.float_rows if given is None else given, made)
+            _quantize(node, given or asked.scheme, made)
     return kept
 
 
@@ -125,8 +141,9 @@ def _why_float(node: fx.Node, names: Sequence[str], asked: Quantization) -> str:
     if found is not None:
         return f"keep_float={found!r} was asked for"
     if given is not None and not _is_plain(weight):
-        return "its weight is int8 already, and not multiplied by as it is"
-    float_rows, most = (asked.float_rows, MAX_DEPTH) if given is None else (given, MOST_GIVEN)
+        return "its weight is quantised already, and not multiplied by as it is"
+    float_rows = (given or asked.scheme).float_rows
+    most = MAX_DEPTH if given is None else MOST_GIVEN
     shape = g.shape(weight)
     if g.dtype(x) not in FLOATS or g.dtype(weight) != g.dtype(x):
         return f"it is of {g.dtype(x)}"
@@ -146,21 +163,22 @@ def _is_returned(node: fx.Node) -> bool:
     )
 
 
-def _quantize(
-    node: fx.Node, float_rows: bool, made: dict[fx.Node, tuple[fx.Node, fx.Node]]
-) -> None:
-    """Quantise one product. made: int8 weights, and their scales, by what they are made of: layers
-    that share a weight share these."""
+def _quantize(node: fx.Node, scheme: Scheme, made: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> None:
+    """Quantise one product. made: weights of integers, and their scales, by what they are made of:
+    layers that share a weight share these."""
     x, weight = g.operand(node, 0), g.operand(node, 1)
     with node.graph.inserting_before(node):
-        if weight not in made:
+        if weight not in made and scheme.group:
+            scale = g.emit(node, group_scale, weight, scheme.group, scheme.shifted)
+            made[weight] = g.emit(node, quantize_groups, weight, scale, scheme.group), scale
+        elif weight not in made:
             scale = g.emit(node, row_scale, weight)
             narrow = g.emit(node, quantize_rows, weight, scale)
             made[weight] = narrow, g.emit(node, aten.squeeze.dim, scale, -1)
         narrow, flat = made[weight]
         bias = g.optional(node, 2)
         args = (x, narrow, bias, flat)
-        if float_rows:
+        if scheme.float_rows:
             product = g.emit(node, weight_only_linear, *args)
         else:
             product = g.emit(node, quantized_linear, *args, None, g.dtype(node))

@@ -195,10 +195,9 @@ class WeightWindow:
 class Packing:
     """A packed GEMM weight.
 
-    slot: in the table of addresses.
-    parts: the windows whose rows are concatenated.
-    sources, scale: for an int8 weight, the windows whose rows are quantised and the tensor of their
-    scales, (n, 1); empty if the weight is computed in another way.
+    sources, scale: of one of integers, the parts of which its rows are quantised, and the tensor of
+    their scales; empty where other things are done to parameters first, but for int4's scales.
+    group, depth: of int4, how many inputs share a scale, and how many there are.
     """
 
     slot: int
@@ -206,6 +205,8 @@ class Packing:
     gated: bool
     sources: tuple[WeightWindow, ...] = ()
     scale: str = ""
+    group: int = 0
+    depth: int = 0
 
 
 @dataclass(frozen=True)

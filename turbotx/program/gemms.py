@@ -17,6 +17,7 @@ from torch import fx
 from turbotx import ir
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import product
+from turbotx.ir.int4_ops import quantize_groups
 from turbotx.ir.matmul_kernels import GemmKernel
 from turbotx.ir.quantized_ops import QUANTIZED_LINEARS, weight_only_linear
 from turbotx.ir.strides import layout_with_copies, reshape_strides
@@ -47,13 +48,14 @@ def make_gemm(
         return ir.GroupedGemmLaunch(kernel, x, weight, ends, out, rows, stride, call, **place)
     given = (end.bias, end.residual, *scales_of(node))
     bias, residual, down, across = (None if n is None else operand(n) for n in given)
-    floats = node.target is weight_only_linear
+    floats, made = node.target is weight_only_linear, g.operand(node, 1)
+    group = int(made.args[2]) if g.is_call(made, quantize_groups) else 0  # type: ignore[arg-type]
     inplace: tuple[tuple[str, str], ...] = ()
     if residual is not None and residual.tensor != x.tensor:
         inplace = ((out.tensor, residual.tensor),)
     return ir.GemmLaunch(
         kernel, x, weight, bias, out, residual, rows, stride, call, **place, inplace=inplace,
-        int8=None if down is None else ir.Int8Operands(down, across, floats),
+        int8=None if down is None else ir.Int8Operands(down, across, floats, group),
     )  # fmt: skip
 
 

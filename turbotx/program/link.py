@@ -20,7 +20,7 @@ from turbotx import ir
 from turbotx.capture.eager import Alias
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import Expr, product, sizes_of, to_python
-from turbotx.ir.quantized_ops import quantize_rows
+from turbotx.ir.quantized_ops import QUANTIZES
 from turbotx.ir.sizes import Evaluate
 from turbotx.ir.strides import contiguous_strides, layout_of
 from turbotx.memory.liveness import LaunchUse, Liveness, analyze
@@ -173,10 +173,10 @@ def weight_parts(weight: ir.Operand, hoisted: Mapping[str, fx.Node]) -> tuple[We
 def quantized_from(
     weight: ir.Operand, hoisted: Mapping[str, fx.Node]
 ) -> tuple[tuple[WeightWindow, ...], str]:
-    """Return the windows of parameters whose rows an int8 weight quantises, and the name of their
-    scales; ((), "") if it is computed in another way."""
+    """Return the windows of parameters whose rows a weight of integers quantises, and the name of
+    their scales; nothing where it is made otherwise."""
     node = hoisted.get(weight.tensor)
-    if node is None or not g.is_call(node, quantize_rows) or not _is_whole(weight):
+    if node is None or not g.is_call(node, *QUANTIZES) or not _is_whole(weight):
         return (), ""
     found = _row_parts(g.operand(node, 0))
     return found, g.operand(node, 1).name if found else ""

@@ -23,7 +23,7 @@ from turbotx.ir.attention_ops import NO_WINDOW
 from turbotx.ir.expr import Expr, evaluate
 from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 from turbotx.ir.printer import SHORT, show_expr, show_kernel
-from turbotx.ir.quantized_ops import quantize_rows
+from turbotx.ir.quantized_ops import QUANTIZES
 from turbotx.kernels.cpp.attention import print_attention
 from turbotx.kernels.cpp.printer import print_kernel
 from turbotx.kernels.cpp.products import print_product
@@ -333,7 +333,7 @@ def parameters_of(weight: fx.Node) -> list[str]:
     of a norm folded into it."""
     if weight.op == "get_attr":
         return [str(weight.target)]
-    sources = weight.all_input_nodes[: 1 if weight.target in (fold_weight, quantize_rows) else None]
+    sources = weight.all_input_nodes[: 1 if weight.target in (fold_weight, *QUANTIZES) else None]
     return [path for source in sources for path in parameters_of(source)]
 
 

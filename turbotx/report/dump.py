@@ -8,6 +8,7 @@ In: a `Report` and a folder. Out: the files written, in order::
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,24 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def check_file(path: Path | None) -> None:
+    """Raise DumpError for a file that cannot be written, before anything is computed for it."""
+    if path is None:
+        return
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        kind = "a folder" if path.is_dir() else "no folder to write to"
+        raise DumpError(f"cannot write {path}: {path if path.is_dir() else folder} is {kind}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; raise DumpError that names it."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DumpError(f"cannot write {path}: {error.strerror}") from error
+
+
 def dump(report: Record, folder: Path) -> Dumped:
     """Write every stage of a report into `folder`.
 
@@ -53,7 +72,7 @@ def dump(report: Record, folder: Path) -> Dumped:
     make_folder(folder / "kernels")
     for name, text in _texts(report):
         path = folder / name
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
         dumped.files.append(path)
     return dumped
 

@@ -27,7 +27,14 @@ from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
 from turbotx.ir.expr import compile_evaluator
 from turbotx.ir.fx_nodes import draws
-from turbotx.ir.quantized_ops import quantize_rows, unrounded_rows
+from turbotx.ir.quantized_ops import (
+    quantize_affine,
+    quantize_affine_by,
+    quantize_rows,
+    unrounded_affine,
+    unrounded_affine_by,
+    unrounded_rows,
+)
 from turbotx.program.meaning import meaning_of
 from turbotx.report.replay import Read, replay
 from turbotx.runtime.packed_program import PackedProgram
@@ -135,11 +142,13 @@ def measure_outputs(
     if isinstance(program, PackedProgram):
         mask = tensors[program.packing.mask]
         eager, exact = (program.without_padding(x, mask) for x in (eager, exact))
+        ours, eager, exact = (program.without_empty_rows(x, mask) for x in (ours, eager, exact))
     # Side effects follow the call's own results, which eager returns.
     found = enumerate(zip(ours, eager, exact, strict=False))
     pairs = [(f"output {k}", x) for k, x in found if isinstance(x[1], torch.Tensor)]
-    # For a saved program, only its launches tell.
-    quantized = any("linear_int8" in launch.name for launch in program.executable.launches)
+    # Of a saved program, launches alone tell.
+    kinds = ("linear_int8", "linear_int4")
+    quantized = any(launch.name.startswith(kinds) for launch in program.executable.launches)
     if engine.options.quantize != "none" or quantized:
         floats = [(name, x) for name, x in pairs if _is_float(x[1])]
         return Numerics((), (), tuple(liken(name, mine, true) for name, (mine, _, true) in floats))
@@ -219,7 +228,9 @@ class LaunchErrors:
 def _exact(call: ir.AtenCall) -> Callable[..., Any]:
     """Return a call's target in float64."""
     graph = call.target
-    return _to_float64(graph) if isinstance(graph, fx.GraphModule) else _without_dtypes(graph)
+    if isinstance(graph, fx.GraphModule):
+        return _to_float64(graph)
+    return _without_dtypes(UNROUNDED.get(str(graph), graph))
 
 
 def _without_dtypes(target: Any) -> Callable[..., Any]:
@@ -236,12 +247,50 @@ def _widen(value: Any) -> Any:
     )
 
 
+def _unrounded(
+    x: torch.Tensor, scale: Any, zero: Any, low: int, high: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return unrounded_affine(x, 1.0 / scale, zero, low, high)
+
+
+def _dequantized(x: torch.Tensor, scale: Any, zero: Any, *rest: Any) -> torch.Tensor:
+    return (x - zero) * scale
+
+
+def _chosen(x: torch.Tensor, *rest: Any) -> Any:
+    made: Any = torch.ops.quantized_decomposed.choose_qparams.tensor(x.float(), *rest)
+    return made
+
+
+def _by_channel(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, axis: int, *rest: Any
+) -> torch.Tensor:
+    shown = [-1 if d == axis else 1 for d in range(x.dim())]
+    moved = x if zero is None else x - zero.view(shown)
+    return moved * scale.view(shown)
+
+
+UNROUNDED: dict[str, Callable[..., Any]] = {
+    str(quantize_rows): unrounded_rows,
+    str(quantize_affine): unrounded_affine,
+    str(quantize_affine_by): unrounded_affine_by,
+    # Of PyTorch's quantiser, which take float32 alone.
+    "quantized_decomposed.choose_qparams.tensor": _chosen,
+    "quantized_decomposed.quantize_per_tensor.default": _unrounded,
+    "quantized_decomposed.quantize_per_tensor.tensor": _unrounded,
+    "quantized_decomposed.dequantize_per_tensor.default": _dequantized,
+    "quantized_decomposed.dequantize_per_tensor.tensor": _dequantized,
+    "quantized_decomposed.dequantize_per_channel.default": _by_channel,
+}
+"""In the place of what rounds to integers, by name."""
+
+
 def _to_float64(module: fx.GraphModule) -> fx.GraphModule:
     """Return a graph with parameters and casts in float64, and without rounding to int8."""
     module = copy.deepcopy(module).double()
     for node in module.graph.nodes:
         if node.op == "call_function":
-            node.target = unrounded_rows if node.target is quantize_rows else node.target
+            node.target = UNROUNDED.get(str(node.target), node.target)
             node.args, node.kwargs = _widen(node.args), _widen(node.kwargs)
     module.recompile()
     return module

@@ -18,11 +18,9 @@ import numpy as np
 import torch
 
 from turbotx.errors import InputError
-from turbotx.memory.cache_blocks import CacheBlocks, Ids, can_have_blocks
-from turbotx.runtime.cache_memory import CacheBudget, CacheMemory, LayerShape
+from turbotx.memory.cache_blocks import CacheBlocks, CacheBudget, Ids, can_have_blocks
+from turbotx.runtime.cache_memory import BLOCK_LEN, CacheMemory, LayerShape, MemoryRow
 
-BLOCK_LEN = 64
-"""Positions per block."""
 SLACK = 64
 """Positions kept beyond a window, so that up to this many may be dropped again."""
 
@@ -118,12 +116,6 @@ class BlockMemory(CacheMemory):
         they have left the window."""
         return self._gather(layer, self.tables[layer]) if self.tables[layer].size else None
 
-    def read_row(self, layer: int, row: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return copies of the last `count` positions of one row, (heads, count, width)."""
-        keys, values = self._gather(layer, self.tables[layer][row : row + 1])
-        first = keys.shape[2] - count
-        return keys[0, :, first:], values[0, :, first:]
-
     def _gather(self, layer: int, table: Ids) -> tuple[torch.Tensor, torch.Tensor]:
         length, found = self.lengths[layer], []
         ids, gone = torch.from_numpy(table.clip(0).ravel()), torch.from_numpy(table.ravel() < 0)
@@ -141,15 +133,16 @@ class BlockMemory(CacheMemory):
 
         Raises InputError if it holds another batch size; CacheFullError.
         """
-        self.refuse_other(batch)
         if self._ready < length or len(self.tables[0]) != batch:
+            self.refuse_other(batch)
             first, end = self.length // BLOCK_LEN, -(-length // BLOCK_LEN)
             for layer in range(len(self.shapes)):
                 self._widen(layer, batch, length)
             self._claim(range(len(self.shapes)), first, end)
             self._ready, self._table = end * BLOCK_LEN, self._make_table()
-        size = len(self._flat) // (batch * BLOCK_LEN), batch, BLOCK_LEN
-        return self._flat[: size[0] * batch * BLOCK_LEN].view(size)
+            size = len(self._flat) // (batch * BLOCK_LEN), batch, BLOCK_LEN
+            self._whole = self._flat[: size[0] * batch * BLOCK_LEN].view(size)
+        return self._whole
 
     def table(self) -> torch.Tensor:
         """Return the block table that goes with the result of `tensor_for`."""
@@ -188,6 +181,41 @@ class BlockMemory(CacheMemory):
             self._widen(layer, batch, length)
             self.lengths[layer] = length
 
+    def gather(self, rows: Sequence[MemoryRow], length: int) -> None:
+        """Fill an empty memory with rows, each ending at position `length`: their blocks are
+        shared, and no keys or values move.
+
+        Raises InputError where a row does not end at that place of a block, or lies in no blocks.
+        """
+        if any(getattr(row.memory, "blocks", None) is not self.blocks for row in rows):
+            raise InputError("rows of a cache in blocks are taken from caches of the same model")
+        ends = sorted({row.memory.length for row in rows})
+        if any((end - length) % BLOCK_LEN for end in ends):
+            raise InputError(
+                f"rows that end at positions {ends} of caches cannot end at {length}: they lie in "
+                f"blocks, and move by multiples of {BLOCK_LEN}"
+            )
+        columns = -(-length // BLOCK_LEN)
+        for layer in range(len(self.shapes)):
+            table = np.full((len(rows), columns), -1)
+            for place, row in enumerate(rows):
+                memory, end = row.memory, -(-row.memory.length // BLOCK_LEN)
+                assert isinstance(memory, BlockMemory)
+                cells = memory.tables[layer][
+                    row.row, (memory.length - row.count) // BLOCK_LEN : end
+                ]
+                table[place, columns - len(cells) :] = cells
+            self.blocks.share(table[table >= 0])
+            self.tables[layer], self.lengths[layer] = table, length
+
+    def count_new(self, batch: int, length: int) -> int:
+        """Return how many blocks `tensor_for` takes."""
+        if self._ready >= length and len(self.tables[0]) == batch:
+            return 0
+        first, end = self.length // BLOCK_LEN, -(-length // BLOCK_LEN)
+        cells, known = batch * (end - first), (table[:, first:end] for table in self.tables)
+        return sum(cells - ids.size + int(self._find_shared(ids).sum()) for ids in known)
+
     # --- blocks ---
 
     def _widen(self, layer: int, batch: int, length: int) -> None:
@@ -196,8 +224,12 @@ class BlockMemory(CacheMemory):
         if len(table) != batch:  # nothing is stored
             self.clear(layer)
             table = np.zeros((batch, 0), np.int64)
-        more = -(-length // BLOCK_LEN) - table.shape[1]
-        self.tables[layer] = np.pad(table, ((0, 0), (0, max(0, more))), constant_values=-1)
+        columns = -(-length // BLOCK_LEN)
+        if columns > table.shape[1]:
+            wide = np.full((batch, columns), -1, np.int64)
+            wide[:, : table.shape[1]] = table
+            table = wide
+        self.tables[layer] = table
 
     def _claim(self, layers: Sequence[int], first: int, end: int) -> None:
         """Make the blocks in columns first to end exclusive, allocating where necessary.
@@ -230,6 +262,8 @@ class BlockMemory(CacheMemory):
     def _find_shared(self, ids: Ids) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Return which cells need a new block: empty ones, and those whose block is shared. If all
         references to a block are among these cells, the first one keeps it."""
+        if not (ids >= 0).any():  # a new column, as every 64 steps
+            return np.ones(ids.shape, np.bool_)
         known, where, inverse, named = np.unique(
             ids, return_index=True, return_inverse=True, return_counts=True
         )
@@ -299,21 +333,6 @@ class BlockMemory(CacheMemory):
         self._write(layer, np.arange(batch), keys, values, start)
         self.lengths[layer], self._ready = end, 0
 
-    def put_row(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Overwrite the last positions of one row; earlier ones are freed and read as zeros. keys,
-        values: (heads, rows, width)."""
-        length = self.lengths[layer]
-        start = length - keys.shape[1]
-        first, end = start // BLOCK_LEN, -(-length // BLOCK_LEN)
-        made = self.blocks.take(end - first)
-        self._let_go(layer, slice(row, row + 1), slice(None))
-        self.tables[layer][row, first:end] = made
-        with torch.inference_mode(False), torch.no_grad():
-            for part in self._parts[layer] if len(made) else ():
-                part[int(made[0])] = 0
-        self._write(layer, np.array([row]), keys[None], values[None], start)
-        self._ready = 0
-
     def free_row(self, row: int) -> None:
         """Free the blocks of a finished row; it reads as zeros."""
         for layer in range(len(self.shapes)):
@@ -353,7 +372,8 @@ class BlockMemory(CacheMemory):
         """
         length = max(0, self.lengths[layer] - count)
         kept, window = -(-length // BLOCK_LEN), self.windows[layer]
-        if window is not None and length and self._gone[layer] > (length - window + 1) // BLOCK_LEN:
+        shown = max(0, length - (window or 0) + 1) // BLOCK_LEN
+        if window is not None and length and self._gone[layer] > shown:
             raise InputError(
                 f"layer {layer} of a key/value cache sees {window} positions, and some of those "
                 f"before position {length} have been let go: drop no more than {SLACK} positions"

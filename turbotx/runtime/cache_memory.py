@@ -20,57 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from turbotx.errors import CacheFullError, InputError
+from turbotx.errors import InputError
 from turbotx.ir.cache_ops import block_of
-from turbotx.memory.cache_blocks import CacheBlocks
+from turbotx.memory.cache_blocks import CacheBudget
 
+BLOCK_LEN = 64
+"""Positions of a block."""
 LEAST_CAPACITY = 64
 """Initial capacity in positions. It doubles when exceeded, or grows to the next multiple of this if
 doubling exceeds the budget."""
-
-
-class CacheBudget:
-    """Counts the bytes of all caches of one model, and their peak.
-
-    most: the limit; None for no limit.
-    """
-
-    def __init__(self, most: int | None = None) -> None:
-        self.most, self.nbytes, self.peak_nbytes = most, 0, 0
-        self._lock = threading.RLock()  # reentrant: finalizers may run in this thread at any point
-        self._blocks: dict[int, CacheBlocks] = {}
-
-    def __deepcopy__(self, memo: Any) -> CacheBudget:
-        return self  # a copied cache belongs to the same model
-
-    def __reduce__(self) -> Any:
-        return CacheBudget, (self.most,)
-
-    def blocks_of(self, nbytes: int) -> CacheBlocks:
-        """Return the blocks of a size, shared by all caches."""
-        with self._lock:
-            if nbytes not in self._blocks:
-                self._blocks[nbytes] = CacheBlocks(nbytes, self.add)
-            return self._blocks[nbytes]
-
-    def has_room(self, nbytes: int) -> bool:
-        """Return whether that many more bytes are within the limit."""
-        return self.most is None or self.nbytes + nbytes <= self.most
-
-    def add(self, nbytes: int) -> None:
-        """Count bytes about to be allocated, or freed if negative.
-
-        Raises CacheFullError if the limit would be exceeded.
-        """
-        with self._lock:
-            if nbytes > 0 and not self.has_room(nbytes):
-                raise CacheFullError(
-                    f"key/value caches hold {self.nbytes} bytes, and {nbytes} more would pass "
-                    f"max_cache_nbytes={self.most}: let go of a cache, call with fewer or shorter "
-                    "sequences, or give turbotx.optimize a larger max_cache_nbytes"
-                )
-            self.nbytes += nbytes
-            self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
 
 @dataclass(frozen=True)
@@ -80,6 +38,15 @@ class LayerShape:
     heads: int
     key_width: int
     value_width: int
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """The last `count` positions of a row of a memory."""
+
+    memory: CacheMemory
+    row: int
+    count: int
 
 
 def make_table(layers: int, memory: torch.Tensor) -> torch.Tensor:
@@ -184,13 +151,6 @@ class CacheMemory:
         held = self._blocks[layer]
         return None if held is None else held[0].shape[0]
 
-    def read_row(self, layer: int, row: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views of the last `count` positions of one row, (heads, count, width)."""
-        held = self.read(layer)
-        assert held is not None
-        first = self.lengths[layer] - count
-        return held[0][row, :, first:], held[1][row, :, first:]
-
     def contiguous(self) -> CacheMemory:
         """Return the contents in contiguous memory: itself."""
         return self
@@ -204,8 +164,30 @@ class CacheMemory:
         self.tensor_for(batch, length)
         self.advance(length)
 
+    def gather(self, rows: Sequence[MemoryRow], length: int) -> None:
+        """Fill an empty memory with copies of rows, each ending at position `length`."""
+        self.blank(len(rows), length)
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in range(len(self.shapes)):
+                for place, row in enumerate(rows):
+                    first, held = row.memory.length - row.count, row.memory.read(layer)
+                    for to, of in zip(self.read(layer) or (), held or (), strict=True):
+                        to[place, :, length - row.count :] = of[row.row, :, first:]
+
+    def count_new(self, batch: int, length: int) -> int:
+        """Return how many blocks, of `BLOCK_LEN` positions of a layer, `tensor_for` takes."""
+        more = -(-length // BLOCK_LEN) + self.length // -BLOCK_LEN
+        return batch * more * len(self.shapes)
+
+    @property
+    def block_nbytes(self) -> int:
+        """What a block takes, on average of the layers."""
+        return BLOCK_LEN * self.position_nbytes // len(self.shapes)
+
     def refuse_other(self, batch: int) -> None:
-        """Raise InputError if it holds another batch size."""
+        """Raise InputError for a batch of 0, or if it holds another batch size."""
+        if batch == 0:
+            raise InputError("a call with a key/value cache has a batch of 0: it needs a row")
         held = {self.batch_of(k) for k, n in enumerate(self.lengths) if n}
         other = held - {batch, None}
         if other:
@@ -318,13 +300,6 @@ class CacheMemory:
                 f"layer {layer} of a key/value cache takes {shape}, and is given keys "
                 f"{tuple(keys.shape)} and values {tuple(values.shape)}"
             )
-
-    def put_row(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Overwrite the last positions of one row; keys, values: (heads, rows, width)."""
-        with torch.inference_mode(False), torch.no_grad():
-            to = self.read_row(layer, row, keys.shape[1])
-            to[0].copy_(keys)
-            to[1].copy_(values)
 
     def free_row(self, row: int) -> None:
         """Do nothing: contiguous memory cannot free single rows."""

@@ -21,13 +21,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from turbotx.capture.torchao_weights import read_int8, stand_in
+from turbotx.capture.torchao_weights import is_torchao, scheme_of, stand_in
 from turbotx.errors import QuantizedWarning, WeightsReleasedError
 from turbotx.runtime.packed_weight import PackedWeight
 
 DEQUANTIZED = (
-    "a state dict is made of a model whose float weights were given up for int8 ones "
-    "(keep_weights=False, or a file of quantised weights): it has int8 times scale in their place"
+    "a state dict is made of a model whose float weights were given up for quantised ones "
+    "(keep_weights=False, or a file of such): it has integers times scales in their place"
 )
 _OF_MEMORY = frozenset(
     {"data_ptr", "untyped_storage", "_typed_storage", "storage", "share_memory_", "set_",
@@ -37,12 +37,9 @@ _OF_MEMORY = frozenset(
 
 
 class PackedParameter(nn.Parameter):
-    """A parameter whose elements are stored in `weight`; dequantised on reads if that is int8.
-
-    first: its first row in the packed weight.
-    turned: whether the rows are columns of the parameter.
-    path: its name in messages.
-    """
+    """A parameter of which `weight` holds every element, as integers where it has scales: it is
+    read dequantised then. first: its first row there; turned: its rows are the columns of the
+    parameter. path: what messages call it."""
 
     stands_for = nn.Parameter
     """The type that guards see."""
@@ -70,7 +67,7 @@ class PackedParameter(nn.Parameter):
         """Return a dense copy with the parameter's shape and strides, in its dtype or the given
         one."""
         n, k = reversed(self.shape) if self.turned else self.shape
-        assert k == self.weight.depth
+        assert k == self.weight.inputs
         rows = self.weight.values(self.first, n)
         out = torch.empty_strided(self.shape, self.stride(), dtype=dtype or self.dtype)
         return out.copy_(rows.t() if self.turned else rows)
@@ -176,7 +173,7 @@ def restored(module: nn.Module) -> Iterator[None]:
             (m._parameters, name, p)
             for m in module.modules()
             for name, p in m._parameters.items()
-            if isinstance(p, PackedParameter) or read_int8(p) is not None
+            if isinstance(p, PackedParameter) or (is_torchao(p) and scheme_of(p) is not None)
         ]
         dense: dict[int, nn.Parameter] = {}
         for table, name, p in packed:

@@ -123,6 +123,17 @@ class PackedProgram(Program):
                 rows.movedim((kind.batch, kind.columns), (0, 1))[hidden] = 0
         return found
 
+    def without_empty_rows(self, leaves: Sequence[Any], mask: torch.Tensor) -> list[Any]:
+        """Return leaves less the rows, of those with one a sequence, whose sequences hold no token:
+        they are made of zeros here, and of padding by the model."""
+        held, x = mask.to(torch.bool).any(1), self.executable
+        by_sequence = {t.name for t in x.outputs if t.shape.texts[:1] == (self.packing.batch,)}
+        known = zip(leaves, self.packing.outputs, x.leaves, strict=False)
+        return [
+            leaf[held] if kind is None and getattr(made, "name", None) in by_sequence else leaf
+            for leaf, kind, made in known
+        ]
+
     def run_mixture(
         self, dims: Sequence[int], mixture: Any, tensors: Sequence[torch.Tensor],
         ticks: Any = None, watch: Watch | None = None,

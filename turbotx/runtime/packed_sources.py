@@ -55,6 +55,8 @@ def packed_before(packing: Packing, tensors: Mapping[str, torch.Tensor]) -> Pack
             return None
         if (own.weight.scale is not None) != bool(packing.sources):
             return None
+        if own.weight.group != packing.group:
+            return None
         weights.append(own.weight)
     rows = sum(part.shape[0] for part in parts)
     one = weights[0]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from turbotx.ir.int4_ops import dequantize_groups
 from turbotx.ir.matmul_kernels import DTYPE_CODES
 from turbotx.runtime.cpu.abi import PartRecord
 
@@ -53,11 +54,12 @@ class PanelLayout:
 class PackedWeight:
     """A GEMM weight of `count` rows of `depth` elements in panels; freed with the object.
 
-    gated: the first half of the rows is the gate, the second half its factor.
-    scale: for quantised floats, the scale of each row, float32 (count, 1).
+    gated: the first half of all rows is the gate, the second its factor. inputs: what a row stands
+    for, as many as elements but of int4, of which `group` inputs share a scale.
     """
 
-    scale: torch.Tensor | None = None
+    group = 0
+    shifted = False
 
     def __init__(
         self, native: ctypes.CDLL, address: int, count: int, depth: int, dtype: torch.dtype,
@@ -67,6 +69,8 @@ class PackedWeight:
         alive."""
         self._native, self.address, self._held = native, address, held
         self.count, self.depth, self.dtype, self.gated = count, depth, dtype, gated
+        self.inputs = depth
+        self._scale: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -100,6 +104,35 @@ class PackedWeight:
         if getattr(self, "address", None):
             self._native.ttx_free_weight(self.address)
 
+    def scale_by(self, scale: torch.Tensor, group: int = 0, inputs: int = 0) -> None:
+        """Say what integers stand for: of int8 by the scale of each row, float32 (count, 1); of
+        int4 by those of groups, (count, groups), or with offsets (count, groups, 2), which are
+        packed."""
+        self._scale = scale
+        if not group:
+            return
+        self.group, self.inputs, self.shifted = group, inputs, scale.dim() == 3
+        flat = scale.flatten(1)
+        narrow = flat.bfloat16()
+        wide = not torch.equal(narrow.float(), flat)
+        self._scale = pack(flat if wide else narrow, self._scale_layout, self.gated)
+        self._native.ttx_set_group_scales(
+            self.address, self._scale.data_ptr(), group, scale.shape[1], inputs, wide, self.shifted
+        )
+
+    @property
+    def _scale_layout(self) -> PanelLayout:
+        return PanelLayout(PanelLayout.of(self._native, self.dtype).width, 1)
+
+    @property
+    def scale(self) -> torch.Tensor | None:
+        """What `scale_by` was given; None where elements are what they are."""
+        if self._scale is None or not self.group:
+            return self._scale
+        columns = self._scale.shape[2]
+        flat = unpack(self._scale, self.count, columns, 0, self.count).float()
+        return flat.unflatten(1, (-1, 2)) if self.shifted else flat
+
     @property
     def panels(self) -> torch.Tensor:
         """A view of the panels, (groups, interleaved, steps, width, step); valid while this object
@@ -117,10 +150,12 @@ class PackedWeight:
         return layout.stored(unpack(self.panels, self.count, self.depth, first, count))
 
     def values(self, first: int, count: int) -> torch.Tensor:
-        """Return the values of some rows: themselves, or for int8 the rows times their scales,
-        float32."""
-        rows = self.rows(first, count)
-        return rows if self.scale is None else rows * self.scale[first : first + count]
+        """Return what some rows stand for, (count, inputs): themselves, or by scales, float32."""
+        rows, scale = self.rows(first, count), self.scale
+        if scale is None:
+            return rows
+        some = scale[first : first + count]
+        return dequantize_groups(rows, some, self.inputs) if self.group else rows * some
 
 
 class PackedExperts:

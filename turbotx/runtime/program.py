@@ -16,7 +16,6 @@ import operator
 import threading
 from collections import ChainMap
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 from turbotx.capture.ambient import without_autocast
 from turbotx.errors import IndexOutOfRangeError, InputError
 from turbotx.ir.memory_order import in_memory
+from turbotx.ir.sizes import Evaluate, Sizes
 from turbotx.memory.liveness import Liveness
 from turbotx.memory.planner import restore_planner
 from turbotx.memory.planner.plan import Plan, align
@@ -95,6 +95,7 @@ class Program:
         self._is_ordered = any(order is not None for order in self._orders)
         self._bindings: LruDict[tuple[int, ...], Binding] = LruDict(max_shapes)
         self._blocks: LruDict[tuple[int, ...], tuple[Binding, Sequence[int]]] = LruDict(max_shapes)
+        self._moved: dict[tuple[int, ...], tuple[list[int], Evaluate]] = {}
         self.executions: dict[int, Execution] = {}
         self._lock = threading.Lock()
 
@@ -147,8 +148,24 @@ class Program:
         if any(map(operator.gt, self._class_nbytes(*dims), most)):
             return self.bind(dims)  # some size shrinks as others grow
         self._require(dims)
-        sizes, outputs = self._sizes_of(dims), self._shapes_of(dims)
-        return replace(planned, dims=dims, sizes=sizes, outputs=outputs)
+        places, values = self._moving(tuple(stepping))
+        sizes = type(planned.sizes).from_buffer_copy(planned.sizes)
+        for place, value in zip(places, values(*dims), strict=True):
+            sizes[place] = value
+        return Binding(
+            dims, sizes, planned.offsets, planned.offset_of, planned.footprint_nbytes,
+            self._shapes_of(dims),
+        )  # fmt: skip
+
+    def _moving(self, stepping: tuple[int, ...]) -> tuple[list[int], Evaluate]:
+        """Return which sizes change with these dims, by place, and a function of them."""
+        known = self._moved.get(stepping)
+        if known is None:
+            values = self.executable.values
+            places = values.that_use([self.dims[k] for k in stepping])
+            some = Sizes(tuple(values.texts[k] for k in places)).compile(self.dims)
+            known = self._moved[stepping] = places, some
+        return known
 
     def _require(self, dims: tuple[int, ...]) -> None:
         rest = self._requirements(*dims)

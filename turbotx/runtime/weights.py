@@ -26,7 +26,13 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from turbotx.capture.torchao_weights import Int8Rows, is_torchao, join_int8, read_int8
+from turbotx.capture.torchao_weights import (
+    floats_of,
+    is_torchao,
+    join_integers,
+    parts_of,
+    scheme_of,
+)
 from turbotx.errors import ModelChangedError, WeightsReleasedError
 from turbotx.program.executable import Packing, WeightWindow
 from turbotx.runtime.packed_parameter import PackedParameter, restoring
@@ -60,7 +66,7 @@ class Kind:
         """Return how a tensor differs from this kind, "" if it matches."""
         if not isinstance(tensor, torch.Tensor):
             return "it is gone" if tensor is None else f"it is a {type(tensor).__name__}"
-        foreign = is_traceable_wrapper_subclass(tensor) and read_int8(tensor) is None
+        foreign = is_traceable_wrapper_subclass(tensor) and scheme_of(tensor) is None
         if tensor.layout is not torch.strided or foreign:
             return f"it is a {type(tensor).__name__} of {tensor.layout}"
         if tensor.dtype != self.dtype:
@@ -184,10 +190,11 @@ class Weights:
         return True
 
     def drop_packed(self) -> None:
-        """Free the packed int8 weights; they are recomputed on the next access."""
+        """Free packed integers, for int4 the scales too; they are recomputed on access."""
         for packing in self.quantized:
-            if packing.parts[0].tensor not in self.read:
-                self.tensors.pop(packing.parts[0].tensor, None)
+            for name in (packing.parts[0].tensor, packing.scale if packing.group else ""):
+                if name not in self.read:
+                    self.tensors.pop(name, None)
 
     def _new_watch(self) -> tuple[list[Any], Watch]:
         """Return the parameters and a watch over their current state."""
@@ -196,7 +203,7 @@ class Weights:
             (part, name in copied)
             for tensor, name in zip(tensors, self._slots, strict=True)
             if not isinstance(tensor, PackedParameter)  # nothing can write to it
-            for part in ((tensor.qdata, tensor.scale) if is_torchao(tensor) else (tensor,))
+            for part in (parts_of(tensor) if is_torchao(tensor) else (tensor,))
         ]
         return tensors, make_watch(self.native, [t for t, _ in here], [c for _, c in here])
 
@@ -317,13 +324,16 @@ def _floats_of(parameter: Any) -> torch.Tensor:
     """Return the float elements of a released parameter, or of torchao's; refuse if they were
     replaced by int8 ones, since a program that reads floats would compute something else."""
     if is_torchao(parameter):
-        return parameter.dequantize()
+        return floats_of(parameter)
     if parameter.weight.scale is None:
         return parameter.unpacked()
-    raise WeightsReleasedError(
-        f"a call reads {parameter.path!r} as floats, and those were given up for int8 ones "
-        "(keep_weights=False): optimize the model with keep_weights=True"
-    )
+    raise _given_up(parameter, "as floats")
+
+
+def _given_up(parameter: Any, how: str) -> WeightsReleasedError:
+    what = f"a call reads {parameter.path!r} {how}, and its floats were given up for integers"
+    hint = "optimize the model with keep_weights=True"
+    return WeightsReleasedError(f"{what} (keep_weights=False): {hint}")
 
 
 def _is_shared(tensor: torch.Tensor) -> bool:
@@ -340,19 +350,17 @@ class _Tensors(dict[str, Any]):
         super().__init__()
         self._hoisted = hoisted
         self._quantized = {packing.parts[0].tensor: packing for packing in quantized}
+        self._scales = {packing.scale: packing for packing in quantized}
 
     def __missing__(self, name: str) -> torch.Tensor:
         with torch.no_grad():
-            if name not in self._quantized:
+            packing = self._quantized.get(name) or self._scales.get(name)
+            if packing is None:
                 return compute_constant(self._hoisted[name], self)
-            packing = self._quantized[name]
             before = packed_before(packing, self)
-            if before is not None:
-                return before.rows(0, before.count)
-            given = self._given(packing)
-            if given is not None:
-                return given.numbers
-            return compute_constant(self._hoisted[name], self._as_quantized(packing))
+            if before is None or before.scale is None:
+                return self._made(packing)[name == packing.scale]
+            return before.scale if name == packing.scale else before.rows(0, before.count)
 
     def put_scales(self) -> set[str]:
         """Add the scales of int8 weights; return the names of weights that are packed already."""
@@ -362,28 +370,24 @@ class _Tensors(dict[str, Any]):
             if before is not None and before.scale is not None:
                 self[packing.scale] = before.scale
                 held.add(name)
-                continue
-            given = self._given(packing)
-            if given is not None:
-                self[name], self[packing.scale] = given.numbers, given.scale
             else:
-                wide, node = self._as_quantized(packing), self._hoisted[name]
-                self[packing.scale] = wide[packing.scale] = compute_constant(node.args[1], wide)
-                self[name] = compute_constant(node, wide)
+                self[name], self[packing.scale] = self._made(packing)
         return held
 
-    def _given(self, packing: Packing) -> Int8Rows | None:
-        """Return the integers and scales of a weight quantised by torchao, None for others."""
-        return join_int8([self[part.tensor] for part in packing.sources])
-
-    def _as_quantized(self, packing: Packing) -> dict[str, Any]:
-        """Return the tensors with an int8 weight's released parameters as float32, from which the
-        same integers are computed."""
-        wide = dict(self)
-        for part in packing.sources:
-            if isinstance(wide[part.tensor], PackedParameter):
-                wide[part.tensor] = wide[part.tensor].unpacked(torch.float32)
-        return wide
+    def _made(self, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a weight's integers and scales: torchao's, or those of its parameters."""
+        given = join_integers([self[part.tensor] for part in packing.sources])
+        if given is not None:
+            return given.numbers, given.scale
+        wide, node = dict(self), self._hoisted[packing.parts[0].tensor]
+        for name in (part.tensor for part in packing.sources):
+            own = wide[name]
+            if isinstance(own, PackedParameter):
+                if own.weight.scale is not None and own.weight.group != packing.group:
+                    raise _given_up(own, "quantised otherwise")
+                wide[name] = own.unpacked(torch.float32)
+        wide[packing.scale] = compute_constant(node.args[1], wide)
+        return compute_constant(node, wide), wide[packing.scale]
 
 
 def compute_constant(node: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -90,8 +90,10 @@ def write_container(
             archive.comment = hashlib.sha256(text).hexdigest().encode()
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # not the one beside it, or none
         raise
 
 

@@ -22,7 +22,8 @@ from turbotx.capture.ambient import Ambient, differences, read_ambient, read_dec
 from turbotx.capture.cached_call import CACHE
 from turbotx.engine.step_call import StepCalls
 from turbotx.errors import InputError, SavedFileError
-from turbotx.runtime.cache_memory import CacheBudget, LayerShape
+from turbotx.memory.cache_blocks import CacheBudget
+from turbotx.runtime.cache_memory import LayerShape
 from turbotx.saved.call_table import CallTable
 
 

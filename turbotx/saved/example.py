@@ -25,9 +25,41 @@ OTHER = 2
 def example_call(
     model: SavedModule, sizes: Mapping[str, int]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return arguments at these sizes; raise InputError for a dim that the model does not have."""
-    (spec, described), call = model.first_call()
+    """Return arguments at these sizes; with `past`, or of a file that has such calls alone, the
+    call of a decoder with a cache that holds so many tokens.
+
+    Raises InputError for a dim that the model does not have.
+    """
+    steps = "past" in sizes or not model.has_plain_calls
+    if not steps:
+        return _example_of(model, False, sizes)
+    from transformers import DynamicCache  # such files need it
+
+    past, seq = sizes.get("past", USUAL["seq"]), sizes.get("seq", 1)
+    rest = {name: size for name, size in sizes.items() if name != "past"}
+    cache: Any = DynamicCache()
+    if past:
+        _, before = _example_of(model, True, {**rest, "seq": past}, past)
+        model(**_as_step(before, cache))
+    _, kwargs = _example_of(model, True, {**rest, "seq": seq}, past + seq)
+    return (), _as_step(kwargs, cache)
+
+
+def _as_step(kwargs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """Return a call of plain tensors as one with a cache."""
+    if kwargs["kv_kind"] != "decoder":
+        raise InputError("an example with past is for a decoder alone, and the file has an encoder")
+    own = {name: value for name, value in kwargs.items() if not name.startswith("kv_")}
+    return {**own, "past_key_values": cache}
+
+
+def _example_of(
+    model: SavedModule, steps: bool, sizes: Mapping[str, int], length: int = 0
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments of the first call of a kind that the file has; length: of a step's cache."""
+    (spec, described), call = model.table_of(steps).first()
     dims = example_dims(call.program.dims, sizes)
+    dims |= {call.program.dims[k]: length for k in call.stepping}
     rules = iter(call.matcher.rules.inputs)
     generator = torch.Generator().manual_seed(0)
     leaves: list[Any] = []

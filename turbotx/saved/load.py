@@ -24,7 +24,6 @@ from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.program.executable import Executable
-from turbotx.runtime.binding import Binding
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.cuda.packed_graphs import PackedGraphProgram
@@ -231,11 +230,9 @@ class SavedModule(nn.Module):
         for it, TrainingError in training mode or if an input requires grad."""
         if self.training:
             raise TrainingError("a saved model is for inference only: call .eval()")
-        if self._decoder is not None:
-            names = self._decoder["arguments"]
-            given, cache = split_cache(args, kwargs, lambda: names)
-            if cache is not None:
-                return self._open_decoder().steps.run(given, cache)
+        given, cache = self._split(args, kwargs)
+        if cache is not None:
+            return self._open_decoder().steps.run(given, cache)
         return self._table.run(args, kwargs)
 
     __call__ = forward
@@ -269,6 +266,14 @@ class SavedModule(nn.Module):
             )
         return self._open_decoder().model.generate(*args, **kwargs)
 
+    def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Return a call's arguments by name, less its cache, and that; {} and None without one, or
+        where the file holds no steps."""
+        if self._decoder is None:
+            return {}, None
+        names = self._decoder["arguments"]
+        return split_cache(args, kwargs, lambda: names)
+
     def _open_decoder(self) -> Any:
         with self._lock:
             if self._opened is None:
@@ -283,15 +288,32 @@ class SavedModule(nn.Module):
         for program in self.programs():
             program.runtime.weights.forget()
 
-    def first_call(self) -> tuple[tuple[Any, Any], SavedCall]:
-        """Return the first kind of call in the file (tree spec and leaves), and what serves it."""
-        return self._table.first()
+    @property
+    def has_plain_calls(self) -> bool:
+        """Whether the file has calls without a key/value cache."""
+        return bool(self._table.calls())
 
-    def find_call(
+    def table_of(self, steps: bool) -> CallTable:
+        """Return the file's calls with a key/value cache, or those without one.
+
+        Raises InputError where it has none of them.
+        """
+        table = self._parts.get("steps") if steps else self._table
+        if table is None or not table.calls():
+            kind = "with" if steps else "without"
+            raise InputError(f"the file holds no call {kind} a key/value cache: make one of them "
+                             "before the model is saved")  # fmt: skip
+        return table
+
+    def plain_call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[SavedCall, Binding]:  # fmt: skip
-        """Return what serves a call without a cache; raise InputError if nothing does."""
-        return self._table.find(args, kwargs)
+    ) -> tuple[CallTable, tuple[Any, ...], dict[str, Any]]:
+        """Return the calls of the file among which this one is, and it as they take it: a key/value
+        cache as plain tensors, over a copy of what it holds."""
+        given, cache = self._split(args, kwargs)
+        if cache is not None:
+            return self.table_of(True), (), self._open_decoder().steps.describe(given, cache)
+        return self.table_of("kv_memory" in kwargs), args, kwargs
 
     def programs(self) -> list[Program]:
         """Return the programs of all calls, in file order."""
@@ -305,8 +327,7 @@ class SavedModule(nn.Module):
         pool = self._pool.stats()
         opened, caches = self._opened, {}
         if opened is not None:
-            budget = opened.steps.budget
-            caches = {"cache_nbytes": budget.nbytes, "cache_peak_nbytes": budget.peak_nbytes}
+            caches = opened.steps.budget.stats()
         return {
             **caches,
             "programs": len(programs),

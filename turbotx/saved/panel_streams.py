@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from turbotx.capture.torchao_weights import join_int8
+from turbotx.capture.torchao_weights import join_integers
 from turbotx.errors import SaveError
-from turbotx.ir.quantized_ops import quantize_rows, row_scale
+from turbotx.ir.quantized_ops import Scheme
 from turbotx.program.executable import Packing
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.packed_parameter import PackedParameter
@@ -40,17 +40,13 @@ bfloat16; for other dtypes it is 1."""
 
 @dataclass(frozen=True)
 class Panels:
-    """One packed weight.
-
-    paths: the parameters whose rows it consists of, in order.
-    turned: for each, whether its rows are the parameter's columns.
-    quantized: whether it is int8, with scales.
-    """
+    """One packed weight: the parameters whose rows it is in order, and of each whether these are
+    the parameter's columns. scheme: how it is quantised, with scales beside it; None for floats."""
 
     paths: tuple[str, ...]
     turned: tuple[bool, ...]
     gated: bool
-    quantized: bool
+    scheme: Scheme | None
 
 
 def check_sets(names: Sequence[str]) -> list[str]:
@@ -92,7 +88,7 @@ def find_panels(
             if panels is not None and not {*panels.paths} & (plainly | taken):
                 found[panels.paths] = panels
                 taken.update(panels.paths)
-    return [p for p in found.values() if not (p.quantized and floats & {*p.paths})]
+    return [p for p in found.values() if p.scheme is None or not floats & {*p.paths}]
 
 
 def _panels_of(
@@ -106,40 +102,46 @@ def _panels_of(
     sure = [t for t in turned if t is not None]
     if len(sure) != len(turned):
         return None
-    return Panels(tuple(known), tuple(sure), packing.gated, bool(packing.sources))
+    scheme = Scheme(True, packing.group) if packing.sources else None
+    return Panels(tuple(known), tuple(sure), packing.gated, scheme)
 
 
 def describe_panels(
     panels: Sequence[Panels], state: Mapping[str, torch.Tensor], sets: Sequence[str],
     native: ctypes.CDLL,
 ) -> tuple[list[dict[str, Any]], dict[str, Stream], dict[str, torch.Tensor]]:  # fmt: skip
-    """Return the JSON description of panels, the entries that hold them (one per instruction set),
-    and the scales of int8 ones."""
+    """Return what JSON says of panels, the entries that hold them, one an instruction set, and the
+    scales of those of integers."""
     described: list[dict[str, Any]] = []
     scales: dict[str, torch.Tensor] = {}
     ends = dict.fromkeys(sets, 0)
     for one in panels:
         rows, first = _row_counts(one, state), state[one.paths[0]]
-        depth = first.shape[0 if one.turned[0] else 1]
-        dtype = torch.int8 if one.quantized else first.dtype
-        scale = f"{SCALES}{len(described)}" if one.quantized else None
-        if scale is not None:
-            scales[scale] = _scale_of(one, state)
+        depth = held = first.shape[0 if one.turned[0] else 1]
+        dtype, scale, group = first.dtype, None, 0
+        if one.scheme is not None:
+            dtype, scale = torch.int8, f"{SCALES}{len(described)}"
+            scales[scale], group = _scale_of(one, one.scheme, state), one.scheme.group
+        if group:
+            dtype, held = torch.uint8, -(-depth // group) * group // 2
         places = []
         for name in sets:
             layout = _layout_of(name, dtype, native)
-            nbytes = prod(layout.sizes(sum(rows), depth, one.gated)) * dtype.itemsize
+            nbytes = prod(layout.sizes(sum(rows), held, one.gated)) * dtype.itemsize
             places.append([f"{name}.panels", ends[name], nbytes, *astuple(layout)])
             ends[name] += -(-nbytes // PAGE) * PAGE
         described.append(
             {"paths": list(one.paths), "turned": list(one.turned), "gated": one.gated, "rows": rows,
-             "depth": depth, "dtype": NAMES[dtype], "places": places, "scale": scale}
+             "depth": depth, "dtype": NAMES[dtype], "places": places, "scale": scale,
+             "group": group}
         )  # fmt: skip
 
     def pieces(name: str) -> Iterator[memoryview | bytes]:
         for one, said in zip(panels, described, strict=True):
-            scale = scales.get(said["scale"])
-            numbers = _rows(one, state) if scale is None else _numbers(one, state, scale)
+            if one.scheme is None:
+                numbers = _rows(one, state)
+            else:
+                numbers = _integers(one, one.scheme, state, scales[said["scale"]])
             layout = _layout_of(name, numbers.dtype, native)
             made = bytes_of(pack(numbers, layout, one.gated))
             yield made
@@ -152,30 +154,31 @@ def describe_panels(
     return described, streams, scales
 
 
-def _scale_of(one: Panels, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the scales of int8 rows: the existing ones, or computed from the floats."""
-    given = join_int8([state[path] for path in one.paths])
+def _scale_of(one: Panels, scheme: Scheme, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the scales of integers: those that are held, or those of the floats."""
+    given = join_integers([state[path] for path in one.paths])
     if given is not None:
         return given.scale
     held = _held(one, state)
-    return row_scale(_rows(one, state)) if held is None or held.scale is None else held.scale
+    scale = None if held is None else held.scale
+    return scheme.scale_of(_rows(one, state)) if scale is None else scale
 
 
-def _numbers(one: Panels, state: Mapping[str, torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
-    """Return int8 rows: the existing ones, or the floats quantised by their scales, see
-    `_scale_of`."""
-    given = join_int8([state[path] for path in one.paths])
+def _integers(
+    one: Panels, scheme: Scheme, state: Mapping[str, torch.Tensor], scale: torch.Tensor
+) -> torch.Tensor:
+    """Return integers: those that are held, or the floats by their scales, see `_scale_of`."""
+    given = join_integers([state[path] for path in one.paths])
     if given is not None:
         return given.numbers
     held = _held(one, state)
     if held is not None:
         return held.rows(0, held.count)
-    return quantize_rows(_rows(one, state), scale)
+    return scheme.integers_of(_rows(one, state), scale)
 
 
 def _held(one: Panels, state: Mapping[str, torch.Tensor]) -> PackedWeight | None:
-    """Return the int8 weight to which all parameters were released, if it consists of just
-    these."""
+    """Return the integers for which all parameters were given up, which they are whole."""
     held = [p for p in map(state.__getitem__, one.paths) if isinstance(p, PackedParameter)]
     if len(held) < len(one.paths) or any(p.weight is not held[0].weight for p in held):
         return None
@@ -190,7 +193,8 @@ def _row_counts(one: Panels, state: Mapping[str, torch.Tensor]) -> list[int]:
 
 
 def _rows(one: Panels, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the rows of a weight from its parameters, in float32 if these are int8."""
+    """Return the rows of a weight as its parameters have them, in float32 where those are
+    integers."""
     parts = [_dense(state[p], t) for p, t in zip(one.paths, one.turned, strict=True)]
     return torch.cat(parts)
 
@@ -208,6 +212,6 @@ def _layout_of(name: str, dtype: torch.dtype, native: ctypes.CDLL) -> PanelLayou
     if name == "native":
         return PanelLayout.of(native, dtype)
     width, step = INSTRUCTION_SETS[name]
-    if dtype == torch.int8:
+    if dtype in (torch.int8, torch.uint8):
         return PanelLayout(width, 4, 4)
     return PanelLayout(width, step if dtype == torch.bfloat16 else 1)

@@ -27,18 +27,17 @@ def open_panels(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Return the parameters that a file stores as panels, by their first names.
 
-    state: their JSON descriptions.
-    held: the file's other tensors, including scales of int8 weights. Raises SavedFileError if the
-    panels are inconsistent.
+    state: what JSON says of them. held: the file's tensors beside those, scales among them.
+    Raises SavedFileError where the panels are not as they were written.
     """
     found: dict[str, torch.Tensor] = {}
     for one in described:
         try:
             weight = _open(entries, one, native)
-            if one["scale"] is not None:  # int8 must remain int8
+            if one["scale"] is not None:  # integers have to stay what they are
                 if not isinstance(weight, PackedWeight):
                     weight = PackedWeight.of(native, [weight], one["gated"])
-                weight.scale = held[one["scale"]]
+                weight.scale_by(held[one["scale"]], one["group"], one["depth"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise SavedFileError(f"the file's panels are not as they were: {error}") from error
         first = 0
@@ -61,6 +60,8 @@ def _open(
     """Return a weight over mapped panels if they have this processor's layout; otherwise unpack
     it."""
     dtype, rows, depth = DTYPES[one["dtype"]], sum(one["rows"]), one["depth"]
+    if one["group"]:  # two numbers to a byte, of whole groups
+        depth = -(-depth // one["group"]) * one["group"] // 2
     own = PanelLayout.of(native, dtype)
     places = [(*place[:3], PanelLayout(*place[3:])) for place in one["places"]]
     fitting = [place for place in places if place[-1] == own]

@@ -23,8 +23,10 @@ _UNKNOWN = TrafficEntry(0, 0, 0, "", "", 0, "")
 def profile_saved(
     model: SavedModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], runs: int
 ) -> tuple[Profile, dict[str, int]]:
-    """Return medians over `runs` runs; no other thread may call the model meanwhile."""
-    call, binding = model.find_call(args, dict(kwargs))
+    """Return medians over `runs` runs, of a step always from the same past; no other thread may
+    call the model meanwhile."""
+    table, args, plain = model.plain_call(args, dict(kwargs))
+    call, binding = table.find(args, plain)
     launches = [
         LaunchEntry(
             x.name, "aten" if isinstance(x, CalledLaunch) else "kernel", "", "", x.source, (),
@@ -32,5 +34,5 @@ def profile_saved(
         )
         for x in call.program.executable.launches
     ]  # fmt: skip
-    found = time_program(call.program, launches, binding, tensors_of(args, dict(kwargs)), runs)
+    found = time_program(call.program, launches, binding, tensors_of(args, plain), runs)
     return found, dict(zip(call.program.dims, binding.dims, strict=True))

@@ -273,7 +273,7 @@ def _weight_entries(
     described: Sequence[Mapping[str, Any]], state: Mapping[str, torch.Tensor],
     panels: Sequence[str] | None,
 ) -> tuple[dict[str, bytes | Stream], dict[str, torch.Tensor]]:  # fmt: skip
-    """Return the entries for a state's tensors, packed or plain, and the scales of int8 ones."""
+    """Return the entries of a state's tensors, packed or as they are, and scales."""
     first_names = {one["name"]: one["tied_to"] for one in described}
     own = {name: state[name] for name in dict.fromkeys(first_names.values())}
     entries: dict[str, bytes | Stream] = {}
@@ -298,15 +298,15 @@ def _weight_entries(
     foreign = [name for name, tensor in own.items() if is_torchao(tensor)]
     if foreign:
         raise SaveError(
-            f"{foreign[0]} is torchao's int8, which is written as panels where programs "
+            f"{foreign[0]} is torchao's, which is written as panels where programs "
             "multiply by it, and not otherwise: leave out panels=[], or save with weights=False"
         )
     held = [(k, v) for k, v in own.items() if isinstance(v, PackedParameter)]
     given_up = [k for k, v in held if v.weight.scale is not None]
     if given_up:
         warnings.warn(
-            f"the file has int8 times scale in the place of {given_up[0]!r}, whose floats were "
-            "given up (keep_weights=False)", QuantizedWarning, stacklevel=3,
+            f"the file has integers times scales in the place of {given_up[0]!r}, whose floats "
+            "were given up (keep_weights=False)", QuantizedWarning, stacklevel=3,
         )  # fmt: skip
     return {**entries, "weights.safetensors": tensor_stream(own)}, scales
 

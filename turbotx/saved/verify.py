@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from turbotx.engine.cached_engine import plain_call
 from turbotx.engine.engine import Engine
 from turbotx.errors import InputError
-from turbotx.ir.quantized_ops import quantize_rows
+from turbotx.ir.quantized_ops import Scheme
 from turbotx.report.numerics import Numerics, measure_outputs
 from turbotx.runtime.packed_parameter import PackedParameter
 from turbotx.saved.load import SavedModule
@@ -31,8 +32,10 @@ def verify_saved(
     Raises InputError if the file has no such call, or holds other weights than the model.
     """
     _compare_weights(saved, engine.model)
-    call, binding = saved.find_call(args, dict(kwargs))
-    ours = pytree.tree_leaves(saved(*args, **kwargs))
+    engine, args, kwargs = plain_call(engine, args, kwargs)
+    table, args, plain = saved.plain_call(args, dict(kwargs))
+    call, binding = table.find(args, plain)
+    ours = pytree.tree_leaves(table.run(args, plain))
     found = measure_outputs(engine, call.program, args, kwargs, ours)
     return dict(zip(call.program.dims, binding.dims, strict=True)), found
 
@@ -49,12 +52,13 @@ def _compare_weights(saved: SavedModule, model: torch.nn.Module) -> None:
 
 
 def _is_same(own: torch.Tensor, saved: torch.Tensor) -> bool:
-    """Return whether a model's tensor equals that of a file, or its int8 form there."""
+    """Return whether a model's tensor is that of a file, or what it has as integers."""
     if not isinstance(saved, PackedParameter):
         return torch.equal(own, saved)
     weight, rows = saved.weight, own.t() if saved.turned else own
-    if own.shape != saved.shape or weight.scale is None:
+    scale = weight.scale
+    if own.shape != saved.shape or scale is None:
         return torch.equal(own, saved.unpacked())
     some = slice(saved.first, saved.first + rows.shape[0])
-    narrow = quantize_rows(rows, weight.scale[some])
+    narrow = Scheme(True, weight.group, weight.shifted).integers_of(rows, scale[some])
     return torch.equal(narrow, weight.rows(saved.first, rows.shape[0]))

@@ -164,6 +164,8 @@ def _inflate(inflater: Any, packed: bytes, coding: str) -> Iterator[bytes]:
             part = inflater.decompress(packed, PIECE_NBYTES)
         except zlib.error as error:
             raise BadInput(f"the body is not {coding}: {error}") from error
+        if inflater.unused_data:  # it is kept, however much comes
+            raise BadInput(f"the body is not {coding}: more follows its end")
         if part:
             yield part
         packed = inflater.unconsumed_tail

@@ -29,7 +29,8 @@ def check_key(settings: Settings, request: Request) -> None:
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         given = request.headers.get("x-api-key", "")
-    fits = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]  # all, in any case
+    sent = given.encode("latin-1")  # the bytes of the header
+    fits = [hmac.compare_digest(sent, key.encode()) for key in keys]  # all, in any case
     if not any(fits):
         raise Unauthorized("give the API key as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
 

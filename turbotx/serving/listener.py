@@ -36,7 +36,9 @@ def listen(
     shown = f"[{host}]" if ":" in host else host
     service.url = f"http://{shown}:{listener.getsockname()[1]}{settings.url_prefix}"
     limits = ConnectionLimits(
-        settings.receive_timeout_ms / 1e3, connection_limit(settings.max_connections)
+        settings.receive_timeout_ms / 1e3,
+        connection_limit(settings.max_connections),
+        settings.max_body_nbytes,
     )
     config = uvicorn.Config(
         application, host=host, port=port, log_config=None, access_log=False,

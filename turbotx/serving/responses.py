@@ -69,7 +69,8 @@ async def answer_or_refuse(work: Awaitable[Response], failed: Any, openai: bool)
 async def refuse_http(request: Request, error: Exception) -> Response:
     """Return Starlette's own refusals, as of an unknown path, in the shape of ours."""
     assert isinstance(error, HTTPException)
-    body = schemas.ErrorResponse(f"{request.url.path}: {error.detail}", "validation")
+    # Not by request.url, which is put together with the Host that a client made up.
+    body = schemas.ErrorResponse(f"{request.scope['path']}: {error.detail}", "validation")
     response = json_response(body, error.status_code)
     response.headers.update(error.headers or {})
     return response

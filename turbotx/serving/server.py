@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from turbotx.kernels.build import cache_directory
 from turbotx.serving.app import create_app
 from turbotx.serving.cost import CostTable
 from turbotx.serving.listener import listen, open_port
@@ -137,5 +138,4 @@ def check_models(
 
 def cost_folder() -> Path:
     """Where measured costs are kept: beside turbotx's other caches."""
-    base = os.environ.get("TURBOTX_CACHE_DIR")
-    return (Path(base) if base else Path.home() / ".cache" / "turbotx") / "serving"
+    return cache_directory() / "serving"

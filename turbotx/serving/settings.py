@@ -8,6 +8,7 @@ limits checked, for example::
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +59,9 @@ class Settings:
         for name in ("max_batch", "max_queue", "max_client_batch", "max_body_nbytes",
                      "tokenizer_threads", "max_age_ms", "timeout_ms", "receive_timeout_ms",
                      "max_connections"):  # fmt: skip
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(f"{name} must be above zero, got {getattr(self, name)}")
-        if self.cache_nbytes < 0 or self.lazy_ms < 0:
+        if self.cache_nbytes < 0 or not 0 <= self.lazy_ms < math.inf:
             raise SettingsError("cache_nbytes and lazy_ms must not be negative")
         if self.max_batch_tokens is not None and self.max_batch_tokens <= 0:
             raise SettingsError(f"max_batch_tokens must be above zero, got {self.max_batch_tokens}")

@@ -272,6 +272,22 @@ def test_layers_that_do_more_than_compute_are_traced(
     assert calls.reasons
 
 
+def _ask(layer: Any, y: torch.Tensor) -> torch.Tensor:
+    return y * 2 if layer.part.linear.weight.requires_grad else y
+
+
+def test_layers_that_ask_for_gradients_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = make_stack(), call()
+    for layer in model.layers:
+        layer.odd = _ask
+    model.layers[4].requires_grad_(False)
+    assert not trace_both(model, given, monkeypatch).copied
+    fast = turbotx.optimize(model, backend="aten")
+    for frozen in (4, 5, 2):  # noticed of every layer
+        model.layers[frozen].requires_grad_(False)
+        torch.testing.assert_close(fast(**given), model(**given))
+
+
 def test_a_counter_around_layers_is_told() -> None:
     model, given = make_stack(), call()
     for layer in model.layers:

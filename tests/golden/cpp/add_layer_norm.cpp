@@ -43,7 +43,7 @@ extern "C" int fused_add_layer_norm(void* const* args, const int64_t* sizes) {
           const float add = x + x1;
           const float mean_away = add - mean_near;
           kept_mean_away[col] = mean_away;
-          const float mean_square = mean_away * mean_away;
+          const float mean_square = ttx::product(mean_away, mean_away);
           part_m20_raw += mean_square;
           part_mean_drift += mean_away;
         }
@@ -54,7 +54,7 @@ extern "C" int fused_add_layer_norm(void* const* args, const int64_t* sizes) {
       const double mean_exact = mean_again + mean_off;
       const float mean = ttx::cast<float>(mean_exact);
       const float mean_rest = ttx::cast<float>(mean_off);
-      const double m20_lost = mean_drift * mean_off;
+      const double m20_lost = ttx::product(mean_drift, mean_off);
       const double m20_apart = m20_raw - m20_lost;
       const double m20_wide = ttx::maximum(m20_apart, m20_zero);
       const float m20 = ttx::cast<float>(m20_wide);
@@ -67,10 +67,9 @@ extern "C" int fused_add_layer_norm(void* const* args, const int64_t* sizes) {
         const float mean_centred = mean_away - mean_rest;
         const float mul = mean_centred * rsqrt;
         const float x2 = ttx::read(weight + col);
-        const float mul1 = mul * x2;
         const float x3 = ttx::read(bias + col);
-        const float add2 = mul1 + x3;
-        ttx::write(layer_norm + col + row * 384, add2);
+        const float fma = ttx::fma(mul, x2, x3);
+        ttx::write(layer_norm + col + row * 384, fma);
       }
     }
   });

@@ -23,7 +23,7 @@ extern "C" int fused_add_gelu(void* const* args, const int64_t* sizes) {
         const float add = x_ + x1;
         const float mul = c * add;
         const float mul1 = add * c1;
-        const float erf = ttx::erf(mul1);
+        const float erf = ttx::rounded(ttx::erf(mul1));
         const float add1 = c2 + erf;
         const float mul2 = mul * add1;
         ttx::write(gelu + col + row * x_d2, mul2);

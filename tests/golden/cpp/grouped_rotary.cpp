@@ -21,7 +21,7 @@ extern "C" int fused_cat_mul_add_clone(void* const* args, const int64_t* sizes) 
       for (int64_t col = 0; col < 8; ++col) {
         const float x_ = ttx::read(x + col + row * 8 + row1 * 64 + row2 * seq * 64);
         const float x1 = ttx::read(cos + col + row1 * 8);
-        const float mul = x_ * x1;
+        const float mul = ttx::product(x_, x1);
         const int64_t i = col;
         const bool ge = i >= c;
         const float x2 = ge ? ttx::read(x + col + row * 8 + row1 * 64 + row2 * seq * 64 - 4) : float(0);
@@ -30,7 +30,7 @@ extern "C" int fused_cat_mul_add_clone(void* const* args, const int64_t* sizes) 
         const float neg = -x3;
         const float where_ = lt ? neg : x2;
         const float x4 = ttx::read(sin + col + row1 * 8);
-        const float mul1 = where_ * x4;
+        const float mul1 = ttx::product(where_, x4);
         const float add = mul + mul1;
         if (in_first) ttx::write(clone + col + row * 8 + row1 * 32 + row2 * seq * 32, add);
         if (in_second) ttx::write(clone1 + col + row * 8 + row1 * 16 + row2 * seq * 16 - 32, add);

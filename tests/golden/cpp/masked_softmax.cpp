@@ -37,7 +37,7 @@ extern "C" int fused_scalar_tensor_mul_where_softmax(void* const* args, const in
         for (int64_t col = begin; col < end; ++col) {
           const float where_ = kept_where_[col];
           const float largest_below = where_ - largest;
-          const float largest_exp = ttx::exp(largest_below);
+          const float largest_exp = ttx::rounded(ttx::exp(largest_below));
           kept_largest_exp[col] = largest_exp;
           part_total += largest_exp;
         }

@@ -25,7 +25,7 @@ extern "C" int fused_mul_sum_clamp_div(void* const* args, const int64_t* sizes) 
           const int64_t row = begin + k;
           const float x_ = ttx::read(x + col * x_d2 + row + row1 * seq * x_d2);
           const float x1 = ttx::read(m + col + row1 * seq);
-          const float mul = x_ * x1;
+          const float mul = ttx::product(x_, x1);
           total_sum[k] += mul;
           total_sum1[k] += x1;
         }

@@ -14,7 +14,7 @@ extern "C" int fused_mean_add_rsqrt_mul(void* const* args, const int64_t* sizes)
       #pragma omp simd reduction(+:wide_sum)
       for (int64_t col = 0; col < seq; ++col) {
         const float x1 = ttx::read(x + col + row * seq);
-        const float mul1 = x1 * x1;
+        const float mul1 = ttx::product(x1, x1);
         wide_sum += mul1;
       }
       const float sum = static_cast<float>(wide_sum);

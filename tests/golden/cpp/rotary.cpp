@@ -22,7 +22,7 @@ extern "C" int fused_neg_cat_mul_add(void* const* args, const int64_t* sizes) {
       for (int64_t col = begin; col < end; ++col) {
         const float x_ = ttx::read(x + col + row * x_d3 + row1 * x_d2 * x_d3 + row2 * x_d1 * x_d2 * x_d3);
         const float x1 = ttx::read(cos + col + row * x_d3);
-        const float mul = x_ * x1;
+        const float mul = ttx::product(x_, x1);
         const int64_t i = col;
         const bool ge = i >= i1;
         const float x2 = ge ? ttx::read(x + col + row * x_d3 + row1 * x_d2 * x_d3 + row2 * x_d1 * x_d2 * x_d3 - x_d3 + ((x_d3 / 2))) : float(0);
@@ -31,7 +31,7 @@ extern "C" int fused_neg_cat_mul_add(void* const* args, const int64_t* sizes) {
         const float neg = -x3;
         const float where_ = lt ? neg : x2;
         const float x4 = ttx::read(sin + col + row * x_d3);
-        const float mul1 = where_ * x4;
+        const float mul1 = ttx::product(where_, x4);
         const float add_ = mul + mul1;
         ttx::write(add + col + row * x_d3 + row1 * x_d2 * x_d3 + row2 * x_d1 * x_d2 * x_d3, add_);
       }

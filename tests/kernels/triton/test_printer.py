@@ -320,3 +320,21 @@ def test_a_broken_line_keeps_its_value() -> None:
         exec("\n".join(wrap(text)), broken)
         exec(text, whole)
         assert broken["x"] == whole["x"]
+
+
+def halves(x: torch.Tensor, y: torch.Tensor) -> Any:
+    v = x * 1.1 + y
+    return v == v.float(), (v * 1.1).float(), (y.float() / 3).to(x.dtype).float(), v.amax(-1) * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_rounded_where_they_are_compared_or_converted(dtype: torch.dtype) -> None:
+    x, y = (torch.randn(3, 12, dtype=dtype) for _ in range(2))
+    if dtype is torch.float16:  # Triton's interpreter cuts bfloat16 off, which devices round
+        for schedule in (NARROW, LOOPED):
+            check(halves, x, y, schedule=schedule)
+    kernels = compiled(halves, (x, y)).kernels
+    for built in build([kernel_job(k, "sm_90") for k in kernels], measure=False):
+        text = built.files["ptx"].read_text()
+        assert "fma.rn.f32" not in text  # a product and a sum stay two operations
+        assert text.count("cvt.rn.bf16" if dtype is torch.bfloat16 else "cvt.rn.f16") >= 2

@@ -1,7 +1,7 @@
 """Generation in simulated time: the same scheduler and slots, over what steps are said to cost.
 
 In: requests (when, prompt, tokens), limits, costs in ms. Out: when each got its first token and its
-last one, the most positions that were held, how many gave way::
+last one, the most blocks that were taken, how many gave way::
 
     simulate([Arrival(0.0, 40, 100)], GenerationLimits(), StepCosts())
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from turbotx.serving.generation.scheduler import GenerationLimits, GenerationScheduler
-from turbotx.serving.generation.slots import Entry, Slots
+from turbotx.serving.generation.slots import BLOCK, Entry, Slots
 from turbotx.serving.refusals import Refusal
 
 
@@ -60,8 +60,9 @@ class Simulated:
 
     @property
     def prompt(self) -> Sequence[int]:
-        """As many tokens as are to be read."""
-        return range(self.arrival.prompt + self.made)
+        """As many tokens as are to be read, other ones than of any other sequence."""
+        first = id(self) << 20
+        return range(first, first + self.arrival.prompt + self.made)
 
     @property
     def most(self) -> int:
@@ -74,7 +75,7 @@ class GenerationOutcome:
     """What became of all requests, in order of arrival."""
 
     sequences: list[Simulated] = field(default_factory=list)
-    most_held: int = 0
+    most_used: int = 0
     preemptions: int = 0
     end_ms: float = 0.0
 
@@ -84,14 +85,58 @@ class GenerationOutcome:
         return 1e3 * sum(s.made for s in self.sequences) / self.end_ms
 
 
+@dataclass
+class SimulatedBlocks:
+    """The blocks of those who decode and of a reading: rows, columns left empty, columns read."""
+
+    slots: Slots
+    piece: int
+    rows: list[Simulated] = field(default_factory=list)
+    pad: int = 0
+    length: int = 0
+    done: int = 0
+
+    def begin(self, rows: list[Simulated]) -> None:
+        """Begin to read prompts."""
+        self.rows, self.done, self.length = rows, 0, max(len(s.prompt) for s in rows)
+        self.pad = self.slots.pad(self.length, self.piece)
+
+    def leave(self, sequence: Simulated) -> None:
+        """Let a sequence's blocks go."""
+        self.slots.leave(sequence)
+        self.rows = [s for s in self.rows if s is not sequence]
+
+    @property
+    def next(self) -> int:
+        """Columns that will be read after the next piece."""
+        return min(self.length, self.done + self.piece)
+
+    @property
+    def used(self) -> int:
+        """Blocks that are taken."""
+        return self.slots.blocks + len(self.rows) * -(-(self.pad + self.done) // BLOCK)
+
+    def count_prompt(self, length: int) -> int:
+        """Blocks that a prompt takes which is read beside others of up to `length` tokens."""
+        return -(-(self.slots.pad(length, self.piece) + length) // BLOCK)
+
+    def needed(self) -> int:
+        """Blocks that the next turn takes at the most."""
+        read = -(-(self.pad + self.next) // BLOCK) + -(self.pad + self.done) // BLOCK
+        ends = self.next == self.length and (self.pad + self.length) % BLOCK == 0
+        step = len(self.slots.rows) * (self.slots.length % BLOCK == 0)
+        return step + len(self.rows) * (read + ends)
+
+
 def simulate(
     arrivals: Sequence[Arrival], limits: GenerationLimits, costs: StepCosts | None = None
 ) -> GenerationOutcome:
     """Run all requests to their end."""
     costs = costs or StepCosts()
     scheduler, slots = GenerationScheduler(limits), Slots()
+    blocks = SimulatedBlocks(slots, limits.prefill_tokens)
     coming = [Simulated(a) for a in sorted(arrivals, key=lambda a: a.at_ms)]
-    outcome, now_ms, read = GenerationOutcome(list(coming)), 0.0, 0
+    outcome, now_ms = GenerationOutcome(list(coming)), 0.0
 
     def make_token(sequence: Simulated) -> None:
         sequence.made += 1
@@ -99,7 +144,7 @@ def simulate(
         if sequence.made == sequence.arrival.tokens:
             sequence.last_ms = now_ms
             scheduler.drop(sequence)
-            slots.leave(sequence)
+            blocks.leave(sequence)
 
     while coming or len(scheduler):
         if not len(scheduler):
@@ -111,34 +156,32 @@ def simulate(
                 scheduler.submit([new])
             except Refusal as refusal:
                 new.refused = refusal
-        for gone in scheduler.give_way(slots):
-            slots.leave(gone)
-        if slots.held > limits.max_positions:
-            slots.tidy(force=True)
-        turn = scheduler.next(slots)
-        read = 0 if turn.begin else read
+        while gone := scheduler.give_way(blocks):
+            for sequence in gone:
+                assert isinstance(sequence, Simulated)
+                blocks.leave(sequence)
+        turn = scheduler.next(blocks)
+        if turn.begin:
+            blocks.begin([s for s in turn.begin if isinstance(s, Simulated)])
         if turn.read:
-            reading = [s for s in scheduler.reading if isinstance(s, Simulated)]
-            length = max((len(s.prompt) for s in reading), default=0)
-            piece = min(limits.prefill_tokens, length - read)
-            read += piece
-            now_ms += piece * len(reading) * costs.prompt_ms
-            if read == length:
-                entries = [Entry(s, len(s.prompt)) for s in reading]
-                for sequence in reading:
+            now_ms += (blocks.next - blocks.done) * len(blocks.rows) * costs.prompt_ms
+            blocks.done = blocks.next
+            if blocks.done == blocks.length:
+                counts = [(s, len(s.prompt)) for s in blocks.rows]
+                for sequence, _ in counts:
                     make_token(sequence)
-                going = [e for e in entries if e.key in scheduler.reading]
+                going = [Entry(s, n) for s, n in counts if s in blocks.rows]
+                end, blocks.rows = blocks.pad + blocks.length, []
                 scheduler.have_read()
                 if going:
-                    slots.join(going)
-        if turn.step:
+                    slots.join(going, end)
+        if turn.step and slots.rows:
             now_ms += costs.of_step(slots)
-            live = slots.live
+            live = list(slots.rows)
             slots.advance()
             for entry in live:
                 assert isinstance(entry.key, Simulated)
                 make_token(entry.key)
-        outcome.most_held = max(outcome.most_held, slots.held)
-        slots.tidy()
+        outcome.most_used = max(outcome.most_used, blocks.used)
     outcome.preemptions, outcome.end_ms = scheduler.preemptions, now_ms
     return outcome

@@ -132,6 +132,8 @@ def test_chats_that_are_refused(client):
         ({"tools": [{}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "json_object"),
         ({"messages": [{"role": "user", "content": image}]}, "image_url"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "tokenize"),
     ]:
         response = chat(**fields)
         assert response.status_code == 422 and said in response.json()["error"]["message"]

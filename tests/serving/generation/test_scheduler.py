@@ -7,17 +7,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.serving.generation.simulation import Arrival, Simulated, StepCosts, simulate
+from tests.serving.generation.simulation import (
+    Arrival,
+    Simulated,
+    SimulatedBlocks,
+    StepCosts,
+    simulate,
+)
 from turbotx.serving.generation.scheduler import GenerationLimits, GenerationScheduler
 from turbotx.serving.generation.slots import BLOCK, Entry, Slots
 from turbotx.serving.refusals import Busy, TooLarge
 
-LIMITS = GenerationLimits(max_sequences=4, max_positions=8 * BLOCK, prefill_tokens=32,
+LIMITS = GenerationLimits(max_sequences=4, max_blocks=8, prefill_tokens=32,
                           max_waiting=3, context=300)  # fmt: skip
 
 
 def sequence(prompt, tokens=5, priority=0):
     return Simulated(Arrival(0.0, prompt, tokens, priority))
+
+
+def blocks_of(*entries, end=0):
+    slots = Slots()
+    if entries:
+        slots.join(list(entries), end)
+    return SimulatedBlocks(slots, LIMITS.prefill_tokens)
 
 
 def lengths(sequences):
@@ -27,20 +40,27 @@ def lengths(sequences):
 def test_prompts_are_read_together_as_long_as_a_piece_is_not_too_large():
     scheduler = GenerationScheduler(LIMITS)
     scheduler.submit([sequence(9), sequence(8), sequence(10), sequence(16)])
-    turn = scheduler.next(Slots())
+    turn = scheduler.next(blocks_of())
     assert lengths(turn.begin) == [9, 8, 10] and turn.read and not turn.step
-    again = scheduler.next(Slots())
+    again = scheduler.next(blocks_of())
     assert not again.begin and again.read  # goes on
     scheduler.have_read()
-    assert len(scheduler.running) == 3 and lengths(scheduler.next(Slots()).begin) == [16]
+    assert len(scheduler.running) == 3 and lengths(scheduler.next(blocks_of()).begin) == [16]
+
+
+def test_equal_prompts_are_read_as_one():
+    scheduler = GenerationScheduler(LIMITS)
+    one, other = sequence(30), sequence(30)
+    scheduler.submit([one, one, one, other])
+    assert len(scheduler.next(blocks_of()).begin) == 3
 
 
 def test_no_more_than_so_many_decode_together():
     scheduler = GenerationScheduler(LIMITS)
     scheduler.submit([sequence(1) for _ in range(6)])
-    assert len(scheduler.next(Slots()).begin) == 4
+    assert len(scheduler.next(blocks_of()).begin) == 4
     scheduler.have_read()
-    assert not scheduler.next(Slots()).begin
+    assert not scheduler.next(blocks_of()).begin
 
 
 def test_higher_classes_come_first():
@@ -60,7 +80,7 @@ def test_what_can_never_run_is_refused():
     scheduler = GenerationScheduler(LIMITS)
     with pytest.raises(TooLarge, match=r"200 tokens of prompt and 101 .* model's 300"):
         scheduler.check(200, 301)
-    small = GenerationScheduler(GenerationLimits(max_positions=BLOCK, context=300))
+    small = GenerationScheduler(GenerationLimits(max_blocks=1, context=300))
     small.check(10, BLOCK)
     with pytest.raises(TooLarge, match="max-cache-nbytes"):
         small.check(10, BLOCK + 1)
@@ -71,21 +91,38 @@ def test_the_youngest_of_the_lowest_class_gives_way_and_comes_back_first():
     high = sequence(100, priority=1)
     old, young = sequence(101), sequence(102)
     scheduler.running = [old, young, high]
-    slots = Slots()
-    slots.join([Entry(s, len(s.prompt)) for s in scheduler.running])
-    slots.length = 3 * BLOCK  # the next step needs four blocks a row
+    blocks = blocks_of(*(Entry(s, len(s.prompt)) for s in scheduler.running), end=2 * BLOCK)
     waiting = sequence(5)
     scheduler.submit([waiting])
-    assert scheduler.give_way(slots) == [young]
+    assert blocks.used == 6 and blocks.needed() == 3
+    assert scheduler.give_way(blocks) == [young]
+    blocks.leave(young)
     assert scheduler.waiting == [young, waiting] and scheduler.running == [old, high]
-    assert scheduler.give_way(slots) == []
+    assert scheduler.give_way(blocks) == [] and scheduler.preemptions == 1
 
 
-def test_the_last_one_stays():
-    scheduler = GenerationScheduler(LIMITS)
+def test_those_who_are_read_give_way_unless_a_lower_class_decodes():
+    for priority in (0, -1):
+        scheduler = GenerationScheduler(LIMITS)
+        decoding, first, second = sequence(200, priority=priority), sequence(300), sequence(300)
+        scheduler.running, scheduler.reading = [decoding], [first, second]
+        blocks = blocks_of(Entry(decoding, 200), end=200)
+        blocks.begin([first, second])
+        blocks.done = 150
+        wanted = [first, second] if priority == 0 else [decoding]
+        assert blocks.pad == 37 and blocks.used == 4 + 2 * 3
+        assert scheduler.give_way(blocks) == wanted and scheduler.waiting == wanted
+
+
+def test_the_last_one_is_read_again_where_its_first_block_is_half_empty():
+    scheduler = GenerationScheduler(GenerationLimits(max_blocks=2))
     scheduler.running = [sequence(100)]
-    slots = Slots(length=99 * BLOCK)
-    assert scheduler.give_way(slots) == []
+    blocks = blocks_of(Entry(scheduler.running[0], 100), end=2 * BLOCK)
+    assert scheduler.give_way(blocks) == scheduler.waiting and len(scheduler.waiting) == 1
+    blocks = blocks_of()
+    reading = scheduler.next(blocks).begin
+    blocks.begin(list(reading))
+    assert len(reading) == 1 and blocks.needed() <= 2 and scheduler.give_way(blocks) == []
 
 
 def test_continuous_batching_is_faster_than_one_after_another():
@@ -118,8 +155,7 @@ def test_everybody_is_answered_whole_or_refused_within_the_memory(asked):
     for s in outcome.sequences:
         assert (s.refused is not None) != (s.made == s.arrival.tokens)
         assert s.refused is not None or s.last_ms >= s.first_ms >= s.arrival.at_ms
-    one = -(-(250 + 60) // BLOCK) * BLOCK
-    assert outcome.most_held <= max(LIMITS.max_positions, one)
+    assert outcome.most_used <= LIMITS.max_blocks
 
 
 def test_overload_refuses_and_answers_the_rest():

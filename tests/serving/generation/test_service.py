@@ -27,6 +27,8 @@ from turbotx.serving.refusals import BackendFailed, Busy, NotReady, TimedOut, To
 from turbotx.serving.settings import Settings
 
 GREEDY = Sampling(temperature=0)
+POSITION = 2 * 32 * 4
+"""Bytes of a position of a layer."""
 
 
 @contextlib.asynccontextmanager
@@ -68,7 +70,7 @@ async def until(condition):
 def is_empty(service):
     figures = service.worker.figures()
     return not any(figures[name] for name in (
-        "sequences_waiting", "sequences_running", "cache_positions_held", "cache_nbytes",
+        "sequences_waiting", "sequences_running", "cache_blocks_used", "cache_nbytes",
     ))  # fmt: skip
 
 
@@ -106,9 +108,8 @@ def test_who_gives_way_goes_on_where_it_was():
             found = await asyncio.gather(*work) if together else [await w for w in work]
             return [t for t, _ in found], service.scheduler.preemptions
 
-    position = 2 * 2 * 32 * 4
     alone, _ = asyncio.run(ask(64 << 20, together=False))
-    crowded, preemptions = asyncio.run(ask(3 * 7 * 64 * position, together=True))
+    crowded, preemptions = asyncio.run(ask(2 * 7 * 64 * POSITION, together=True))
     assert preemptions > 0
     same = [a == b for a, b in zip(alone, crowded, strict=True)]
     assert sum(same) >= 5  # a draw at the edge of two tokens may fall to either side
@@ -118,7 +119,8 @@ def test_a_thousand_requests_that_leave_at_random_free_everything():
     rng = np.random.default_rng(1)
 
     async def ask():
-        async with running(max_waiting=1000, max_sequences=12) as service:
+        nbytes = 2 * 8 * 64 * POSITION  # eight blocks of both layers
+        async with running(max_waiting=1000, max_sequences=12, max_cache_nbytes=nbytes) as service:
 
             async def one(prompt):
                 await asyncio.sleep(float(rng.random()) * 2)
@@ -134,9 +136,34 @@ def test_a_thousand_requests_that_leave_at_random_free_everything():
 
             await asyncio.gather(*(one(p) for p in random_prompts(1000, 12)))
             await until(lambda: is_empty(service))
-            return service.generator.module.stats()["cache_nbytes"]
+            stats = service.generator.module.stats()
+            return stats["cache_nbytes"], stats["cache_blocks"]
 
-    assert asyncio.run(ask()) == 0
+    assert asyncio.run(ask()) == (0, 0)
+
+
+def count_read(service):
+    return service.metrics.registry.get_sample_value("turbotx_prompt_tokens_total")
+
+
+def test_texts_of_one_prompt_read_it_once_and_share_its_blocks():
+    prompt = random_prompts(1, 1)[0] + list(range(4, 104))
+
+    async def ask():
+        async with running(prefill_tokens=64) as service:
+            before = count_read(service)
+            asked = [Asked(3, sampling=Sampling(seed=s)) for s in range(3)]
+            most, tokens = 0, [[] for _ in asked]
+            async for index, piece in service.generate([prompt] * 3, asked):
+                tokens[index].append(piece.picked.token)
+                most = max(most, service.worker.batch.layer_blocks)
+            alone = [(await tokens_of(service, prompt, one))[0] for one in asked]
+            return count_read(service) - before, most, tokens, alone
+
+    read, most, tokens, alone = asyncio.run(ask())
+    assert tokens == alone
+    assert read == len(prompt) * 4, "three texts at once, and one after another"
+    assert most <= 2 * (1 + 3), "a whole block of all, and one of each, in both layers"
 
 
 def test_refusals():

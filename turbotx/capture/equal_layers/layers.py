@@ -275,6 +275,7 @@ class _Call:
         """Run the layer's code, and note what it reads and makes."""
         self._noted: dict[Any, tuple[Any, str]] = {}
         self._last = self._tracer.graph._root.prev
+        self._questions = len(self._recorder.gradients)
         self._recorder.open_reads.append(self._noted)
         try:
             output = forward(*args, **kwargs)
@@ -301,6 +302,8 @@ class _Call:
             self._layers.calls.reasons[self.path] = str(error)
 
     def _note(self, output: Any) -> KnownLayer:
+        if len(self._recorder.gradients) != self._questions:
+            raise UnequalError("its code asks which parameters require gradients")
         nodes = tuple(_after(self._last, self._tracer.graph))
         if not all(is_inside(n, self.scope) for n in nodes):
             raise UnequalError("its code calls a module that is not inside of it")

@@ -1,7 +1,7 @@
 """Record: the snapshot of all state that a trace read, and its comparison with the present.
 
-In: a recorder that has been on while a model's forward ran, and the names in the code that ran.
-Out: a list of places with what lay there, and for any of them what differs now::
+In: a recorder that was active while a model's forward ran, and the names in the code that ran. Out:
+a list of places with their values at that time, and for each of them the difference now::
 
     record = make_record(model, recorder, names)
     record.differing([17])  ->  Difference(place=encoder.scale, was="1.0", now="5.0")
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from turbotx.capture.module_state.gradients import GradientsPlace
 from turbotx.capture.module_state.names import Names, find_names
 from turbotx.capture.module_state.own_changes import (
     OwnChanges,
@@ -43,7 +44,7 @@ _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 @dataclass(frozen=True)
 class Difference:
-    """What a trace read as one thing and is another now."""
+    """A value that a trace read and that has changed since."""
 
     place: StatePlace
     was: str
@@ -64,7 +65,8 @@ class Difference:
 
 
 class StateRecord:
-    """Places and what lay there; `looks` says for each what to watch for changes."""
+    """Places and their recorded values; `looks` lists, for each, the objects to watch for
+    changes."""
 
     def __init__(self, places: Sequence[StatePlace], own: OwnChanges) -> None:
         self.places = places
@@ -74,14 +76,14 @@ class StateRecord:
         self._shown = [show(p.read()) for p in places]
 
     def differing(self, indices: Iterable[int]) -> int | None:
-        """Return the first of these places where something else lies now; None where all hold."""
+        """Return the first of these places whose value has changed; None if all are unchanged."""
         for i in indices:
             if self.places[i].describe(Look(self._left_out)) != self._described[i]:
                 return i
         return None
 
     def look_again(self, i: int) -> bool:
-        """Return whether the watched objects of a place are unchanged; if not, renew them."""
+        """Return whether the watched objects of a place are unchanged; if not, update them."""
         look = Look(self._left_out)
         self.places[i].describe(look)
         known = self.looks[i]
@@ -94,7 +96,7 @@ class StateRecord:
         return same
 
     def difference(self, i: int) -> Difference:
-        """Return in words what differs at a place."""
+        """Describe how a place's value differs."""
         place = self.places[i]
         by_calls = place.key in self.changed_by_calls
         return Difference(place, self._shown[i], show(place.read()), by_calls)
@@ -104,8 +106,8 @@ _TRACERS = ("torch.fx.", "torch._dynamo.", "torch._higher_order_ops.", "turbotx.
 
 
 def find_model_names(model: nn.Module, recorder: StateRecorder) -> Names:
-    """Return the names in the code of a model's modules, and have the recorder meet all objects
-    that they stand for; to be called before the trace, with the recorder installed."""
+    """Return the names in the code of a model's modules, and pass all objects that they refer to to
+    the recorder. Call before the trace, with the recorder installed."""
     recorder.modules = list(model.modules())
     names = Names()
     scope = vars(torch.nn.modules.module)
@@ -122,11 +124,10 @@ def find_model_names(model: nn.Module, recorder: StateRecorder) -> Names:
 def make_record(
     model: nn.Module, recorder: StateRecorder, names: Names, effects: Sequence[Effect] = ()
 ) -> StateRecord:
-    """Return what was read, with the model as it was before the trace.
+    """Return the record of what was read, with the model as it was before the trace.
 
-    Raises TrainingError where a part of the model that ran is in training mode, CaptureError where
-    the call changes what it has read.
-    effects: what the program leaves behind as the call does.
+    Raises TrainingError if a part of the model that ran is in training mode, CaptureError if the
+    call changes what it has read. effects: the side effects that the program replays.
     """
     paths = {id(vars(m)): path for path, m in model.named_modules()}
     places = _find_attributes(recorder, names, paths)
@@ -136,14 +137,16 @@ def make_record(
     scope = vars(torch.nn.modules.module)
     hooks = [ItemPlace(scope, name, f"torch.nn's {name}") for name in _GLOBAL_HOOKS]
     every: list[StatePlace] = [*places, *_find_ties(places), *hooks, *names.places.values()]
+    if recorder.gradients:
+        every.append(GradientsPlace([*{id(m): m for m in recorder.gradients}.values()]))
     return StateRecord(every, find_own_changes(type(model).__name__, effects, every, names))
 
 
 def _find_attributes(
     recorder: StateRecorder, names: Names, paths: dict[int, str]
 ) -> list[AttributePlace]:
-    """Return the attributes that were read, and those of objects that are named by functions that
-    attributes hold, and so on until no more are found."""
+    """Return the attributes that were read, and those of objects named by functions in attributes,
+    transitively."""
     found: dict[tuple[int, str], AttributePlace] = {}
     while new := [
         (owner, name)
@@ -166,8 +169,8 @@ def _find_attributes(
 
 
 def _is_tracers(owner: Any, paths: dict[int, str]) -> bool:
-    """Tell a module that tracers made, to keep constants or a graph, from the user's: a record that
-    held `FlatCall` would hold copies of the whole model."""
+    """Return whether a module was made by a tracer, to hold constants or a graph: a record that
+    held `FlatCall` would keep copies of the whole model alive."""
     if not isinstance(owner, nn.Module) or id(vars(owner)) in paths:
         return False
     return type(owner) is nn.Module or type(owner).__module__.startswith(_TRACERS)
@@ -181,7 +184,7 @@ def _text(paths: dict[int, str], owner: Any, name: str) -> str:
 
 
 def _find_ties(places: Iterable[AttributePlace]) -> Iterator[TiedPlace]:
-    """Give for each module that tensors were read of which others have them too."""
+    """Yield, for each module whose tensors were read, which other modules share them."""
     tensors = [
         place
         for place in places
@@ -212,8 +215,8 @@ def training_error(model: nn.Module, text: str) -> TrainingError:
 
 
 def _refuse_changes(model: nn.Module, writes: Iterable[Write], paths: dict[int, str]) -> None:
-    """Raise CaptureError for state that a call reads and then makes another, so that every later
-    call would need a capture of its own."""
+    """Raise CaptureError for state that a call reads and then changes, so that every later call
+    would need a capture of its own."""
     for write in writes:
         text = _text(paths, write.owner, write.name)
         before = AttributePlace(write.owner, write.name, text).read()

@@ -1,15 +1,15 @@
 """State recorder: records which attributes the code under a trace reads and sets.
 
 In: a model's forward, run with the recorder on. Out: per owner (a module, or an object of a user's
-class that was reached from one) the names that were read before the code itself set them, and the
-names that it set::
+class reached from one) the names that were read before the code itself set them, and the names that
+it set::
 
     with recorder.on():
         model(x)
     recorder.reads   ->  [(Encoder(), ["scale", "layers", ...]), (Config(), ["eps"])]
 
-While it records, `__getattribute__` and `__setattr__` of nn.Module, and of classes of objects
-that are met, are replaced; other threads only pay the look whether they are the one that traces.
+Meanwhile `__getattribute__` and `__setattr__` of nn.Module, and of the classes of objects met, are
+replaced; other threads pay only for the check that they are not the tracing one.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from turbotx.capture.module_state.values import (
 from turbotx.errors import CaptureError
 
 ALL = "__dict__"
-"""The name under which a read of an object's whole `__dict__` is noted."""
+"""The name that records a read of an object's whole `__dict__`."""
 _UNREAD = frozenset(
     ("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_is_hf_initialized")
 )
 TABLES = ("_parameters", "_buffers", "_modules")
 _WRITERS = frozenset(("register_buffer", "register_parameter", "add_module"))
 _PROXY = getattr(proxy_tensor, "_AttrProxy", ())
-"""What stands for a module under a trace of PyTorch that has shared modules."""
+"""PyTorch's stand-in for a module when tracing a model with shared modules."""
 
-_active = threading.local()
+active = threading.local()
 _lock = threading.RLock()
 patched: dict[type, int] = {}
-"""How many recorders need a class's attribute functions replaced."""
+"""The number of recorders that need a class's attribute methods replaced."""
 
 
 @dataclass
 class Write:
-    """What a forward set: `owner.name`, last to `value`; `read_first`: it had asked for it before;
-    `from_inputs`: it is a tensor that was computed from the call's values."""
+    """A write by forward: `owner.name`, last set to `value`. read_first: whether it was read
+    before. from_inputs: whether the value is a tensor computed from the call's values."""
 
     owner: Any
     name: str
@@ -67,7 +67,7 @@ class Write:
 
 
 class StateRecorder:
-    """Notes reads and writes of attributes while it is on, in the thread that turned it on."""
+    """Records reads and writes of attributes in the thread that activated it."""
 
     def __init__(self) -> None:
         self._reads: dict[int, tuple[Any, dict[str, None]]] = {}
@@ -76,19 +76,21 @@ class StateRecorder:
         self._met: dict[int, Any] = {}
         self._generators: list[tuple[Any, str | None]] = []
         self._inputs: Sequence[torch.Tensor] = ()
+        self.gradients: list[nn.Module] = []
+        """The module of each question whether a parameter requires gradients."""
         self._compiles = 0
         self._over = False
         self.open_reads: list[dict[tuple[int, str], tuple[Any, str]]] = []
         """Each takes what is read from now on, owner and name, also where it was read before."""
         self.modules: Sequence[nn.Module] = ()  # of the model
         self._by_attributes: dict[int, nn.Module] = {}
-        self._mapped: Sequence[nn.Module] = self.modules  # what that is of
+        self._mapped: Sequence[nn.Module] = self.modules  # its source
         self.follows: Callable[[Any], bool] = lambda attributes: True
-        """Tells whether what is written to an object's attributes is put back, and replayed."""
+        """Returns whether writes to an object's attributes are restored and replayed."""
         self.also_meet: Callable[[Any], None] = lambda value: None
-        """Is told of every object that the code got hold of."""
+        """Called with every object that the code reaches."""
         self.original_of: Callable[[Any], Any] = lambda owner: owner
-        """Gives the user's own object for a copy that a trace runs in its place."""
+        """Returns the user's object for a copy that a trace uses in its place."""
 
     @property
     def reads(self) -> list[tuple[Any, list[str]]]:
@@ -102,13 +104,13 @@ class StateRecorder:
         return list(self._writes.values())
 
     def find_moved(self) -> list[Any]:
-        """Return the generators of random numbers that were met and have moved, or may have."""
+        """Return the random generators met that have advanced, or may have."""
         return [g for g, state in self._generators if state is None or look_at(g) != state]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Have classes report to recorders; `on` in this says when to note. Objects that are met
-        later, in functions that only a trace shows, count as read whole."""
+        """Context manager: make classes report to recorders; `on` inside it starts recording.
+        Objects first met later, in functions that only a trace reveals, count as read entirely."""
         try:
             self._watch_class(nn.Module)
             with _global_hooks_inside(), _told_of_compiles(self._pause, self._resume):
@@ -121,37 +123,38 @@ class StateRecorder:
 
     @contextmanager
     def on(self, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Note what this thread reads from now on, in a call with the tensors `inputs`."""
+        """Context manager: record what this thread reads, in a call with the tensors `inputs`."""
         self._writes.clear()
         self._inputs = inputs
-        before = getattr(_active, "recorder", None)
-        _active.recorder = self
+        before = getattr(active, "recorder", None)
+        active.recorder = self
         try:
             yield
         finally:
-            _active.recorder = before
+            active.recorder = before
 
     @contextmanager
     def unnoted(self) -> Iterator[None]:
         """Note nothing inside the context, where turbotx itself looks at the code's objects."""
-        before, _active.recorder = getattr(_active, "recorder", None), None
+        before, active.recorder = getattr(active, "recorder", None), None
         try:
             yield
         finally:
-            _active.recorder = before
+            active.recorder = before
 
     def _pause(self, *_: Any) -> None:
         """Leave classes as they are while Dynamo looks into them: a branch of torch.cond is traced
         by it, and it traces no replaced function."""
-        if getattr(_active, "recorder", None) is self or self._compiles:
+        if getattr(active, "recorder", None) is self or self._compiles:
             self._compiles += 1
             if self._compiles == 1:
-                _active.recorder = None
+                active.recorder = None
                 for cls in self._classes:
                     _release(cls)
 
     def _resume(self, *_: Any) -> None:
-        """Note from now on; of what was read meanwhile nothing is known, so all of it counts."""
+        """Resume recording; since reads in between were missed, all attributes of the modules count
+        as read."""
         if self._compiles:
             self._compiles -= 1
             if self._compiles == 0:
@@ -162,10 +165,10 @@ class StateRecorder:
                     plain = [n for n in own if not n.startswith("_")]
                     for name in (*plain, *(n for table in tables for n in table)):
                         self.note_read(module, name)
-                _active.recorder = self
+                active.recorder = self
 
     def meet(self, value: Any, depth: int = 0) -> None:
-        """Have reads of an object that the code got hold of noted, and of those that it holds."""
+        """Record reads of an object that the code reaches, and of those that it holds."""
         if type(value) in (int, bool, str, float) or id(value) in self._met or depth > MAX_DEPTH:
             return
         self.also_meet(value)
@@ -184,7 +187,7 @@ class StateRecorder:
                 self._watch_class(type(value))
 
     def _note_whole(self, owner: Any, depth: int) -> None:
-        """Take all that an object has for read, less what the code under the trace has set."""
+        """Count all attributes of an object as read, except those that the traced code has set."""
         attributes = _attributes(owner)
         key = id(owner) if attributes is None else id(attributes)
         names = self._reads.setdefault(key, (self.find_own(owner), {}))[1]
@@ -198,8 +201,8 @@ class StateRecorder:
             self._classes.append(cls)
 
     def note_read(self, owner: Any, name: str) -> None:
-        """Note that the traced code reads an attribute; reads by PyTorch and Python themselves
-        are left out."""
+        """Record that the traced code reads an attribute; reads by PyTorch and Python themselves
+        are skipped."""
         if name.startswith("__"):
             if name != ALL or _asked_by_library():
                 return
@@ -218,12 +221,12 @@ class StateRecorder:
         names[name] = None
         if attributes is not None and name in attributes:
             self.meet(attributes[name])
-        else:  # a class's, perhaps a descriptor of the user's own
+        else:  # # a class attribute, perhaps a descriptor of the user's
             self.meet(next((vars(c)[name] for c in type(owner).__mro__ if name in vars(c)), None))
 
     def note_write(self, owner: Any, name: str, value: Any) -> None:
-        """Note that the traced code sets an attribute; raise CaptureError where the write could
-        not be replayed after a call."""
+        """Record that the traced code sets an attribute; raises CaptureError if the write could not
+        be replayed after a call."""
         attributes = _attributes(owner)
         key = id(owner) if attributes is None else id(attributes)
         if id(owner) in self._met and (attributes is None or not self.follows(attributes)):
@@ -242,20 +245,20 @@ class StateRecorder:
         self._writes[key, name] = Write(self.find_own(owner), name, value, read, computed)
 
     def find_own(self, owner: Any) -> Any:
-        """Return the user's own object for what stands for it under the trace."""
+        """Return the user's object for its stand-in under the trace."""
         if _PROXY and isinstance(owner, _PROXY):
             attributes = object.__getattribute__(owner, "__dict__")
             try:
-                # Not by its attribute, whose reading would be noted, and so on.
+                # # Reading an attribute here would be recorded, recursively.
                 owner = type(owner).get_base(owner)
-            except KeyError:  # it is being made: the module is the one whose attributes it has
+            except KeyError:  # # under construction: find the module with the same attributes
                 same = (m for m in self.modules if _attributes(m) is attributes)
                 owner = next(same, owner)
         return self.original_of(owner)
 
     def find_known(self, module: Any) -> Any:
-        """Return the user's own module for one of the model's, whatever stands for it; others as
-        they are. Looks at whose attributes it has, and at nothing else."""
+        """Return the user's module for a stand-in of one of the model's; others as they are.
+        Compares only the identity of their attribute dicts."""
         attributes = id(object.__getattribute__(module, "__dict__"))
         if self._mapped is not self.modules:
             self._by_attributes = {id(_attributes(m)): m for m in self.modules}
@@ -266,7 +269,7 @@ class StateRecorder:
 
 @contextmanager
 def _told_of_compiles(begin: Callable[..., None], end: Callable[..., None]) -> Iterator[None]:
-    """Call `begin` and `end` around every compilation of Dynamo, inside the context."""
+    """Context manager: call `begin` and `end` around every compilation by Dynamo."""
     handler = import_module("torch._dynamo.callback").callback_handler
     handler.register_start_callback(begin)
     handler.register_end_callback(end)
@@ -279,13 +282,13 @@ def _told_of_compiles(begin: Callable[..., None], end: Callable[..., None]) -> I
 
 @contextmanager
 def _global_hooks_inside() -> Iterator[None]:
-    """Skip global module hooks in this thread, inside the context, unless a recorder is on: what
-    PyTorch and turbotx wrap around the model for a trace are modules too."""
+    """Context manager: skip global module hooks in this thread unless a recorder is active, since
+    the wrappers that PyTorch and turbotx put around the model for a trace are modules too."""
     thread = threading.get_ident()
 
     def inside(hook: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            on = getattr(_active, "recorder", None) is not None
+            on = getattr(active, "recorder", None) is not None
             return hook(*args, **kwargs) if on or threading.get_ident() != thread else None
 
         return run
@@ -300,7 +303,7 @@ def _global_hooks_inside() -> Iterator[None]:
         yield
     finally:
         for hooks, key, hook in replaced:
-            if key in hooks:  # not removed meanwhile
+            if key in hooks:  # # not removed meanwhile
                 hooks[key] = hook
 
 
@@ -308,7 +311,7 @@ def _attributes(owner: Any) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = object.__getattribute__(owner, "__dict__")
         return found
-    except AttributeError:  # __slots__ only
+    except AttributeError:  # # __slots__ only
         return None
 
 
@@ -318,24 +321,24 @@ def _slots(cls: type) -> list[str]:
 
 
 def _asked_by_library() -> bool:
-    """Return whether `x.__dict__` was asked for by PyTorch's or Python's own code: it looks there
-    for a name, which is noted by itself."""
-    frame = sys._getframe(3)  # past this, note_read and the replaced __getattribute__
+    """Return whether PyTorch or Python itself read `x.__dict__`, to look up a name that is recorded
+    separately."""
+    frame = sys._getframe(3)  # # skips note_read and the replaced __getattribute__
     return is_library(frame.f_globals.get("__name__"))
 
 
 def _asked_by_writer() -> bool:
-    """Return whether a module's table was asked for by PyTorch, in order to put something there, or
-    to find the module that a trace is at."""
+    """Return whether PyTorch read a module's table to write to it, or to find the module being
+    traced."""
     frame = sys._getframe(3)
     home = frame.f_globals.get("__name__", "")
     return frame.f_code.co_name in _WRITERS or home.startswith(("torch._functorch", "torch.export"))
 
 
 def _patch(cls: type) -> bool:
-    """Have a class's attribute functions note what they do; tell whether it is to be released.
+    """Replace a class's attribute methods by recording ones; returns whether to restore them later.
 
-    What another recorder has replaced is shared with it; what a class inherits notes already.
+    A replacement made by another recorder is shared; inherited methods already record.
     """
     with _lock:
         if cls in patched:
@@ -361,16 +364,16 @@ def _patch(cls: type) -> bool:
 
 
 def _noting(get: Callable[..., Any], put: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """Return attribute functions that do what these do, and tell the recorder that is on."""
+    """Return attribute methods that wrap the given ones and report to the active recorder."""
 
     def __getattribute__(self: Any, name: str) -> Any:
-        recorder = getattr(_active, "recorder", None)
+        recorder = getattr(active, "recorder", None)
         if recorder is not None:
             recorder.note_read(self, name)
         return get(self, name)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        recorder = getattr(_active, "recorder", None)
+        recorder = getattr(active, "recorder", None)
         if recorder is not None:
             recorder.note_write(self, name, value)
         put(self, name, value)
@@ -379,7 +382,7 @@ def _noting(get: Callable[..., Any], put: Callable[..., Any]) -> dict[str, Calla
 
 
 _NOTES = "turbotx_notes"
-"""The mark of functions that `_noting` made."""
+"""Marks the methods made by `_noting`."""
 
 saved_methods: dict[type, list[tuple[str, Any]]] = {}
 

@@ -1,8 +1,9 @@
-"""Unfollowed: writes to state that a program cannot reproduce: restored, and refused by name.
+"""Unfollowed: writes to state that a program cannot reproduce; they are undone, and refused by
+name.
 
-In: the functions that a model's forward may run, and its classes, before a trace. Out: afterwards,
-an error where a global or a variable of an enclosing function, a class's attribute, a thread local
-or a context variable is another now, or where an iterator was there to be moved on::
+In: the functions that a model's forward may run, and its classes, before a trace. Out: after it, an
+error if a global, a variable of an enclosing function, a class attribute, a thread local or a
+context variable has changed, or if an iterator could have been advanced::
 
     global calls; calls += 1  ->  CaptureError: its code sets 'calls' (0) to 1 ...
 """
@@ -35,7 +36,7 @@ _PLAIN = (
 
 @dataclass(frozen=True)
 class _Held:
-    """A table of names, what was in it, and how to set one of them."""
+    """A table of names, its contents before the trace, and how to set an entry."""
 
     text: str
     held: Callable[[], Mapping[str, Any]]
@@ -44,7 +45,7 @@ class _Held:
 
 
 class Unfollowed:
-    """What was there before a trace of a model."""
+    """The state before a trace of a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._tables: dict[int, _Held] = {}
@@ -60,7 +61,7 @@ class Unfollowed:
         self._tables.setdefault(id(owner), _Held(text, held, put, now))
 
     def note_functions(self, functions: Iterable[types.FunctionType]) -> None:
-        """Look at the globals and the variables around that functions set."""
+        """Record the globals and enclosing variables that functions set."""
         scopes: dict[int, tuple[dict[str, Any], set[str]]] = {}
         for function in functions:
             free = function.__code__.co_freevars
@@ -79,9 +80,9 @@ class Unfollowed:
             self._note(scope, "", read, partial(_put_in_dict, scope))
 
     def meet(self, value: Any) -> None:
-        """Look at an object that the code got hold of."""
+        """Record an object that the code reaches."""
         if isinstance(value, threading.local):
-            held = vars(value)  # this thread's
+            held = vars(value)  # # of this thread
             self._note(value, "", partial(dict, held), partial(_put_in_dict, held))
         elif isinstance(value, contextvars.ContextVar):
             self._note(value, "", partial(_in_context, value), partial(_put_in_context, value))
@@ -90,8 +91,9 @@ class Unfollowed:
 
     @contextmanager
     def refused(self, name: str) -> Generator[None]:
-        """At the end put back what plain values, tensors and sizes were set; raise CaptureError
-        of the model called `name` that tells the first, where there is no other error."""
+        """Context manager: on exit, restore values, tensors and sizes that were set; then raise
+        CaptureError for the model called `name` about the first one, unless another error is
+        active."""
         try:
             yield
         except BaseException:
@@ -115,7 +117,7 @@ class Unfollowed:
             now = dict(table.held())
             for name in {*now, *table.before}:
                 value, before = now.get(name, MISSING), table.before.get(name, MISSING)
-                # Functions and modules are looked up once and kept: that decides nothing.
+                # # Functions and modules are looked up once and cached: harmless.
                 if value is not before and isinstance(value, _PLAIN) and name[:2] != "__":
                     table.put(name, before)
                     changed.append((table.text + name, before, value))
@@ -141,7 +143,7 @@ def _in_context(variable: contextvars.ContextVar[Any]) -> dict[str, Any]:
 
 
 def _put_in_context(variable: contextvars.ContextVar[Any], _: str, value: Any) -> None:
-    if value is not MISSING:  # nothing takes one out but the token of its setting
+    if value is not MISSING:  # # only the token of its setting could remove a value
         variable.set(value)
 
 

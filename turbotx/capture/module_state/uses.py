@@ -1,13 +1,13 @@
 """Uses: whether bytecode only writes to the container under a name, and never reads it.
 
-In: a name and the code that runs. Out: True where each use of the name ends in a write, which may
-go through items by key; what lies in the container then decides nothing in that code::
+In: a name and the code that runs. Out: True if each use of the name ends in a write, also to an
+item of the container; its contents then do not affect that code::
 
     self.seen.append(x); self.kept["deep"][n] = x    ->  True for "seen", True for "kept"
     if len(self.seen) < 3: ...                       ->  False
 
-Only the container's own methods of `WRITES` count. Anything that the bytecode does not show
-plainly, an alias, a branch in between, `getattr`, counts as a read.
+Only the container's own methods in `WRITES` count. Everything that is not evident from the bytecode
+(an alias, a branch in between, `getattr`) counts as a read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _IDLE = frozenset(("CACHE", "EXTENDED_ARG", "NOP"))
 
 
 def is_only_written(name: str, codes: Iterable[types.CodeType], local: bool = False) -> bool:
-    """Return whether no code reads what the container called `name` holds.
+    """Return whether no code reads the contents of the container called `name`.
 
     local: whether the name is one of the function's own arguments.
     """
@@ -52,14 +52,14 @@ def _only_writes(name: str, code: types.CodeType, local: bool) -> bool:
 
 
 def _ends_in_write(steps: list[dis.Instruction], start: int) -> bool:
-    """Follow the container, which the step before `start` has put on the stack."""
-    above = 0  # how much lies on the stack above it, or above the item of it that was asked for
+    """Follow the container, which the step before `start` pushed on the stack."""
+    above = 0  # # the number of stack entries above it, or above its item
     for step in steps[start:]:
         if above == 0 and step.opname in _METHODS:
             return step.argval in WRITES
         if above == 1 and step.opname == "STORE_SUBSCR":
             return True
-        if step.opname == "BUILD_SLICE":  # what is there is replaced, not added to
+        if step.opname == "BUILD_SLICE":  # # a slice is replaced, not appended to
             return False
         if above == 1 and step.opname == "BINARY_SUBSCR":
             above = 0

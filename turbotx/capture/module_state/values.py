@@ -1,16 +1,16 @@
-"""Values: comparable descriptions of what a trace read, and how changes of it are noticed.
+"""Values: comparable descriptions of what a trace read, for detecting changes.
 
-In: anything that an attribute, a global or a closure holds. Out: a description that is equal only
-for what a trace would have taken for the same, and the dicts and lists it came from::
+In: the value of an attribute, a global or a closure variable. Out: a description that is equal only
+for values that a trace would treat the same, and the dicts and lists it came from::
 
-    Look()(-0.0)        ->  (float, "-0x0.0p+0")        told from 0.0, and nan is like itself
+    Look()(-0.0)        ->  (float, "-0x0.0p+0")        differs from 0.0, and nan equals itself
     Look()({"a": [1]})  ->  (dict, (((str, "a"), (list, ((int, 1),))),))
 
-Plain constants go by type and value, containers by what they hold, numpy arrays by their bytes
-while they are small, context variables and thread locals by what they hold for the caller, tensors,
-modules, functions and other objects by which they are. The
-attributes of an object are noted when they are read (`recorder.py`); those of a class that cannot
-be watched so, as types.SimpleNamespace, are looked at with the object.
+Constants are compared by type and value, containers by their contents, small numpy arrays by their
+bytes, context variables and thread locals by their value for the caller; tensors, modules,
+functions and other objects by identity. The attributes of an object are recorded when they are read
+(`recorder.py`); those of classes that cannot be recorded this way, such as types.SimpleNamespace,
+are compared with the object.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from turbotx.capture.torchao_weights import is_torchao
+from turbotx.capture.torchao_weights import scheme_of
 
 MAX_DEPTH = 8
-"""Containers in containers; deeper ones go by which they are."""
+"""The deepest nesting of containers; deeper ones are compared by identity."""
 MAX_ITEMS = 4096
-"""Items of one value in all, and elements of a numpy array; those beyond go by which they are."""
+"""The most items of one value in all, and elements of a numpy array; those beyond are compared by
+identity."""
 
 MISSING = enum.Enum("MISSING", "missing").missing  # type: ignore[attr-defined]
-"""What an attribute is that is not there; hasattr looks for some."""
+"""The value of an attribute that does not exist; hasattr looks for some."""
 
 _EXACT = (bool, int, str, bytes, type(None), type(Ellipsis), range)
 _CONSTANT = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum)
@@ -56,7 +57,7 @@ _HEAP_TYPE = 1 << 9
 _BY_CONTEXT = (contextvars.ContextVar, threading.local)
 
 unwatchable: set[type] = set()
-"""Classes that refused to have their reads noted: their objects are looked at as a whole."""
+"""Classes whose attribute methods cannot be replaced: their objects are compared as a whole."""
 
 
 @functools.cache
@@ -67,8 +68,8 @@ def is_library(name: str | None) -> bool:
 
 
 def is_watchable(cls: type) -> bool:
-    """Return whether reads of attributes of its objects are noted: classes of users, and of
-    libraries of models, written in Python."""
+    """Return whether reads of attributes of a class's objects can be recorded: classes of users and
+    of model libraries, written in Python."""
     if not cls.__flags__ & _HEAP_TYPE or cls in unwatchable:
         return False
     if issubclass(cls, (nn.Module, torch.Tensor, enum.Enum, type, *_BY_CONTEXT)):
@@ -77,18 +78,18 @@ def is_watchable(cls: type) -> bool:
 
 
 def _in_this_context(value: Any) -> dict[str, Any]:
-    """Return what a context variable, or an object with attributes a thread, holds here and now."""
+    """Return what a context variable or a thread local holds in this context."""
     if isinstance(value, contextvars.ContextVar):
         try:
             return {"value": value.get()}
         except LookupError:
             return {}
-    return dict(value.__dict__)  # its own: each thread is given another
+    return dict(value.__dict__)  # # a separate dict for each thread
 
 
 def held_by(value: Any) -> list[Any]:
-    """Return what an object holds that is looked at with it, as Look describes it: the items of a
-    container, a partial's parts, a method's object, attributes whose reads are not recorded."""
+    """Return the parts of an object that Look describes with it: the items of a container, a
+    partial's parts, a method's object, attributes whose reads are not recorded."""
     cls = type(value)
     held: list[Any] = []
     if isinstance(value, dict):
@@ -115,25 +116,26 @@ def held_by(value: Any) -> list[Any]:
 
 
 class Look:
-    """Describes values; afterwards `dicts`, `lists`, `cells`, `tensors` and `sets` are what to
-    watch for changes, and `unversioned` tells that some content can only be compared."""
+    """Describes values; afterwards `dicts`, `lists`, `cells`, `tensors` and `sets` are the objects
+    to watch for changes, and `unversioned` says that some content can only be compared."""
 
     def __init__(self, left_out: Mapping[int, frozenset[Any] | None] | None = None) -> None:
-        """left_out: by the id of a container, keys that do not count, or None for all it holds."""
+        """Create a Look. left_out: by the id of a container, the keys to ignore, or None for all
+        contents."""
         self._left_out = left_out or {}
-        self.held: set[int] = set()  # every container that was looked into, or left out
+        self.held: set[int] = set()  # # every container that was described or ignored
         self.dicts: dict[int, dict[Any, Any]] = {}
         self.lists: dict[int, list[Any]] = {}
         self.cells: dict[int, types.CellType] = {}
         self.tensors: dict[int, torch.Tensor] = {}
         self.sets: dict[int, set[Any]] = {}
-        self.kept: list[Any] = []  # so that an id stays what it was taken from
+        self.kept: list[Any] = []  # # keeps ids valid
         self.unversioned = False
         self._items = 0
         self._open: dict[int, int] = {}
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
-        """Return a description of `value` to compare by: hashable parts, compared with ==."""
+        """Return a description of `value`: hashable parts, compared with ==."""
         cls = type(value)
         if cls in _EXACT:
             return cls, value
@@ -154,7 +156,7 @@ class Look:
         return self._contents(cls, value, depth)
 
     def _contents(self, cls: type, value: Any, depth: int) -> Any:
-        """Describe a container, or what is to be looked at as one."""
+        """Describe a container, or an object that is treated as one."""
         self._open[id(value)] = len(self._open)
         self.held.add(id(value))
         hidden = self._left_out.get(id(value), frozenset())
@@ -162,7 +164,7 @@ class Look:
             if hidden is None:
                 return self._which(value)
             if isinstance(value, _BY_CONTEXT):
-                self.unversioned = True  # nothing tells when a thread or a task has another
+                self.unversioned = True  # set per thread or task, unseen
                 held = _in_this_context(value)
                 return cls, self._which(value), self._pairs(held.items(), depth)
             if isinstance(value, dict):
@@ -179,7 +181,7 @@ class Look:
                 self.unversioned |= isinstance(value, collections.deque)
                 return cls, self._each(value, depth), self._own(value, depth)
             if isinstance(value, types.MappingProxyType):
-                self.unversioned = True  # what is behind it cannot be reached
+                self.unversioned = True  # # the mapping behind it cannot be reached
                 return cls, self._pairs(value.items(), depth)
             if isinstance(value, (bytearray, array.array)):
                 self.unversioned = True
@@ -191,7 +193,7 @@ class Look:
             if isinstance(value, functools.partial):
                 parts = (value.func, value.args, value.keywords)
                 return cls, self._each(parts, depth)
-            if isinstance(value, types.MethodType):  # made anew by each read
+            if isinstance(value, types.MethodType):  # # created by each read
                 return cls, self._which(value.__func__), self._which(value.__self__)
             if isinstance(value, slice):
                 return cls, self._each((value.start, value.stop, value.step), depth)
@@ -223,7 +225,7 @@ class Look:
         return tuple(self(v, depth + 1) for v in list(values))
 
     def _tensor(self, value: torch.Tensor) -> Any:
-        """Describe a tensor that is no module's: a trace takes what it holds for a constant."""
+        """Describe a tensor that belongs to no module: a trace treats its values as constants."""
         if value.is_inference() or not _has_data(value):
             self.unversioned = True
             return self._which(value)
@@ -251,15 +253,16 @@ class Look:
 
 
 def describe_own_tensor(tensor: torch.Tensor | None) -> Any:
-    """Describe a parameter or buffer in its module, which programs read anew when it is replaced:
-    not which one it is, but what a trace sees of it."""
+    """Describe a parameter or buffer of a module by what a trace sees of it, not by identity:
+    programs pick up a replacement."""
     if tensor is None or not isinstance(tensor, torch.Tensor):
         return type(tensor), tensor if tensor is None else id(tensor)
     strides = tensor.stride() if tensor.layout is torch.strided else None
     kind = getattr(type(tensor), "stands_for", type(tensor))  # as of `PackedParameter`
-    if is_torchao(tensor):  # a trace is given floats
+    scheme = scheme_of(tensor)
+    if scheme is not None:  # a trace is given floats that stand for it
         kind = nn.Parameter
-    return kind, tensor.dtype, tensor.device, tuple(tensor.shape), strides
+    return kind, scheme, tensor.dtype, tensor.device, tuple(tensor.shape), strides
 
 
 def describe_table(look: Look, table: Mapping[str, Any]) -> Any:
@@ -276,7 +279,7 @@ def _has_data(tensor: torch.Tensor) -> bool:
 
 
 def show(value: Any) -> str:
-    """Return a value as a message has it."""
+    """Format a value for a message."""
     if value is MISSING:
         return "not there"
     if isinstance(value, torch.Tensor):

@@ -1,7 +1,7 @@
 """Effects: what a call changes in the user's containers and objects, replayed after each run.
 
 In: what a trace wrote (`watched.py`). Out: the tensors and sizes among it, which become results of
-the program, and how to put them where the model's code puts them, at every call::
+the program, and the writes that put them in place after every call::
 
     self.kept["mask"] = mask; seen.append(x)  ->  [Effect(kept, Put("mask", 0)), Effect(seen, ...)]
 """
@@ -26,7 +26,7 @@ _SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class SizesNeeded(Exception):
-    """The code makes a key of sizes: these symbols have to be plain numbers while it is traced."""
+    """The code makes a dict key from sizes: these symbols must be constants in the trace."""
 
     def __init__(self, symbols: frozenset[str]) -> None:
         super().__init__(f"{sorted(symbols)} are needed as plain numbers")
@@ -35,14 +35,14 @@ class SizesNeeded(Exception):
 
 @dataclass(frozen=True)
 class _Result:
-    """Stands for the place-th of the program's results that are no results of the call."""
+    """Stands for result number `place` of the program's additional results."""
 
     place: int
 
 
 @dataclass(frozen=True)
 class Effect:
-    """One write: `difference` to `target`, its values being `spec` over `leaves`."""
+    """One write: `difference` applied to `target`; its value is `spec` over `leaves`."""
 
     target: Any
     text: str
@@ -51,12 +51,12 @@ class Effect:
     leaves: tuple[Any, ...]
     makes_tensor: bool = False
     makes_size: bool = False
-    """Whether what is written is a tensor of this call, or a size of it."""
+    """Whether the value written is a tensor of this call, or a size of it."""
     unread: bool = False
-    """Whether the code looked at nothing that was there before."""
+    """Whether the code did not read the previous contents."""
 
     def replay(self, results: Sequence[Any]) -> None:
-        """Write it again, with the results of another run."""
+        """Repeat the write with the results of another run."""
         leaves = [results[x.place] if isinstance(x, _Result) else x for x in self.leaves]
         value = pytree.tree_unflatten(leaves, self.spec)
         apply(self.target, replace(self.difference, value=value))
@@ -65,10 +65,10 @@ class Effect:
 def find_effects(
     watched: Iterable[Watched], original_of: Callable[[Any], Any], symbols: frozenset[str]
 ) -> tuple[list[Effect], list[Any]]:
-    """Return what was written, and the tensors and sizes in it, in the order of their places.
+    """Return the writes, and the tensors and sizes in them, in the order of their places.
 
-    symbols: the names of sizes in this trace. Raises SizesNeeded where a key is made of them, and
-    CaptureError where something was written that holds a tensor and is not known to be a tree.
+    symbols: the names of sizes in this trace. Raises SizesNeeded if a key is made from them, and
+    CaptureError if a value was written that holds a tensor and is not a known container.
     """
     effects: list[Effect] = []
     results: list[Any] = []

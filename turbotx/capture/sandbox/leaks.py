@@ -1,12 +1,12 @@
 """Leaks: finds fake tensors and symbolic sizes that a trace left in the user's objects.
 
-In: a model, arguments, anything. Out: where in it something of a trace is; nothing after a capture,
-whether it succeeded or not, for example::
+In: a model, arguments, any object. Out: the paths to objects of a trace in it; there are none after
+a capture, whether or not it succeeded, for example::
 
     find_leaks({"kept": [FakeTensor(...)]}, "state")  ->  ["state['kept'][0]: FakeTensor"]
 
-It goes where Python's own collector goes, through any container, object, closure and cache, but
-not into what all programs share: modules of Python, classes of libraries, code.
+The search follows the references that Python's garbage collector follows, through any container,
+object, closure and cache, except what all programs share: Python modules, library classes, code.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ TRACED = (FakeTensor, torch.SymInt, torch.SymFloat, torch.SymBool, fx.Proxy)
 
 _PASSED_BY = (types.ModuleType, types.CodeType, types.FrameType, FakeTensorMode, fx.Graph, fx.Node)
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-"""Constants, in which nothing lies."""
+"""Types of constants, which refer to nothing."""
 
 
 def find_leaks(root: Any, name: str = "", most: int = 10, limit: int = 300_000) -> list[str]:
-    """Return where under `root` something of a trace is, up to `most` places.
+    """Return the paths below `root` to objects of a trace, at most `most`.
 
-    Looks at `limit` objects at most, nearest first. Of a function it looks at the globals that its
-    code names; turbotx's own objects, which keep graphs, are passed by.
+    Visits at most `limit` objects, breadth first. Of a function's globals, only those that its code
+    names are visited; turbotx's own objects, which hold graphs, are skipped.
     """
     found: list[str] = []
     seen = {id(root)}
     queue: list[tuple[Any, str]] = [(root, name)]
-    for value, path in queue:  # the queue grows meanwhile
+    for value, path in queue:  # # the queue grows meanwhile
         if isinstance(value, TRACED):
             found.append(f"{path}: {type(value).__name__}")
             if len(found) >= most:
@@ -56,7 +56,7 @@ def find_leaks(root: Any, name: str = "", most: int = 10, limit: int = 300_000) 
 def _inside(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, _PASSED_BY) or (isinstance(value, type) and _is_shared(value)):
         return []
-    # A class of an extension may have no name of its module, but a descriptor in its place.
+    # # A class of an extension may have a descriptor in place of its module's name.
     if str(type(value).__module__).startswith("turbotx.") and not isinstance(value, nn.Module):
         return []
     if type(value) is dict or isinstance(value, dict):

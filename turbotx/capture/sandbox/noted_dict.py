@@ -1,7 +1,7 @@
 """Noted dict: records which keys of a dict a trace reads before it writes them.
 
 In: a dict of the model's, copied for a trace. Out: the same to the model's code, and afterwards
-whether what lay under a key when the call began was looked at::
+whether the value of a key at the start of the call was read::
 
     kept["x"] = x * 2;  y = kept["x"]     ->  kept.was_read("x") is False
     if "x" in kept: ...;  kept["x"] = x   ->  kept.was_read("x") is True
@@ -16,20 +16,20 @@ _MISSING = object()
 
 
 class NotedDict(dict[Any, Any]):
-    """A dict that knows what of its first contents was asked for since `begin`."""
+    """A dict that records which of its initial entries were read since `begin`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.begin()
 
     def begin(self) -> None:
-        """Take what it holds now for its first contents, of which nothing was read."""
+        """Take the current contents as the initial ones, none of them read."""
         self._written: set[Any] = set()
         self._read: set[Any] = set()
         self._cleared = self._read_all = False
 
     def was_read(self, key: Any) -> bool:
-        """Return whether the code depends on what was under a key, or on whether anything was."""
+        """Return whether the code depends on the initial value of a key, or on its presence."""
         return self._read_all or key in self._read
 
     def _note(self, key: Any) -> None:
@@ -37,11 +37,11 @@ class NotedDict(dict[Any, Any]):
             self._read.add(key)
 
     def _note_all(self) -> None:
-        # Of keys that were all written since, nothing is seen that was there before.
+        # # If every key was written since, nothing from before is seen.
         if not self._cleared and not self._written.issuperset(dict.keys(self)):
             self._read_all = True
 
-    # --- what reads one key ---
+    # # --- reads of one key ---
 
     def __getitem__(self, key: Any) -> Any:
         self._note(key)
@@ -52,11 +52,11 @@ class NotedDict(dict[Any, Any]):
         return super().__contains__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """Return the entry or `default`; notes the key as read."""
+        """Return the entry or `default`; records the key as read."""
         self._note(key)
         return super().get(key, default)
 
-    # --- what writes ---
+    # # --- writes ---
 
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key, value)
@@ -68,19 +68,19 @@ class NotedDict(dict[Any, Any]):
         self._written.add(key)
 
     def pop(self, key: Any, default: Any = _MISSING) -> Any:
-        """Remove and return the entry; notes the key as read and written."""
+        """Remove and return the entry; records the key as read and written."""
         self._note(key)
         found = super().pop(key) if default is _MISSING else super().pop(key, default)
         self._written.add(key)
         return found
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        """Return the entry, set to `default` where there is none; notes the key as read."""
+        """Return the entry, set to `default` if missing; records the key as read."""
         self._note(key)
         return super().setdefault(key, default)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Set several entries; notes their keys as written."""
+        """Set several entries; records their keys as written."""
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
@@ -89,7 +89,7 @@ class NotedDict(dict[Any, Any]):
         return self
 
     def clear(self) -> None:
-        """Remove all entries: nothing that was there before is read from now on."""
+        """Remove all entries: later reads cannot see the initial ones."""
         super().clear()
         self._cleared = True
 

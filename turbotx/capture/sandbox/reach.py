@@ -1,11 +1,11 @@
 """Reach: the objects that a model's code can write to besides the model: globals, closures, caches.
 
 In: a model, and the functions and objects among its attributes. Out: every container and object
-that the code names, to be watched, and every `functools.lru_cache`, with where it is found::
+that the code names, to be watched, and the location of every `functools.lru_cache`::
 
     forward of class Masked, which reads the global KEPT  ->  Watched(KEPT, "KEPT of masked.py")
 
-The code is read, not run: what it reaches by a name that is made at run time is not seen.
+The code is analyzed, not run: objects reached by names computed at run time are not found.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from turbotx.capture.sandbox.leaks import find_leaks
 from turbotx.capture.sandbox.watched import CONTAINERS, Watched
 
 MAX_DEPTH = 4
-"""Containers in containers, and objects in objects, that are looked into."""
+"""The deepest nesting of containers and objects that is searched."""
 MAX_ITEMS = 20_000
-"""Items that are looked at in all; what lies behind is not watched."""
+"""The most items that are visited in all; those beyond are not watched."""
 
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 _CACHE = type(functools.lru_cache(lambda: None))
 
 
 class Reach:
-    """watched: containers, and the `__dict__`s of objects. caches: (namespace, name, lru_cache);
-    loose: those that no namespace holds, with how often they have missed."""
+    """watched: containers, and the `__dict__`s of objects. caches: (namespace, name, lru_cache).
+    loose: caches that are in no namespace, with their number of misses."""
 
     def __init__(
         self, model: nn.Module, shared: Iterable[tuple[Any, str]], known: dict[int, Any]
     ) -> None:
-        """shared: what to look at, with where it was found. known: what is watched already."""
+        """Search. shared: objects to visit, with their locations. known: objects already watched,
+        by id."""
         self._waiting: list[tuple[Any, type | None]] = []
         self.watched: list[Watched] = []
         self.caches: list[tuple[Any, str, Any]] = []
@@ -62,7 +63,8 @@ class Reach:
             self._look_at_function(*self._waiting.pop())
 
     def clear_loose(self) -> None:
-        """Empty the caches that a trace added to, since no single entry of one can go."""
+        """Clear the caches that a trace added entries to, since single entries cannot be
+        removed."""
         for k, (cache, misses) in enumerate(self.loose):
             if cache.cache_info().misses != misses:
                 cache.cache_clear()
@@ -70,8 +72,8 @@ class Reach:
 
     @contextmanager
     def past_caches(self) -> Iterator[None]:
-        """Bypass each `lru_cache` in this thread, inside the context, for calls that return tensors
-        or are given sizes: no cache may hold an object of a trace."""
+        """Context manager: bypass each `lru_cache` in this thread for calls that return tensors or
+        receive sizes, so that no cache keeps an object of a trace."""
         owner, replaced = threading.get_ident(), []
         for scope, name, cache in self.caches:
             raw = scope[name] if isinstance(scope, dict) else vars(scope)[name]
@@ -93,7 +95,7 @@ class Reach:
         return True
 
     def _visit(self, value: Any, text: str, depth: int, names: frozenset[str]) -> None:
-        """Look at a value that code with these `names` in it may write to or run."""
+        """Visit a value that code with these `names` in it may write to or run."""
         kind = type(value)
         if kind is types.FunctionType:
             self._visit_function(value, None)
@@ -113,7 +115,7 @@ class Reach:
             if not _is_library(value.__module__):
                 self._visit_class(value, names)
         elif kind is types.ModuleType:
-            if depth <= MAX_DEPTH and not _is_library(value.__name__):  # they name each other
+            if depth <= MAX_DEPTH and not _is_library(value.__name__):  # no cycles
                 self._visit_scope(vars(value), value.__name__, depth, names)
         elif depth <= MAX_DEPTH and _is_users_object(value) and self._is_new(value):
             attributes = object.__getattribute__(value, "__dict__")
@@ -134,7 +136,8 @@ class Reach:
             self._visit(item, f"{text}[{key!r}]", depth + 1, names)
 
     def _visit_class(self, cls: type, names: frozenset[str]) -> None:
-        """Look at what code names of a class: a table that all its objects share, and methods."""
+        """Visit the attributes of a class that code names: tables shared by all its objects, and
+        methods."""
         for base in cls.__mro__:
             if not _is_library(base.__module__):
                 self._visit_scope(vars(base), base.__qualname__, 0, names, base)
@@ -167,11 +170,11 @@ class Reach:
                 return
 
     def _visit_function(self, function: Any, cls: type | None) -> None:
-        """Look at a function later, since chains of functions that name each other are long."""
+        """Queue a function, since chains of functions that name each other are long."""
         self._waiting.append((function, cls))
 
     def _look_at_function(self, function: Any, cls: type | None) -> None:
-        """Look at what a function names; `cls`: whose method it is."""
+        """Visit what a function names; `cls`: the class whose method it is."""
         wrapped = getattr(function, "__wrapped__", None)
         if wrapped is not None and type(wrapped) is types.FunctionType:
             self._visit_function(wrapped, cls)
@@ -206,7 +209,7 @@ def _pass_by(cache: Any, owner: int) -> Any:
             return cache(*args, **kwargs)
         given = find_leaks((args, kwargs), most=1, limit=1000)
         made = cache.__wrapped__(*args, **kwargs)
-        # What holds nothing of a trace is the cache's own: it may be an object that is compared.
+        # # A result without objects of a trace comes from the cache: its identity may matter.
         return made if given or find_leaks(made, most=1, limit=1000) else cache(*args, **kwargs)
 
     for name in ("cache_info", "cache_clear", "cache_parameters"):
@@ -215,7 +218,8 @@ def _pass_by(cache: Any, owner: int) -> Any:
 
 
 def _is_library(name: str | None) -> bool:
-    """Return whether code is not looked into: a trace writes to sympy's own caches."""
+    """Return whether code is not searched; sympy is excluded because a trace writes to its
+    caches."""
     return is_library(name) or str(name).partition(".")[0] == "sympy"
 
 

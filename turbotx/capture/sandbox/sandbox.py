@@ -1,7 +1,7 @@
-"""Sandbox: runs user code under a trace on copies, so that no change of it remains.
+"""Sandbox: runs user code under a trace on copies, so that none of its changes remain.
 
-In: a model. Out: its shadow to be traced, and what the traced call would leave behind; everything
-that the code wrote to besides is put back, however the trace ended::
+In: a model. Out: a copy of it to trace, and the side effects of the traced call; everything else
+that the code wrote to is restored, however the trace ends::
 
     with sandbox.held():
         exported = torch.export.export(flat, examples)     # flat.forward: begin, model, finish
@@ -28,7 +28,7 @@ from turbotx.ir.expr import expr
 
 
 class Sandbox:
-    """model: what is to be traced. out_spec, constants, effects: of the latest run of the code."""
+    """model: the copy to trace. out_spec, constants, effects: of the latest run of the code."""
 
     out_spec: pytree.TreeSpec
     constants: dict[int, Any]
@@ -47,7 +47,7 @@ class Sandbox:
         self.effects: tuple[Effect, ...] = ()
 
     def follows(self, container: object) -> bool:
-        """Return whether what the code writes to this container or `__dict__` is noted."""
+        """Return whether writes of the code to this container or `__dict__` are recorded."""
         return id(container) in self._followed
 
     @contextmanager
@@ -63,7 +63,7 @@ class Sandbox:
             self._reach.clear_loose()
 
     def begin(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Say that the code is run now, on these; a trace may do so more than once."""
+        """Start a run of the code on these tensors; a trace may run it more than once."""
         limit_flags()
         self._reach.clear_loose()
         for watched in self._watched:
@@ -77,15 +77,15 @@ class Sandbox:
         return [by_identity(contents) for contents in kept], kept
 
     def finish(self) -> list[object]:
-        """Return the tensors and sizes that the code has left behind, for effects to be made of."""
+        """Return the tensors and sizes that the code's side effects store, and set `effects`."""
         symbols = frozenset(s for sizes in self._inputs for size in sizes for s in size)
         effects, results = find_effects(self._watched, self.original_of, symbols)
         self.effects = tuple(effects)
         return results
 
     def find_spelled(self, error: Exception) -> frozenset[tuple[int, int]]:
-        """Return the (input, dim) whose sizes the code made a key of, in a dict, a set or a cache,
-        so that an error came of it: they are to be plain numbers."""
+        """Return the (input, dim) pairs whose sizes the code used in a key of a dict, a set or a
+        cache, which caused the error: they must be constants."""
         symbols: set[str] = set()
         if isinstance(error, SizesNeeded):
             symbols |= error.symbols

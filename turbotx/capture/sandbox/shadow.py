@@ -1,14 +1,14 @@
-"""Shadow: a copy of the model that is traced in its place, so that the model stays untouched.
+"""Shadow: a copy of the model that is traced in its place, so that the model stays unchanged.
 
-In: a model. Out: modules of the same classes over the same tensors, whose dicts, lists and sets are
-copies; what the trace exchanges or writes there, no other thread and no later call sees::
+In: a model. Out: modules of the same classes with the same tensors, whose dicts, lists and sets are
+copies; other threads and later calls do not see what the trace writes there::
 
     shadow = Shadow(model)
     shadow.model.encoder.weight is model.encoder.weight  ->  True
     shadow.original_of(shadow.model.encoder) is model.encoder  ->  True
 
-Methods, partials, weak references and closures that lead to a module of the model lead to its
-shadow. Other functions and objects are shared: `reach.py` finds what is written to through them.
+Methods, partials, weak references and closures that refer to a module of the model refer to its
+copy. Other functions and objects are shared: `reach.py` finds what is written through them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from turbotx.capture.sandbox.watched import CONTAINERS, DICTS, Watched
 
 _KEPT = (*PLAIN, torch.Tensor)
 _TABLES = frozenset(vars(nn.Module()))
-"""Attributes of a module that are PyTorch's own."""
+"""The attributes of every module that belong to PyTorch."""
 
 
 class Shadow:
@@ -39,11 +39,11 @@ class Shadow:
     def __init__(self, model: nn.Module) -> None:
         self._copies: dict[int, Any] = {}
         self._originals: dict[int, Any] = {}
-        self._alive: list[Any] = []  # an id means something as long as its owner lives
+        self._alive: list[Any] = []  # # keeps ids valid: an id may be reused once its owner dies
         self.watched: list[Watched] = []
         self.shared: list[tuple[Any, str]] = []
-        """Functions and other objects among the attributes and hooks, which may run, and be written
-        to; with where they were found."""
+        """Functions and other objects among the attributes and hooks, which may run or be written
+        to, with their locations."""
         self._paths = {id(m): name for name, m in model.named_modules()}
         self._cells: dict[int, tuple[types.CellType, types.CellType]] = {}
         self.model = self._copy(model, "")
@@ -51,12 +51,12 @@ class Shadow:
             copied.cell_contents = self._copies.get(id(cell.cell_contents), cell.cell_contents)
 
     def original_of(self, value: Any) -> Any:
-        """Return the user's own for a copy, and anything else as it is."""
+        """Return the user's object for a copy, and anything else as it is."""
         return self._originals.get(id(value), value)
 
     @property
     def copies(self) -> dict[int, Any]:
-        """All that was copied, by its id."""
+        """Everything that was copied, by id."""
         return {id(x): x for x in self._alive if id(x) in self._originals}
 
     def _remember(self, original: Any, copied: Any) -> None:
@@ -90,8 +90,9 @@ class Shadow:
         return value
 
     def _copy_function(self, function: types.FunctionType) -> Any:
-        """Return a function whose closure leads to the shadow where it leads to the model, as that
-        of a hook does; itself where it leads nowhere, or sets what is around it."""
+        """Copy a function whose closure refers to the model, as a hook's does, with a closure that
+        refers to the copy. Returns the function itself if its closure does not, or if it sets
+        enclosing variables."""
         cells = function.__closure__ or ()
         code = function.__code__
         if not any(map(self._leads_here, cells)) or _sets_variables_around(code):
@@ -119,14 +120,14 @@ class Shadow:
         copied = object.__new__(type(module))
         self._remember(module, copied)
         own = object.__getattribute__(module, "__dict__")
-        if id(own) in self._copies:  # another object of the same state, as an optimized part has
+        if id(own) in self._copies:  # # another object with the same state, as an optimized part is
             object.__setattr__(copied, "__dict__", self._copies[id(own)])
             return copied
         attributes = object.__getattribute__(copied, "__dict__")
         self._copies[id(own)] = attributes
         for name, value in own.items():
             attributes[name] = self._copy(value, f"{text}.{name}" if text else name)
-        if not isinstance(module, fx.GraphModule):  # which recompiles itself, and writes nothing
+        if not isinstance(module, fx.GraphModule):  # recompiles itself, writes nothing
             self.watched.append(Watched(own, attributes, text))
         return copied
 
@@ -177,7 +178,8 @@ def _is_full(cell: types.CellType) -> bool:
 
 
 def _sets_variables_around(code: types.CodeType) -> bool:
-    """Tell code with a `nonlocal` variable, or functions in it: another function may read it."""
+    """Return whether code sets a variable of an enclosing function, which other functions may
+    read."""
     around = set(code.co_freevars)
     return any(
         step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval in around

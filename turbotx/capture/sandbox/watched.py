@@ -1,7 +1,7 @@
 """Watched: a container or object that a trace may write to, with its contents before and after.
 
-In: a container, or the `__dict__` of an object. Out: the same put back as it was, and the
-differences; the trace works on the user's own, or on a copy whose changes are meant for it::
+In: a container, or the `__dict__` of an object. Out: its contents restored, and the differences
+that the trace made, in the user's object or in a copy of it::
 
     w = Watched(kept, kept, "kept");  kept["mask"] = m;  w.differences()  ->  [Put("mask", m)]
     w.put_back();  kept  ->  {}
@@ -19,7 +19,7 @@ from turbotx.capture.sandbox.noted_dict import NotedDict
 DICTS = (dict, OrderedDict, defaultdict, Counter)
 SEQUENCES = (list, deque)
 CONTAINERS = (*DICTS, *SEQUENCES, set)
-"""Types that are looked into; a subclass may mean anything by its methods."""
+"""Types that are searched; the methods of a subclass may do anything."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,16 @@ class Add:
 
 @dataclass(frozen=True)
 class Taken:
-    """Items that the target had are gone, or elsewhere."""
+    """Items of the target were removed or moved."""
 
 
 Difference = Put | Append | Add | Taken
 
 
 class Watched:
-    """target: what is the user's; traced: what the trace writes to, the same or a copy of it.
-
-    exchanged: the trace itself puts other things in the place of what is there, for each run.
-    shared: the code reaches the user's own besides the copy.
-    """
+    """target: the user's object. traced: what the trace writes to, the same or a copy of it.
+    exchanged: whether the tracer itself replaces the contents in each run. shared: whether the code
+    also reaches the user's object itself."""
 
     def __init__(self, target: Any, traced: Any, text: str, exchanged: bool = False) -> None:
         self.target, self.traced, self.text = target, traced, text
@@ -67,11 +65,11 @@ class Watched:
     def look(self) -> Any:
         """Return a copy of what the traced one holds."""
         if isinstance(self.traced, NotedDict):
-            return dict(dict.items(self.traced))  # which is no read of the code's
+            return dict(dict.items(self.traced))  # # not recorded as a read
         return dict(self.traced) if isinstance(self.traced, dict) else list(self.traced)
 
     def begin(self) -> None:
-        """Have what the code writes from now on be the differences."""
+        """Start recording the differences that the code makes."""
         if not self._exchanged:
             self.put_back()
             if isinstance(self.traced, NotedDict):
@@ -82,13 +80,13 @@ class Watched:
         self._before = self.look()
 
     def is_unread(self, difference: Difference) -> bool:
-        """Return whether the code decided nothing by what was there before it wrote this."""
+        """Return whether the code did not read the previous value before this write."""
         if self.shared or not isinstance(self.traced, NotedDict):
             return False
         return isinstance(difference, Put) and not self.traced.was_read(difference.key)
 
     def put_back(self) -> None:
-        """Give what the trace wrote to the contents that it had, the very same objects."""
+        """Restore the initial contents, the identical objects."""
         self._before = self._own
         if self._same(self.look()):
             return
@@ -126,7 +124,7 @@ class Watched:
             added: list[Difference] = [Add(x) for x in now if id(x) not in known]
             return added if len(now) - len(added) == len(before) else [Taken()]
         if isinstance(self.traced, deque) and self.traced.maxlen is not None:
-            # A full one loses its first item with every append.
+            # # A full one loses its first item with every append.
             lost = next(k for k in range(len(before) + 1) if _begins(now, before[k:]))
             full = lost == 0 or len(now) == self.traced.maxlen
             return [Append(v) for v in now[len(before) - lost :]] if full else [Taken()]

@@ -48,14 +48,14 @@ def bench_model(
     usual = ["turbotx"] if saved else [e for e in ENGINES if e not in ASKED_FOR]
     chosen = list(engines or usual)
     threads = load.threads or torch.get_num_threads()
-    total = 1 + len(wanted)
+    total = 1 + len(chosen) + len(wanted)
     with (
         tempfile.TemporaryDirectory() as folder,
-        output.steps(f"start {len(chosen)} engines, one after another", total=total) as steps,
+        output.steps(f"load {source}", total=total) as steps,
     ):
         files = write_inputs(source, wanted, Path(folder))
         rows: list[dict[str, Any]] = []
-        with Runner(chosen, source, threads) as runner:
+        with Runner(chosen, source, threads, lambda name: steps(f"start {name}")) as runner:
             ready = {e: round(w.ready_s or 0.0, 3) for e, w in runner.workers.items()}
             for dims, file in files:
                 steps(show_shape(dims))

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,15 @@ class Worker:
 class Runner:
     """Worker processes by engine; `failed` maps each missing engine to the reason."""
 
-    def __init__(self, engines: Sequence[str], source: Source, threads: int) -> None:
+    def __init__(
+        self, engines: Sequence[str], source: Source, threads: int,
+        tell: Callable[[str], object] = lambda engine: None,
+    ) -> None:  # fmt: skip
+        """tell: is called with each engine before it is made."""
         self.failed: dict[str, str] = {}
         self.workers: dict[str, Worker] = {}
         for engine in engines:  # sequentially, since making an engine uses all cores
+            tell(engine)
             self.workers[engine] = Worker(engine, source, threads)
             self._guard(engine, self.workers[engine].wait_ready)
 

@@ -16,6 +16,7 @@ import torch
 from turbotx import ir
 from turbotx.ir.expr import Expr, to_c
 from turbotx.ir.primitives import PRIMITIVES, SCANS
+from turbotx.kernels.cpp.contraction import find_products
 from turbotx.kernels.cpp.masks import find_hidden
 
 STORAGE = {
@@ -23,75 +24,20 @@ STORAGE = {
     torch.float16: "ttx::f16", torch.int64: "int64_t", torch.int32: "int32_t",
     torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "uint8_t", torch.bool: "bool",
 }  # fmt: skip
-KEYWORDS = frozenset(
-    [
-        "and",
-        "or",
-        "xor",
-        "not",
-        "bool",
-        "int",
-        "float",
-        "double",
-        "long",
-        "short",
-        "char",
-        "auto",
-        "const",
-        "static",
-        "new",
-        "delete",
-        "this",
-        "if",
-        "else",
-        "for",
-        "while",
-        "do",
-        "switch",
-        "case",
-        "default",
-        "return",
-        "break",
-        "continue",
-        "struct",
-        "class",
-        "enum",
-        "union",
-        "void",
-        "true",
-        "false",
-        "template",
-        "typename",
-        "namespace",
-        "using",
-        "operator",
-        "public",
-        "private",
-        "protected",
-        "signed",
-        "unsigned",
-        "register",
-        "volatile",
-        "inline",
-        "extern",
-        "goto",
-        "try",
-        "catch",
-        "throw",
-        "args",
-        "sizes",
-        "status",
-        "begin",
-        "end",
-        "count",
-        "k",
-        "scratch",
-        "at",
-        "last",
-        "block",
-        "blocks",
-    ]
-)
+_NAMED = """
+    alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t
+    char32_t char8_t class co_await co_return co_yield compl concept const const_cast
+    consteval constexpr constinit continue decltype default delete do double
+    dynamic_cast else enum explicit export extern false float for friend goto if inline
+    int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private
+    protected public register reinterpret_cast requires return short signed sizeof
+    static static_assert static_cast struct switch template this thread_local throw true
+    try typedef typeid typename union unsigned using virtual void volatile wchar_t while
+    xor xor_eq
+    args at begin block blocks count end errno k last scratch sizes status std ttx linux unix
+"""
+KEYWORDS = frozenset(_NAMED.split())
+"""Of C++, then what a kernel's own text names."""
 
 
 class FunctionText:
@@ -102,7 +48,7 @@ class FunctionText:
         self.makers = {r: s for s in kernel.body for r in ir.results_of(s)}
         self.checks = [s for s in kernel.body if isinstance(s, ir.Check)]
         self.checked = {c.value for c in self.checks}
-        self.hidden = find_hidden(kernel)
+        self.hidden, self.products = find_hidden(kernel), find_products(kernel)
         self.lines: list[str] = []
         self.depth = 1
         self.step = ""  # to the next iteration of the loop that threads share
@@ -201,7 +147,10 @@ class FunctionText:
             self._let(s.result, f"ttx::hidden({value})" if s.result in self.hidden else value)
         elif isinstance(s, ir.Compute):
             names = (var(a) for a in s.args)
-            self._let(s.result, PRIMITIVES[s.op].cpp.format(*names, type=STORAGE[s.dtype]))
+            text = PRIMITIVES[s.op].cpp
+            if s.result in self.products:
+                text = "ttx::product({0}, {1})" if s.op == "mul" else f"ttx::rounded({text})"
+            self._let(s.result, text.format(*names, type=STORAGE[s.dtype]))
         elif isinstance(s, ir.Scan):
             running = f"{s.result}_so_far{self.lane}"
             self.put(f"{running} {SCANS[s.op].cpp}= {var(s.args[0])};")
@@ -239,7 +188,7 @@ class FunctionText:
 
 def var(name: str) -> str:
     """Return a C++ identifier for a value, a param or an axis."""
-    return f"{name}_" if name in KEYWORDS else name
+    return f"{name}_" if name in KEYWORDS or name.isupper() else name  # a macro, maybe
 
 
 def literal(value: bool | int | float, dtype: torch.dtype) -> str:

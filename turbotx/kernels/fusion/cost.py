@@ -1,12 +1,12 @@
-"""Cost: decides whether a kernel loads a value that an earlier one has made or computes it again.
+"""Cost: decides whether a kernel loads a value that an earlier kernel computed or recomputes it.
 
-In: the bytes that a region's kernels move either way, as functions of the shape. Out: a `Choice`,
-which says it in words for the report, for example::
+In: the bytes that a region's kernels move in either case, as functions of the shape. Out: a
+`Choice`, with a text for the report, for example::
 
     mul is stored, not computed again: 5*4096*batch rather than 6*4096*batch bytes
 
-The kernels are bound by memory, so bytes decide and arithmetic is free. One program serves every
-shape, so where the shape would decide, a middling one does.
+The kernels are memory-bound, so only bytes count and arithmetic is free. One program serves every
+shape; if the decision depends on the shape, a medium one is used.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from turbotx.ir.expr import ZERO, Expr, evaluate, spell_out
 from turbotx.ir.printer import show_expr
 from turbotx.kernels.fusion.traffic import kernel_traffic
 
-# Every run-time size, where two sums of bytes are to be compared.
+# # The value of every run-time size when two sums of bytes are compared.
 MIDDLING = 64
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a region moves, in bytes, if `value` is stored by one kernel for another, and if not."""
+    """The bytes that a region moves if `value` is stored by one kernel for another, and if it is
+    recomputed."""
 
     value: str
     stored_nbytes: Expr
@@ -35,7 +36,7 @@ class Choice:
 
     @property
     def is_stored(self) -> bool:
-        """Equal bytes are no reason to hold a tensor."""
+        """Whether storing moves fewer bytes; a tie recomputes."""
         return compare_nbytes(self.stored_nbytes, self.recomputed_nbytes) < 0
 
     def __str__(self) -> str:
@@ -47,17 +48,18 @@ class Choice:
 
 
 def moved_nbytes(kernels: Sequence[ir.Kernel]) -> Expr:
-    """Return the bytes that kernels read and write, one after the other."""
+    """Return the bytes that kernels read and write, in sequence."""
     found = [kernel_traffic(kernel) for kernel in kernels]
     return sympy.expand(sum((t.read_nbytes + t.written_nbytes for t in found), ZERO))
 
 
 def compare_nbytes(a: Expr, b: Expr) -> int:
-    """Return a number below, equal to or above zero as `a` is less, as much or more than `b`."""
+    """Return a number below, equal to or above zero if `a` is less than, equal to or more than
+    `b`."""
     difference = spell_out(sympy.expand(a - b))
     for size in (MIDDLING, 16 * MIDDLING):
         try:
             return evaluate(difference, {s.name: size for s in difference.free_symbols})
-        except ArithmeticError:  # no size that this model takes: it divides by zero
+        except ArithmeticError:  # # a size that the model does not accept: division by zero
             continue
     return 0

@@ -1,7 +1,7 @@
 """Epilogues: merges a region that only finishes a GEMM's sums into the GEMM's launch.
 
-In: the fused regions. Out: an `Epilogue` for each region that is one chain from one linear: plus
-bias, an activation, times the factor of a gated layer, plus a residual; for example::
+In: the fused regions. Out: an `Epilogue` for each region that is a single chain from one linear:
+bias, an activation, the product with the factor of a gated layer, a residual; for example::
 
     linear, [add, gelu]          ->  activation(linear + bias), "gelu"
     linear, [silu, mul] of halves ->  "silu", gated
@@ -46,7 +46,7 @@ def _written_out_gelu() -> Any:
     return _sorted("mul", _sorted("mul", X, 0.5), _sorted("add", tanh, 1.0))
 
 
-# What each activation looks like as calls of one value, in `_form`'s terms.
+# # The nested calls of each activation of one value, as `_form` returns them.
 FORMS: dict[Any, str] = {
     X: "none",
     ("relu", X): "relu",
@@ -61,8 +61,9 @@ FORMS: dict[Any, str] = {
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What `linear`'s launch does before it stores `output`: activation(linear + bias), times the
-    second half of the columns if `gated`, plus `residual`. nodes: the calls that this replaces."""
+    """The ops that `linear`'s launch applies before it stores `output`: activation(linear + bias),
+    times the second half of the columns if `gated`, plus `residual`. nodes: the calls that this
+    replaces."""
 
     linear: fx.Node
     output: fx.Node
@@ -75,7 +76,8 @@ class Epilogue:
     @property
     def name(self) -> str:
         """The launch's name: linear_gelu, linear_silu_mul, linear_add, ..."""
-        names = {quantized_linear: "linear_int8", weight_only_linear: "linear_int8_weights"}
+        narrow = "int4" if g.dtype(g.operand(self.linear, 1)) is torch.uint8 else "int8"
+        names = {quantized_linear: "linear_int8", weight_only_linear: f"linear_{narrow}_weights"}
         parts = [names.get(self.linear.target) or op_name(self.linear)]
         parts.append(self.activation if self.activation != "none" else "")
         parts += ["mul" if self.gated else "", "add" if self.residual is not None else ""]
@@ -85,7 +87,7 @@ class Epilogue:
 def find_epilogues(
     fused: Sequence[FusedRegion], kinds: Mapping[fx.Node, str]
 ) -> dict[fx.Node, Epilogue]:
-    """Return the epilogues by their linear. `kinds`: what each node of the graph is."""
+    """Return the epilogues by their linear. `kinds`: the kind of each node of the graph."""
     found: dict[fx.Node, Epilogue] = {}
     for f in fused:
         if len(f.region.outputs) != 1:
@@ -103,9 +105,9 @@ def packable_inputs(
 ) -> list[fx.Node]:
     """Return the linears that a region may finish: those that no other region's kernels read.
 
-    The last comes first: where there are two, the other one is the residual.
+    The last comes first: if there are two, the other one is the residual.
     """
-    # Another kernel may compute a value of this region again.
+    # # Another kernel may recompute a value of this region.
     elsewhere = {n for other in fused if other is not f for k in other.kernels for n in k.operands}
     found = [n for n in f.region.inputs if n not in elsewhere and is_packable(n, kinds)]
     return found[::-1]
@@ -114,13 +116,13 @@ def packable_inputs(
 def match_epilogue(
     region: Region, linear: fx.Node, kinds: Mapping[fx.Node, str]
 ) -> Epilogue | None:
-    """Read a region with one output as the end of `linear`; None where it is more than that."""
+    """Match a region with one output as the epilogue of `linear`; None if it is anything else."""
     return _Match(region, linear, kinds).run()
 
 
 def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
-    """Return whether the packed GEMM can do it: constant 2-d weight, or one an expert, rows of x at
-    one stride."""
+    """Return whether the packed GEMM supports the product: a constant 2-d weight, or one per
+    expert, and rows of x with one stride."""
     if not g.is_call(node, aten.linear.default, grouped_linear, *QUANTIZED_LINEARS):
         return False
     x, weight, bias = g.operand(node, 0), g.operand(node, 1), bias_of(node)
@@ -141,7 +143,8 @@ def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
             or not _is_fixed(layout)
         ):
             return False
-        if constant is not weight and layout.strides != (ONE,):
+        packed = constant is weight or (constant is scale and len(layout.shape) > 1)
+        if not packed and layout.strides != (ONE,):
             return False
     layout = layout_with_copies(x)
     if not layout.shape:
@@ -150,22 +153,23 @@ def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
 
 
 def is_grouped(node: fx.Node) -> bool:
-    """Tell whether a product takes a weight for each expert."""
+    """Return whether a product has one weight per expert."""
     return node.target is grouped_linear
 
 
 def bias_of(node: fx.Node) -> fx.Node | None:
-    """Return the bias that a product adds by itself, None where it has none."""
+    """Return the bias that a product itself adds, None if it has none."""
     return None if is_grouped(node) else g.optional(node, 2)
 
 
 def _is_fixed(layout: Layout) -> bool:
-    """Return whether it is the same part of a weight at all sizes: only that is packed once."""
+    """Return whether a node is the same part of a weight at all sizes: only then it is packed
+    once."""
     return all(e.is_Integer for e in (*layout.shape, *layout.strides, layout.offset))
 
 
 class _Match:
-    """One attempt to read a region as the end of one linear."""
+    """One attempt to match a region as the epilogue of one linear."""
 
     def __init__(self, region: Region, linear: fx.Node, kinds: Mapping[fx.Node, str]) -> None:
         self.region, self.linear, self.kinds = region, linear, kinds
@@ -196,7 +200,7 @@ class _Match:
         return Epilogue(self.linear, output, nodes, self.bias, activation, gated, residual)
 
     def _owned(self) -> bool:
-        """Return whether nothing but the region reads the linear."""
+        """Return whether only the region reads the linear."""
         readers: list[fx.Node] = []
         views = [self.linear]
         while views:
@@ -205,7 +209,7 @@ class _Match:
         return all(r in self.inside or self.kinds[r] == "size" for r in readers)
 
     def _take_bias(self) -> None:
-        """Let the sums be linear + bias, where that is the first thing that happens."""
+        """Set the sums to linear + bias, if that is the first op."""
         for node in self.region.nodes:
             if self.bias is not None or not _is_sum(node):
                 continue
@@ -225,7 +229,7 @@ class _Match:
         return layout.strides == (ONE,) and g.dtype(node) == g.dtype(self.linear)
 
     def _split_residual(self, output: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-        """Take apart value + residual: a tensor as large as the output that lies in memory."""
+        """Match value + residual, where the residual is a tensor of the output's size in memory."""
         if not _is_sum(output) or output is self.base:
             return output, None
         a, b = g.operand(output, 0), g.operand(output, 1)
@@ -244,8 +248,8 @@ class _Match:
         return output, None
 
     def _leaf(self, node: Any) -> str | None:
-        """Return X for a view that shows the sums as they are, or for the first half of a gated
-        layer's columns; FACTOR for the second half."""
+        """Return X for an unchanged view of the sums, or for the first half of a gated layer's
+        columns; FACTOR for the second half."""
         layout = layout_of(node) if g.is_tensor(node) else None
         if layout is None or layout.root is not self.base:
             return None
@@ -258,7 +262,7 @@ class _Match:
         return {0: X, columns[0]: FACTOR}.get(layout.offset)
 
     def _form(self, node: Any) -> Any:
-        """Return how a value comes from the sums, as nested calls; None for anything else."""
+        """Return how a value is computed from the sums, as nested calls; None for anything else."""
         if not isinstance(node, fx.Node):
             return float(node) if isinstance(node, (int, float)) else repr(node)
         leaf = self._leaf(node)

@@ -1,7 +1,8 @@
-"""Fuse: turns a region into one kernel, or the fewest possible, and records why it was split.
+"""Fuse: turns a region into one kernel, or as few as possible, and records why it was split.
 
-In: a `Region`. Out: its `FusedRegion`: kernels in the order they run. Every output is tried in the
-kernels that there are; where a reduction runs over other axes than the rest, its input is cut::
+In: a `Region`. Out: its `FusedRegion`: kernels in execution order. Every output is tried in the
+existing kernels; if a reduction runs over other axes than the rest, the region is split at its
+input::
 
     layer_norm(x).sum(dim=1)  ->  2 kernels: "layer_norm reduces over another axis ..."
 """
@@ -10,22 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from torch import fx
 
+from turbotx.ir import fx_nodes as g
 from turbotx.ir.views import is_view
 from turbotx.kernels.fusion.cost import Choice, compare_nbytes, moved_nbytes
 from turbotx.kernels.fusion.horizontal_fusion import fuse_horizontally
 from turbotx.kernels.fusion.sources import describe_sources, find_computed, name_kernel
 from turbotx.kernels.lowering.lower import Lowered, lower
+from turbotx.ops.builder import HALVES
 from turbotx.ops.loop_nest import FusionConflict
 from turbotx.passes.partition import Region, find_levels, kind_of, root_of, tensor_inputs
 
 
 @dataclass
 class FusedRegion:
-    """A region and its kernels. reasons: why it took more than one of them. choices: which values
-    that several need are stored, and which are computed again."""
+    """A region and its kernels. reasons: why it needed more than one. choices: which values with
+    several readers are stored, and which are recomputed."""
 
     region: Region
     kernels: tuple[Lowered, ...] = ()
@@ -34,17 +38,19 @@ class FusedRegion:
 
     @property
     def name(self) -> str:
-        """The name of its last kernel, "fused" where it has none."""
+        """The name of its last kernel, "fused" if it has none."""
         return self.kernels[-1].kernel.name if self.kernels else "fused"
 
 
 def fuse(region: Region) -> FusedRegion:
-    """Give the region its kernels: one where possible, otherwise the fewest, with the reasons."""
+    """Compile a region to one kernel if possible, otherwise to as few as possible, with the
+    reasons."""
     fusing = _Fusing(region)
     for output in region.outputs:
         fusing.place(output)
     fusing.merge_groups()
     fusing.share_values()
+    fusing.round_repeated()
     kernels = tuple(group.lowered for group in fusing.groups)
     reasons = fusing.reasons if len(kernels) > 1 else {}
     return FusedRegion(region, kernels, list(reasons), [str(c) for c in fusing.choices])
@@ -52,23 +58,25 @@ def fuse(region: Region) -> FusedRegion:
 
 @dataclass
 class _Group:
-    """The outputs of one kernel, and the kernel."""
+    """The outputs of one kernel, what it computes for them, and the kernel."""
 
     outputs: list[fx.Node]
+    computed: frozenset[fx.Node]
     lowered: Lowered
 
 
 class _Fusing:
-    """The kernels of a region while it is being fused, in the order they run."""
+    """The kernels of a region while it is being fused, in execution order."""
 
     def __init__(self, region: Region) -> None:
         self.members = set(region.nodes)
         self.groups: list[_Group] = []
         self.reasons: dict[str, None] = {}
         self.choices: list[Choice] = []
+        self.as_stored: frozenset[fx.Node] = frozenset()
 
     def place(self, node: fx.Node) -> None:
-        """Store a node's value: in the latest kernel that can compute it too, or in a new one."""
+        """Store a node's value in the latest kernel that can also compute it, or in a new one."""
         if any(node in group.outputs for group in self.groups):
             return
         refused = ""
@@ -92,7 +100,7 @@ class _Fusing:
         self.groups.append(group)
 
     def merge_groups(self) -> None:
-        """Join kernels that only the order of the outputs kept apart."""
+        """Merge kernels that were separated only by the order of the outputs."""
         k = len(self.groups) - 1
         while k > 0:
             for j in range(k):
@@ -105,7 +113,7 @@ class _Fusing:
             k -= 1
 
     def share_values(self) -> None:
-        """Store what two kernels compute where the second then moves fewer bytes in all."""
+        """Store values that two kernels compute, if the second then moves fewer bytes in total."""
         for k in range(1, len(self.groups)):
             for j in range(k):
                 for node in self._shared(j, k):
@@ -136,8 +144,24 @@ class _Fusing:
         if choice.is_stored:
             self.groups = after
 
+    def round_repeated(self) -> None:
+        """Let what two kernels compute be in both what memory would hold: a maximum that one of
+        them stores is then not below any value that the other compares with it."""
+        if len(self.groups) == 1 or not any(g.dtype(n) in HALVES for n in self.members):
+            return
+        ends: set[fx.Node] = set()
+        stored = self._stored(len(self.groups))
+        for early, late in combinations((group.computed for group in self.groups), 2):
+            both = early & late
+            read = {root_of(n) for m in early ^ late for n in tensor_inputs(m)}
+            ends |= both & (read | stored)
+            ends |= stored & {root_of(n) for m in both for n in tensor_inputs(m)}
+        self.as_stored = frozenset(n for n in ends if g.dtype(n) in HALVES)
+        for k, group in enumerate(self.groups if self.as_stored else ()):
+            self._replace(k, group.outputs)
+
     def _stored(self, k: int) -> set[fx.Node]:
-        """Return what the kernels before place k store."""
+        """Return the nodes that the kernels before index k store."""
         return {n for group in self.groups[:k] for n in group.outputs}
 
     def _replace(self, k: int, outputs: list[fx.Node]) -> None:
@@ -145,7 +169,7 @@ class _Fusing:
         self.groups = [*self.groups[:k], group, *self.groups[k + 1 :]]
 
     def _attempt(self, outputs: list[fx.Node], k: int) -> _Group:
-        """Lower outputs to the kernel at place k, which may load what those before it store."""
+        """Lower outputs to the kernel at index k, which may load what earlier kernels store."""
         stored, inside = self._stored(k), set(outputs)
 
         def loaded(node: fx.Node) -> bool:
@@ -155,17 +179,19 @@ class _Fusing:
 
         computed = find_computed(outputs, self.members, stored)
         name, lines = name_kernel(computed), describe_sources(computed)
-        return _Group(outputs, lower(outputs, loaded, name, lines))
+        lowered = lower(outputs, loaded, name, lines, self.as_stored)
+        return _Group(outputs, frozenset(computed), lowered)
 
 
 def fuse_all(
     graph: fx.Graph, regions: Sequence[Region], hoisted: frozenset[fx.Node]
 ) -> list[FusedRegion]:
-    """Fuse every region; neighbours that do the same to other parts of one tensor become one.
+    """Fuse every region; neighbours that compute the same on different parts of one tensor are
+    merged.
 
-    Rotary embedding of queries and of keys, say: two regions of one level that read a common
-    tensor over the same axes, or over axes of which one continues the other's. One kernel reads
-    what they share once, and is one launch.
+    For example the rotary embeddings of queries and keys: two regions of one level that read a
+    common tensor over the same axes, or over axes of which one continues the other. One kernel
+    reads the shared data once, in one launch.
     """
     level = _levels(graph, hoisted)
     done: list[FusedRegion] = []
@@ -184,7 +210,7 @@ def fuse_all(
 def _join(
     a: FusedRegion, b: FusedRegion, level: Mapping[fx.Node, tuple[int, int]]
 ) -> FusedRegion | None:
-    """Return two regions as one of one kernel, where that is possible."""
+    """Merge two regions into one with a single kernel, if possible."""
     if not _are_siblings(a, b, level):
         return None
     union = _union(a.region, b.region, level)
@@ -197,7 +223,7 @@ def _join(
 
 
 def _is_better(one: Lowered, both: tuple[Lowered, Lowered]) -> bool:
-    """Return whether one kernel moves no more than two, with loops left to run in parallel."""
+    """Return whether one kernel moves no more bytes than two, and keeps parallel loops."""
     serial = one.kernel.columns and not one.kernel.rows
     if serial and not all(x.kernel.columns and not x.kernel.rows for x in both):
         return False
@@ -205,17 +231,18 @@ def _is_better(one: Lowered, both: tuple[Lowered, Lowered]) -> bool:
 
 
 def _levels(graph: fx.Graph, hoisted: frozenset[fx.Node]) -> dict[fx.Node, tuple[int, int]]:
-    """Return how many calls that no kernel computes lie before each node, and its place.
+    """Return the number of calls outside kernels on the path to each node, and its index.
 
-    What one region needs of another always lies at a lower level, so regions of one level are
-    free of each other, whatever is merged.
+    A region that another one depends on is always at a lower level, so regions of one level are
+    independent, whatever is merged.
     """
     level = find_levels({n: kind_of(n, hoisted) for n in graph.nodes})
     return {n: (level[n], place) for place, n in enumerate(graph.nodes)}
 
 
 def _are_siblings(a: FusedRegion, b: FusedRegion, level: Mapping[fx.Node, tuple[int, int]]) -> bool:
-    """Return whether neither needs the other, each is one kernel, and they read a common tensor."""
+    """Return whether two regions are independent, have one kernel each, and read a common
+    tensor."""
     if len(a.kernels) != 1 or len(b.kernels) != 1:
         return False
     if max(level[n][0] for n in a.region.nodes) != max(level[n][0] for n in b.region.nodes):

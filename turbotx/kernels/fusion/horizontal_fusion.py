@@ -1,13 +1,13 @@
-"""Horizontal fusion: merges two kernels that do the same to neighbouring parts of a tensor.
+"""Horizontal fusion: merges two kernels that compute the same on adjacent parts of a tensor.
 
 In: two lowered kernels without reductions that differ in one axis. Out: one whose axis runs over
-the first part and then over the second, with a store for each part; None where their bodies
-differ. Rotary embedding of 32 query heads and of the 8 key heads behind them in a packed GEMM's
-output, say::
+the first part and then over the second, with a store for each part; None if their bodies differ.
+For example the rotary embedding of 32 query heads and of the 8 key heads after them in a packed
+GEMM's output::
 
     for head in 32: q[head] = f(qkv[head])       for head in 40: y = f(qkv[head])
     for head in 8:  k[head] = f(qkv[head + 32])      q[head] = y      if head < 32
-                                                     k[head - 32] = y if head >= 32
+                                                    k[head - 32] = y if head >= 32
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INDEX, END, FIRST, SECOND = "part", "first_part", "in_first", "in_second"
 
 
 def fuse_horizontally(first: Lowered, second: Lowered) -> Lowered | None:
-    """Return one kernel that does what both do, or None where they are not so alike."""
+    """Return one kernel that computes both, or None if they differ too much."""
     a, b = first.kernel, second.kernel
     axis = _find_axis(a, b)
     if axis is None:
@@ -52,7 +52,7 @@ def fuse_horizontally(first: Lowered, second: Lowered) -> Lowered | None:
 
 
 def _find_axis(a: ir.Kernel, b: ir.Kernel) -> ir.Axis | None:
-    """Return the one axis of `a` whose extent `b` does not share."""
+    """Return the only axis of `a` whose extent differs in `b`."""
     if a.columns or b.columns or [x.name for x in a.axes] != [x.name for x in b.axes]:
         return None
     differing = [x for x, y in zip(a.axes, b.axes, strict=True) if x != y]
@@ -60,7 +60,8 @@ def _find_axis(a: ir.Kernel, b: ir.Kernel) -> ir.Axis | None:
 
 
 def _match_params(first: Lowered, second: Lowered) -> dict[str, str]:
-    """Return the second kernel's param names in the stacked one: equal tensors are one."""
+    """Map the second kernel's param names to those of the merged kernel: equal tensors become
+    one."""
     names = {n: p.name for p, n in zip(first.kernel.params, first.operands, strict=True)}
     taken = set(names.values())
     found: dict[str, str] = {}
@@ -76,7 +77,7 @@ def _match_params(first: Lowered, second: Lowered) -> dict[str, str]:
 def _match_bodies(
     a: ir.Kernel, b: ir.Kernel, params: Mapping[str, str]
 ) -> tuple[ir.Statement, ...] | None:
-    """Return a body for both, its stores under masks; None where a statement differs."""
+    """Return a body for both, with masked stores; None if a statement differs."""
     if len(a.body) != len(b.body):
         return None
     names: dict[str, str] = {}
@@ -101,7 +102,7 @@ def _match_bodies(
 def _translate(
     s: ir.Statement, names: Mapping[str, str], params: Mapping[str, str]
 ) -> ir.Statement:
-    """Return a statement of the second kernel in the first one's names."""
+    """Rewrite a statement of the second kernel with the first one's names."""
     s = ir.rename(s, names)
     symbols = {ir.value_symbol(old): ir.value_symbol(new) for old, new in names.items()}
     if isinstance(s, (ir.Load, ir.Store)):

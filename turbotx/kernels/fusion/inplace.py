@@ -1,8 +1,8 @@
-"""In place: which output of a kernel may take over the memory of which input.
+"""In place: which output of a kernel may reuse the memory of which input.
 
-In: a kernel. Out: pairs (output param, input param) for which it is safe that both are the same
-bytes: each place of the input is read only where the output's is computed, and never again once
-that is stored, in the loops that the printers write, for example::
+In: a kernel. Out: pairs (output param, input param) that may safely occupy the same bytes: each
+element of the input is read only where the output's is computed, and not after it is stored, in the
+loops that the printers write, for example::
 
     fused_add_gelu: gelu[row, col] = f(linear[row, col], bias[col])  ->  (gelu, linear)
 """
@@ -17,7 +17,7 @@ from turbotx.kernels.cpp.sweeps import Sweeps
 
 
 def find_inplace(kernel: ir.Kernel) -> tuple[tuple[str, str], ...]:
-    """Return the pairs that are safe in C++ and in Triton alike, whatever the schedule."""
+    """Return the pairs that are safe in both C++ and Triton, for any schedule."""
     # C++ takes a variance in two column loops, a looped Triton row in one: what a statement waits
     # for, and with it what may be read after a store, is another thing in each.
     printed = (Sweeps(make_sequential(kernel)), Sweeps(kernel))
@@ -38,13 +38,13 @@ def find_inplace(kernel: ir.Kernel) -> tuple[tuple[str, str], ...]:
 
 
 def _same_places(kernel: ir.Kernel, written: list[ir.Access], read: list[ir.Access]) -> bool:
-    """Return whether each iteration reads the place that it writes, and no other."""
+    """Return whether each iteration reads only the element that it writes."""
     loops = {a.symbol for a in kernel.axes if a.extent != 1}
     first = written[0]
     return (
         len(written) == 1
         and first.mask is None
-        and loops <= first.offset.free_symbols  # each place is written in one iteration
+        and loops <= first.offset.free_symbols  # # each element is written in one iteration
         and all(a.offset == first.offset and a.mask is None for a in read)
     )
 
@@ -52,9 +52,9 @@ def _same_places(kernel: ir.Kernel, written: list[ir.Access], read: list[ir.Acce
 def _stored_last(sweeps: Sweeps, out: str, given: str) -> bool:
     """Return whether nothing reads `given` after `out` is stored.
 
-    Every loop loads anew what it needs, and within one a load comes before what needs it: so the
-    stored value must need all loads, and no later loop may need any. (On a GPU that also orders
-    threads: what one of them stores has come from the one that loaded it.)
+    Every loop loads what it needs again, and within one a load comes before its uses: so the stored
+    value must depend on all loads, and no later loop may depend on any. (On a GPU that also orders
+    threads: a stored value depends on the thread that loaded it.)
     """
     body = sweeps.kernel.body
     loads = {s.result for s in body if isinstance(s, ir.Load) and s.access.param == given}
@@ -69,7 +69,7 @@ def _stored_last(sweeps: Sweeps, out: str, given: str) -> bool:
 
 
 def _needed(sweeps: Sweeps, ends: Sequence[ir.Statement], across: bool) -> set[str]:
-    """Return the values that statements need; `across`: also those behind reductions, which
+    """Return the values that statements depend on; `across`: also those before reductions, which
     earlier loops compute."""
     checks = [s for s in sweeps.kernel.body if isinstance(s, ir.Check)]
     found: set[str] = set()

@@ -1,8 +1,8 @@
 """An independent check of in-place reuse, on the source that a compiler gets.
 
 In: C++ or Triton source of one kernel, and pairs of its pointers that may be the same bytes. Out:
-nothing, or a VerifyError that names the kernel, the pair and the rule. It knows nothing of sweeps,
-phases or schedules, so that a mistake in what decides the pairs cannot excuse itself::
+nothing, or a VerifyError that names the kernel, the pair and the rule. It shares no code with the
+choice of the pairs, and ignores sweeps, phases and schedules::
 
     VerifyError: fused_add_0 writes add over x in place, and reads x at 'row * 16 + col' after it
 """
@@ -17,14 +17,14 @@ from turbotx.errors import VerifyError
 
 _TOUCH = re.compile(r"(?:ttx::|\btl\.)(read|load|write|store)\(")
 _COMMENT = re.compile(r"^\s*(?://|#(?!pragma)).*$", re.MULTILINE)
-# Masks that only cut off what lies past the end of a row or of the rows.
+# # Masks that only exclude elements past the end of a row or of the rows.
 _EDGES = frozenset({"row_ok", "col_ok"})
 
 
 @dataclass(frozen=True)
 class _Touch:
-    """A read or a write of memory as printed: pointer, the text of its offset, and whether it
-    happens everywhere or under a mask of the kernel's own."""
+    """A read or write of memory as printed: the pointer, the text of its offset, and whether it is
+    unconditional or under a mask of the kernel's own."""
 
     writes: bool
     pointer: str
@@ -35,11 +35,11 @@ class _Touch:
 def check_inplace(
     name: str, source: str, axes: Collection[str], pairs: Sequence[tuple[str, str]]
 ) -> None:
-    """Raise VerifyError where a pair (written, read) of pointers must not be the same bytes.
+    """Raise VerifyError if a pair (written, read) of pointers must not be the same bytes.
 
-    axes: names of the kernel's loops of more than one iteration, as printed. Rules: the one is
-    written once, at a place of its own in each iteration; the other is read at the same place only;
-    neither under a mask; and no read follows the write.
+    axes: names of the kernel's loops of more than one iteration, as printed. Rules: the output is
+    written once, at a different offset in each iteration; the input is read only at that offset;
+    neither is masked; and no read follows the write.
     """
     touches = list(_touches(_COMMENT.sub("", source))) if pairs else []
     for written, read in pairs:
@@ -67,7 +67,7 @@ def _check_pair(
 
 
 def _touches(source: str) -> Iterator[_Touch]:
-    """Yield the reads and writes in the order in which they stand."""
+    """Yield the reads and writes in source order."""
     for found in _TOUCH.finditer(source):
         arguments = _split(source, found.end())
         pointer, _, offset = (x.strip() for x in arguments[0].partition("+"))
@@ -79,7 +79,8 @@ def _touches(source: str) -> Iterator[_Touch]:
 
 
 def _split(source: str, begin: int) -> list[str]:
-    """Return the arguments of a call whose bracket opens before `begin`, spaces made one."""
+    """Return the arguments of a call whose parenthesis opens before `begin`, with normalized
+    spaces."""
     found, start, depth = [], begin, 0
     for k in range(begin, len(source)):
         if source[k] in "([{":

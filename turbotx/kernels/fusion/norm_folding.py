@@ -1,8 +1,8 @@
-"""Norms between GEMMs: where a LayerNorm or RMSNorm can go into the GEMMs around it.
+"""Norms between GEMMs: finds LayerNorms and RMSNorms that can be computed in the GEMMs around them.
 
 In: the fused regions. Out: a `NormFold` for each norm whose rows come from one GEMM and whose
-result only GEMMs read, as their x or as their residual: no launch of its own has to make it. The
-last of a BERT is also a model's output, so its kernel stays, without the residual::
+result only GEMMs read, as their x or as their residual; it then needs no launch of its own. The
+last norm of a BERT is also a model output, so its kernel stays, without the residual::
 
     linear, [add, add, layer_norm], linear  ->  Fold(rows=add, result=layer_norm, "layer", 1e-12)
 """
@@ -31,7 +31,7 @@ from turbotx.kernels.fusion.fuse import FusedRegion
 from turbotx.passes.partition import Region
 
 aten = torch.ops.aten
-# A weight with gamma in it is a copy: that of a vocabulary is not worth a launch.
+# # A weight times gamma is a copy; copying a vocabulary's is not worth a launch.
 MOST_ROWS = 16
 
 
@@ -54,7 +54,7 @@ class NormFold:
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """The calls that make the result of the rows."""
+        """The calls that compute the result from the rows."""
         before = set(self.end.nodes)
         return tuple(n for n in self.fused.region.nodes if n not in before)
 
@@ -63,7 +63,7 @@ def find_folds(
     fused: Sequence[FusedRegion], kinds: Mapping[fx.Node, str],
     epilogues: Mapping[fx.Node, Epilogue],
 ) -> dict[fx.Node, NormFold]:  # fmt: skip
-    """Return the norms that can be folded, by their results. `epilogues`: those found already."""
+    """Return the norms that can be folded, by their results. `epilogues`: those already found."""
     found: dict[fx.Node, NormFold] = {}
     for f in fused:
         for result in f.region.outputs:
@@ -82,7 +82,7 @@ def find_folds(
 
 
 def _residual_of(end: Epilogue) -> fx.Node | None:
-    """Return what a residual shows, through views."""
+    """Return the tensor behind a residual's views."""
     layout = None if end.residual is None else layout_of(end.residual)
     return None if layout is None else layout.root
 
@@ -90,7 +90,7 @@ def _residual_of(end: Epilogue) -> fx.Node | None:
 def _match(
     f: FusedRegion, result: fx.Node, fused: Sequence[FusedRegion], kinds: Mapping[fx.Node, str]
 ) -> NormFold | None:
-    """Read a region as the end of one linear and a norm of it."""
+    """Match a region as the epilogue of one linear and a norm of it."""
     matched = _layer_norm(result) or _rms_norm(result)
     if matched is None:
         return None
@@ -120,7 +120,7 @@ def _match(
 
 
 def _ancestors(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
-    """Return the nodes of a region that one of them is made from, and itself."""
+    """Return the nodes of a region that a node depends on, including itself."""
     found: set[fx.Node] = set()
     left = [node]
     while left:
@@ -131,7 +131,7 @@ def _ancestors(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
     return found & inside
 
 
-# --- what a norm looks like ---
+# # --- patterns of norms ---
 
 Matched = tuple[fx.Node, RowNorm, fx.Node | None, fx.Node | None]
 
@@ -146,7 +146,7 @@ def _layer_norm(result: fx.Node) -> Matched | None:
 
 
 def _rms_norm(result: fx.Node) -> Matched | None:
-    """Match PyTorch's own, or x * rsqrt(mean(x^2) + eps) * gamma as models write it out."""
+    """Match PyTorch's own, or x * rsqrt(mean(x^2) + eps) * gamma as models write it."""
     if g.is_call(result, aten.rms_norm.default):
         if len(g.argument(result, "normalized_shape")) != 1:
             return None
@@ -203,11 +203,11 @@ def _uncast(node: Any) -> Any:
     return node.args[0] if casts else node
 
 
-# --- who may read and make it ---
+# # --- readers and producers ---
 
 
 def _is_row(node: fx.Node, rows: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
-    """Return whether it is a parameter with one element for each of a row."""
+    """Return whether a node is a parameter with one element per column of a row."""
     layout = layout_of(node)
     known = layout is not None and kinds[layout.root] in ("parameter", "hoisted")
     return known and g.shape(node) == g.shape(rows)[-1:] and g.dtype(node).is_floating_point
@@ -217,7 +217,7 @@ def _is_read_by_gemms(
     result: fx.Node, fused: Sequence[FusedRegion], kinds: Mapping[fx.Node, str],
     ends: Mapping[fx.Node, Epilogue],
 ) -> bool:  # fmt: skip
-    """Return whether GEMMs alone read a norm's result, whole: as x, or as a residual.
+    """Return whether only GEMMs read a norm's result, as a whole: as x, or as a residual.
 
     ends: the epilogue that each node belongs to.
     """
@@ -252,7 +252,7 @@ def _takes_as_x(user: fx.Node, result: fx.Node, kinds: Mapping[fx.Node, str]) ->
 
 
 def _is_whole(node: Any, result: fx.Node) -> bool:
-    """Return whether a view shows all rows of a result, one after the other."""
+    """Return whether a view contains all rows of a result, in order."""
     layout, width = layout_of(node), g.shape(result)[-1]
     if layout is None or layout.root is not result or layout.shape[-1] != width:
         return False
@@ -263,6 +263,6 @@ def _is_whole(node: Any, result: fx.Node) -> bool:
 
 
 def _has_adjacent_elements(weight: Any) -> bool:
-    """Return whether a template can read a weight: its rows or columns lie side by side."""
+    """Return whether a template can read a weight: its rows or columns are contiguous."""
     layout = layout_of(weight)
     return layout is not None and 1 in layout.strides

@@ -50,7 +50,11 @@ Found = tuple[list[fx.Node], Region | None, Epilogue | None]
 def _find_rows(graph: fx.Graph) -> dict[fx.Node, Found]:
     """Return the floats that quantised products take: by which products, in which region they are
     made, and as which epilogue."""
-    products = [n for n in graph.nodes if g.is_call(n, quantized_linear) and n.args[4] is None]
+    products = [
+        n for n in graph.nodes
+        if g.is_call(n, quantized_linear) and n.args[4] is None
+        and g.dtype(g.operand(n, 0)) is not torch.int8
+    ]  # fmt: skip
     if not products:
         return {}
     hoisted = find_hoisted(graph)

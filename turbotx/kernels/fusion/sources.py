@@ -1,7 +1,7 @@
 """Sources: descriptions of a kernel's ops, by name and by the user's source lines.
 
-In: the region's nodes, and which of them are stored by now. Out: the kernel's name, and the lines
-of its header, one for each line of the user's source, in the order of the calls::
+In: the region's nodes, and which of them are already stored. Out: the kernel's name, and the lines
+of its header, one for each line of the user's source, in call order::
 
     fused_add_layer_norm    "bert/modeling_bert.py:301: add, layer_norm"
 """
@@ -19,7 +19,7 @@ from turbotx.passes.partition import op_name, root_of, tensor_inputs
 def find_computed(
     outputs: Sequence[fx.Node], members: Collection[fx.Node], stored: Collection[fx.Node]
 ) -> list[fx.Node]:
-    """Return the members that a kernel with these outputs computes, each after its inputs."""
+    """Return the members that a kernel with these outputs computes, in dependency order."""
     seen: dict[fx.Node, None] = {}
 
     def visit(node: fx.Node) -> None:
@@ -36,16 +36,17 @@ def find_computed(
 
 
 def name_kernel(computed: Sequence[fx.Node]) -> str:
-    """Return `fused_` and the last four of the ops, repeated ones once."""
+    """Return `fused_` and the last four ops, without repetition."""
     names = [op_name(n) for n in computed]
     short = [n for k, n in enumerate(names) if k == 0 or n != names[k - 1]]
     return "_".join(["fused", *short[-4:]])
 
 
 def describe_sources(computed: Sequence[fx.Node]) -> tuple[str, ...]:
-    """Return a line for each line of source; calls that the user did not write stand alone.
+    """Return one text line per source line; calls without a line of the user's come separately.
 
-    Of a file's path the last two parts are shown, so that the text does not depend on a machine.
+    Only the last two parts of a file's path are shown, so that the text does not depend on the
+    machine.
     """
     lines: dict[str, list[str]] = {}
     for node in computed:

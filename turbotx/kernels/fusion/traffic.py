@@ -5,8 +5,8 @@ for bias + residual + LayerNorm over 384 float32 columns::
 
     read 3072*batch*seq + 4608, written 1536*batch*seq, compulsory 4608*batch*seq + 4608
 
-Counted is what must come from memory: an element that one program, or a cache, has at hand does
-not come again, so a weight vector counts once. A looped row is read again in every sweep.
+Only transfers from memory are counted: an element that a program or a cache already has is not read
+again, so a weight vector counts once. A looped row is read again in every sweep.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from turbotx.kernels.schedule import Schedule, vector_axes
 class Traffic:
     """Bytes, in the captured dims.
 
-    read, written: what the kernel's schedule moves. compulsory: every element that it needs, once,
-    and every result, once.
+    read, written: what the kernel's schedule moves. compulsory: every element that it needs and
+    every result, once.
     """
 
     read_nbytes: Expr
@@ -40,7 +40,7 @@ class Traffic:
 
 
 def kernel_traffic(kernel: ir.Kernel, schedule: Schedule | None = None) -> Traffic:
-    """Return a kernel's traffic; without a schedule, with its rows in registers."""
+    """Return a kernel's traffic; if no schedule is given, with its rows in registers."""
     needed = sum(param_nbytes(kernel).values(), ZERO)
     written = sum((v for p, v in param_nbytes(kernel).items() if _role(kernel, p) == "out"), ZERO)
     read = needed - written
@@ -64,8 +64,8 @@ def _role(kernel: ir.Kernel, name: str) -> str:
 def _touched(kernel: ir.Kernel, accesses: list[ir.Load | ir.Store]) -> dict[str, Expr]:
     """Return bytes by param; windows of one tensor that differ by a constant count once each.
 
-    Loads under masks are parts of a whole (halves turned in a rotary embedding, pieces joined by a
-    cat): where the same tensor is read in full beside them, they add nothing.
+    Masked loads are parts of a whole (the halves swapped in a rotary embedding, the parts of a
+    cat): if the same tensor is also read in full, they add nothing.
     """
     found: dict[str, Expr] = {}
     for p in kernel.params:
@@ -82,20 +82,21 @@ def _touched(kernel: ir.Kernel, accesses: list[ir.Load | ir.Store]) -> dict[str,
 
 
 def _distinct(kernel: ir.Kernel, access: ir.Access) -> Expr:
-    """Return how many elements an access touches: the extents of the axes that it moves along."""
+    """Return the number of elements of an access: the product of the extents of the axes that it
+    moves along."""
     names = ir.axes_of(access.offset, kernel.varies_over())
     return product([a.extent for a in kernel.axes if a.name in names]) if names else ONE
 
 
 def _smaller(a: Expr, b: Expr) -> Expr:
-    """Return the smaller of two sizes, as one of them where that is known."""
+    """Return the smaller of two sizes, simplified if it is known which."""
     if is_nonnegative(sympy.expand(b - a)):
         return a
     return b if is_nonnegative(sympy.expand(a - b)) else sympy.Min(a, b)
 
 
 def _sweeps(kernel: ir.Kernel) -> list[list[ir.Load | ir.Store]]:
-    """Return the loads of each walk along a looped row; those of the row alone are in the first."""
+    """Return the loads of each sweep over a looped row; those of the row alone are in the first."""
     phases = kernel.phases()
     makers = {result: s for s in kernel.body for result in ir.results_of(s)}
     ends: dict[int, list[str]] = {}

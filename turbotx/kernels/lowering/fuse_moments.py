@@ -1,12 +1,12 @@
-"""Moments: replaces means and variances written out by hand by one Welford reduction.
+"""Moments: replaces hand-written means and variances by one Welford reduction.
 
-In: a kernel as it was lowered. Out: the same function with fewer reductions that wait for one
-another, and means as exact as their deviations. A LayerNorm of sums, and a mean beside a variance::
+In: a kernel after lowering. Out: an equivalent kernel with fewer dependent reductions, and means as
+exact as their deviations. For example a LayerNorm of sums, and a mean beside a variance::
 
     total = sum(x); mean = total / n; squares = sum((x - mean)**2)  ->  mean, squares = welford(x)
     total = sum(x); mean = total / n; _, m2 = welford(x)            ->  mean, m2 = welford(x)
 
-`welford` knows no mean of a row with infinities, where total / n is one: then it is that.
+For a row with infinities `welford` returns no mean; if total / n is infinite, it is used instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from turbotx.ir.expr import product
 def join_moments(kernel: ir.Kernel) -> ir.Kernel:
     """Return the kernel with one `welford` for each value whose mean and deviations it sums.
 
-    What nothing needs any more is left for dead code to be dropped.
+    Statements that become unused are left to dead-code elimination.
     """
     found = _Moments(kernel)
     if not found.joined:
@@ -48,7 +48,7 @@ def join_moments(kernel: ir.Kernel) -> ir.Kernel:
 
 
 def _choose_mean(quotient: ir.Compute, exact: str) -> list[ir.Statement]:
-    """Return statements that name the mean: `exact`, or the quotient where that is NaN."""
+    """Return statements that define the mean: `exact`, or the quotient if that is NaN."""
     mean, dtype = quotient.result, quotient.dtype
     plain, unknown = f"{mean}_plain", f"{mean}_unknown"
     return [
@@ -59,10 +59,11 @@ def _choose_mean(quotient: ir.Compute, exact: str) -> list[ir.Statement]:
 
 
 class _Moments:
-    """What a kernel sums.
+    """The sums of a kernel.
 
     means: quotient of a sum of x and the count -> x. squares: x -> sum of its squared differences
-    from the mean. joined: x -> the reduction that finds both. replaced: what that gives instead.
+    from the mean. joined: x -> the reduction that computes both. replaced: the results that replace
+    them.
     """
 
     def __init__(self, kernel: ir.Kernel) -> None:
@@ -85,7 +86,7 @@ class _Moments:
         self.replaced = {s.results[0] for s in (*self.joined.values(), *self.squares.values())}
 
     def _averaged(self, value: str) -> str | None:
-        """Return x where a value is sum(x) / the number of columns."""
+        """Return x if a value is sum(x) / the number of columns."""
         s = self.makers[value]
         if not isinstance(s, ir.Compute) or s.op != "div" or not self._counts(s.args[1]):
             return None
@@ -93,7 +94,7 @@ class _Moments:
         return total.args[0] if isinstance(total, ir.Reduce) and total.op == "sum" else None
 
     def _deviating(self, s: ir.Reduce) -> str | None:
-        """Return x where a reduction is the sum of (x - mean(x))**2."""
+        """Return x if a reduction is the sum of (x - mean(x))**2."""
         square = self.makers[s.args[0]]
         if s.op != "sum" or not isinstance(square, ir.Compute) or square.op != "mul":
             return None

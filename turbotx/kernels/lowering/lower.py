@@ -1,15 +1,15 @@
-"""Lower: a region's nodes become the body of one kernel by pulling elements from its outputs.
+"""Lower: turns a region's nodes into the body of one kernel, starting from elements of its outputs.
 
-In: fx nodes to compute, the nodes to store, and which nodes are loaded. Out: an `ir.Kernel` and
-its operands. Each output's element is pulled at the loop's index; views and transposes only
-rewrite that index, so they cost nothing, and equal elements are one value. Example::
+In: fx nodes to compute, the nodes to store, and which nodes are loaded. Out: an `ir.Kernel` and its
+operands. Each output's element is evaluated at the loop's index; views and transposes only rewrite
+that index, so they cost nothing, and equal elements are one value. Example::
 
     out[row, col] = layer_norm(linear + bias + x)  ->  3 loads, 2 adds, welford, ..., 1 store
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -38,16 +38,18 @@ class Lowered:
 
 
 def lower(
-    outputs: Sequence[fx.Node], loaded: Callable[[fx.Node], bool], name: str, sources: Sequence[str]
-) -> Lowered:
+    outputs: Sequence[fx.Node], loaded: Callable[[fx.Node], bool], name: str,
+    sources: Sequence[str], as_stored: Collection[fx.Node] = (),
+) -> Lowered:  # fmt: skip
     """Return one kernel that stores every output; raise Conflict where that is not possible.
 
-    loaded(node) tells whether a tensor node lies in memory already.
+    loaded(node) tells whether a tensor node lies in memory already. as_stored: nodes whose values
+    are to be what memory of their dtype would hold, though they are computed.
     """
     splits: dict[str, list[Expr]] = {}
     while True:
         try:
-            return Lowering(outputs, loaded, splits).run(name, sources)
+            return Lowering(outputs, loaded, splits, as_stored).run(name, sources)
         except NeedsAxisSplit as needed:
             splits[needed.name] = [needed.inner]
 
@@ -60,14 +62,17 @@ class Lowering(Scalarizer):
         outputs: Sequence[fx.Node],
         loaded: Callable[[fx.Node], bool],
         splits: dict[str, list[Expr]],
+        as_stored: Collection[fx.Node],
     ) -> None:
-        super().__init__(loaded, LoopNest(splits))
+        super().__init__(loaded, LoopNest(splits), as_stored)
         self.outputs = outputs
 
     def run(self, name: str, sources: Sequence[str]) -> Lowered:
-        """Lower the nodes to one kernel of that name; sources: the nodes' places, for its
-        header. Raises FusionConflict or NeedsAxisSplit where one loop nest does not serve them
-        all."""
+        """Lower the nodes to one kernel called `name`; sources: the nodes' source lines, for its
+        header.
+
+        Raises FusionConflict or NeedsAxisSplit if one loop nest does not serve them all.
+        """
         first = self._main_output()
         index = {first: self._open_axes(first)}
         for node in self.outputs:
@@ -80,10 +85,8 @@ class Lowering(Scalarizer):
         return self._kernel(name, sources)
 
     def _refuse_repeats(self, node: fx.Node, first: fx.Node, index: tuple[Expr, ...]) -> None:
-        """Raise Conflict for an output that parallel loops of another one would store many times.
-
-        That costs bytes, and a kernel that writes over one of its inputs must read it once only.
-        """
+        """Raise Conflict for an output that the parallel loops of another would store many times.
+        That costs bytes, and a kernel that overwrites one of its inputs must read it only once."""
         used = {s.name for i in index for s in i.free_symbols}
         for axis, extent in self.loops.axes.items():
             if axis not in self.loops.rows and f"@{axis}" not in used:
@@ -92,17 +95,17 @@ class Lowering(Scalarizer):
                 )
 
     def _main_output(self) -> fx.Node:
-        """Return the first output of the most dims, whose shape decides the loops."""
+        """Return the first output with the most dims, whose shape determines the loops."""
         return max(self.outputs, key=lambda n: sum(extent != 1 for extent in g.shape(n)))
 
     def _open_axes(self, node: fx.Node) -> tuple[Expr, ...]:
         return tuple(self.loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(node)))
 
     def _align(self, node: fx.Node, first: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
-        """Return the index of another output on the first one's loops.
+        """Return the index of another output in the first one's loops.
 
-        Their dims are the same ones in order, or some of them; or in another order where no two
-        have one extent; or the same elements under another shape.
+        Its dims are the same ones in order, or some of them; or in another order if all extents
+        differ; or the same elements in another shape.
         """
         shape, loops = g.shape(node), g.shape(first)
         if product(shape) == product(loops):
@@ -135,7 +138,7 @@ class Lowering(Scalarizer):
             raise FusionConflict(node, f"{node.name} is both read and written")
         strides = root_layout(node).strides
         offset = sum((i * s for i, s in zip(index, strides, strict=True)), ZERO)
-        name = self._param(node)
+        name, value = self._param(node), self.before_store(value, g.dtype(node))
         self.body.append(ir.Store(ir.Access(name, sympy.expand(offset)), value.name))
 
     def _kernel(self, name: str, sources: Sequence[str]) -> Lowered:
@@ -157,6 +160,6 @@ class Lowering(Scalarizer):
         elements = product([a.extent for a in axes if a.kind == ir.PARALLEL])
         needed = {
             r if is_nonnegative(elements - 1) else sympy.Max(r, -elements): text
-            for r, text in self.requirements.items()  # a kernel without elements needs nothing
+            for r, text in self.requirements.items()  # none without elements
         }
         return Lowered(kernel, operands, tuple(needed.items()))

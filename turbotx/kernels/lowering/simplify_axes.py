@@ -1,6 +1,7 @@
-"""Tidy a lowered kernel: drop dead statements, merge loops that always move together, name axes.
+"""Simplify a lowered kernel: drop dead statements, merge loops that always move together, name
+axes.
 
-In: a kernel straight from lowering. Out: the same function with the fewest axes, for example
+In: a kernel directly after lowering. Out: an equivalent kernel with the fewest axes; for example
 (batch, seq, 384) read and written densely becomes (row, col) with batch*seq rows::
 
     x[@a0*seq*384 + @a1*384 + @a2]  ->  x[@row*384 + @col]
@@ -8,6 +9,7 @@ In: a kernel straight from lowering. Out: the same function with the fewest axes
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import sympy
@@ -18,18 +20,18 @@ from turbotx.ir.expr import ZERO, Expr, product
 
 
 def tidy(kernel: ir.Kernel) -> tuple[ir.Kernel, frozenset[str]]:
-    """Return the tidied kernel and the names of the params that it still has."""
+    """Return the simplified kernel and the names of its remaining params."""
     kernel = drop_dead(kernel)
     kernel = merge_axes(kernel)
     kernel = name_axes(kernel)
-    kernel = separate_names(kernel)
     used = {s.access.param for s in kernel.body if isinstance(s, (ir.Load, ir.Store))}
     kernel = replace(kernel, params=tuple(p for p in kernel.params if p.name in used))
-    return kernel, frozenset(used)
+    return separate_names(kernel), frozenset(used)
 
 
 def drop_dead(kernel: ir.Kernel) -> ir.Kernel:
-    """Keep what a store needs; a check lives as long as the value it checks is used."""
+    """Keep the statements that stores depend on; a check is kept as long as the value it checks is
+    used."""
     live: set[str] = set()
     kept: list[ir.Statement] = []
 
@@ -63,7 +65,7 @@ def drop_dead(kernel: ir.Kernel) -> ir.Kernel:
 
 
 def merge_axes(kernel: ir.Kernel) -> ir.Kernel:
-    """Merge neighbours (outer, inner) where every offset moves along them as along one loop."""
+    """Merge adjacent axes (outer, inner) if every offset moves along them as along one loop."""
     axes = list(kernel.axes)
     k = 0
     while k + 1 < len(axes):
@@ -108,9 +110,9 @@ def substitute(kernel: ir.Kernel, what: dict[sympy.Symbol, Expr]) -> ir.Kernel:
 
 
 def name_axes(kernel: ir.Kernel) -> ir.Kernel:
-    """Name parallel axes row, row1, … from the innermost out and reduced ones col, col1, ….
+    """Name parallel axes row, row1, … from the innermost outwards, and reduced ones col, col1, ….
 
-    Without a reduction the innermost parallel axis is the one that vectors run along: col.
+    Without a reduction the innermost parallel axis, along which vectors run, is col.
     """
     rows, columns = list(kernel.rows), list(kernel.columns)
     vector = [rows.pop()] if rows and not columns else []
@@ -122,9 +124,29 @@ def name_axes(kernel: ir.Kernel) -> ir.Kernel:
     return replace(kernel, axes=tuple(replace(a, name=names[a.name]) for a in kernel.axes))
 
 
+def _rename_params(kernel: ir.Kernel, taken: Collection[str]) -> ir.Kernel:
+    own = {p.name for p in kernel.params}
+    names = {n: n for n in own}
+    for name in own & {*taken}:
+        while names[name] in taken or names[name] in own:
+            names[name] += "_"
+    body = tuple(
+        replace(s, access=replace(s.access, param=names[s.access.param]))
+        if isinstance(s, (ir.Load, ir.Store))
+        else s
+        for s in kernel.body
+    )
+    params = tuple(replace(p, name=names[p.name]) for p in kernel.params)
+    return replace(kernel, params=params, body=body)
+
+
 def separate_names(kernel: ir.Kernel) -> ir.Kernel:
-    """Rename values that are called like a param or an axis, so that printed names are unique."""
-    taken = {p.name for p in kernel.params} | {a.name for a in kernel.axes} | set(kernel.sizes)
+    """Rename params that are called like an axis or a size, and values like any of them, so that
+    printed names are unique."""
+    taken = {a.name for a in kernel.axes} | set(kernel.sizes)
+    if any(p.name in taken for p in kernel.params):
+        kernel = _rename_params(kernel, taken)
+    taken |= {p.name for p in kernel.params}
     new: dict[str, str] = {}
     for s in kernel.body:
         for name in ir.results_of(s):

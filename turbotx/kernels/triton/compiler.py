@@ -21,6 +21,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,7 @@ def kernel_job(
         divisible=(*aligned, *(n for n in kernel.sizes if n in divisible)),
         num_warps=fit_warps(schedule.num_warps, target),
         cells=cells,
+        contracts=False,  # what two kernels compute is to be the same in both
     )
 
 
@@ -218,7 +220,8 @@ def _drain(waiting: queue.SimpleQueue[Job], done: Callable[..., None], measure: 
                     done(job.digest(), None, f"{job.name} for {job.target}: {error}\n{tail}")
         finally:
             assert process.stdin is not None and process.stdout is not None
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # it ended, and what it was asked is still written
+                process.stdin.close()
             process.stdout.close()
             process.wait()
 
@@ -244,7 +247,8 @@ def compile_job(job: Job, process: subprocess.Popen[str]) -> Built:
         "divisible": job.divisible,
         "target": target_of(job.target),
         "options": {
-            "num_warps": job.num_warps, "num_stages": job.num_stages, "enable_fp_fusion": True,
+            "num_warps": job.num_warps, "num_stages": job.num_stages,
+            "enable_fp_fusion": job.contracts,
         },
         "out": str(out),
     }  # fmt: skip

@@ -58,6 +58,10 @@ def declare_runtime(library: ctypes.CDLL) -> None:
     library.ttx_map_weight.argtypes = [
         ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int,
     ]  # fmt: skip
+    library.ttx_set_group_scales.restype = None
+    library.ttx_set_group_scales.argtypes = [
+        *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, *[ctypes.c_int] * 2,
+    ]  # fmt: skip
     library.ttx_weight_panels.restype = ctypes.c_void_p
     library.ttx_weight_panels.argtypes = [ctypes.c_void_p]
     library.ttx_panel_layout.restype = ctypes.c_int64

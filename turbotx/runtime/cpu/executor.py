@@ -100,8 +100,9 @@ class CpuExecutor:
         if found is None:
             parts = [*map(self.weights.window, packing.parts)]
             found = PackedWeight.of(native, parts, packing.gated)
-            if packing.sources:
-                found.scale = self.weights.tensors[packing.scale]
+            if packing.scale:
+                scale = self.weights.tensors[packing.scale]
+                found.scale_by(scale, packing.group, packing.depth)
         return found
 
     def run(

@@ -154,6 +154,8 @@ def lay_out_launches(
                 packing = _pack(launch, table, assembly)
                 packings[packing.slot] = packing
                 operands = tuple(a for a in operands if a is not launch.weight)
+        elif isinstance(launch, ir.GemmLaunch) and launch.int8 is not None:
+            operands += (launch.int8.weight_scale,)
         read.update(a.tensor for a in operands if a is not None)
         if native and i - 1 in table.launches:
             segments[-1] = (segments[-1][0], i + 1)
@@ -171,7 +173,10 @@ def _pack(
     parts = (weight_window(weight),) if grouped else weight_parts(weight, assembly.hoisted)
     if isinstance(launch, ir.GemmLaunch) and launch.int8 is not None:
         made_from = quantized_from(weight, assembly.hoisted)
-        return Packing(slot, parts, launch.gemm.gated, *made_from)
+        if launch.int8.group:
+            made_from = made_from[0], launch.int8.weight_scale.tensor
+        of_groups = launch.int8.group, int(launch.x.shape[-1]) if launch.int8.group else 0
+        return Packing(slot, parts, launch.gemm.gated, *made_from, *of_groups)
     return Packing(slot, parts, launch.gemm.gated)
 
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "experts.h"
+#include "gemm_int4.h"
 #include "gemm_int8_weights.h"
 
 namespace {
@@ -42,7 +43,7 @@ struct Product {
   const float* x_scale = nullptr;  // of int8 rows; null where a quantised weight is given floats
   const float* weight_scale = nullptr;
   int dtype = 0;  // of all but int8, by the numbers of ttx_pack_weight
-  bool float_rows = false;  // whether floats are multiplied as they are by a quantised weight
+  int rows = 0;  // of a quantised weight: 1 where floats are multiplied as they are, 2 int8 of scale 1
 };
 
 // What is packed: of one weight, or of one for each expert.
@@ -96,12 +97,32 @@ struct Int8Weight : Weight {
   void multiply_as(const Product& p) {
     T* c = static_cast<T*>(p.c);
     auto finish = finish_of<T>(p, packed);
-    if (p.float_rows) {
+    if (p.rows == 1) {
       const T* a = static_cast<const T*>(p.a);
       ttx::linear_int8_weights(packed, a, p.lda, p.m, p.weight_scale, c, p.ldc, finish);
     } else {
-      ttx::linear_int8(packed, {p.a, p.lda, p.m, p.x_scale}, p.weight_scale, c, p.ldc, finish);
+      ttx::linear_int8(packed, {p.a, p.lda, p.m, p.x_scale, p.rows == 2}, p.weight_scale, c, p.ldc, finish);
     }
+  }
+  void multiply(const Product& p) override {
+    if (p.dtype == 0) multiply_as<float>(p);
+    else if (p.dtype == 1) multiply_as<ttx::bf16>(p);
+    else multiply_as<ttx::f16>(p);
+  }
+};
+
+struct Int4Weight : Weight {
+  ttx::PackedInt4 packed;
+  ttx::GroupScales scales{};  // before the first product Python says where they are
+  Int4Weight(const std::vector<ttx::WeightPart<std::uint8_t>>& parts, long n, long k, bool gated)
+      : packed(parts.data(), static_cast<long>(parts.size()), n, k, gated) {}
+  Int4Weight(const void* panels, long n, long k, bool gated)
+      : packed(static_cast<const std::uint8_t*>(panels), n, k, gated, std::true_type()) {}
+  const void* panels() const override { return packed.panel(0); }
+  template <class T>
+  void multiply_as(const Product& p) {
+    ttx::linear_int4(packed, scales, static_cast<const T*>(p.a), p.lda, p.m, static_cast<T*>(p.c),
+                     p.ldc, finish_of<T>(p, packed));
   }
   void multiply(const Product& p) override {
     if (p.dtype == 0) multiply_as<float>(p);
@@ -168,7 +189,8 @@ int64_t ttx_run(const Launch* launches, int64_t begin, int64_t end, void* const*
   return 0;
 }
 
-// dtype 0 is float32, 1 bfloat16, 2 float16, 3 int8; rows of all parts make the weight of n outputs.
+// dtype 0 is float32, 1 bfloat16, 2 float16, 3 int8, 4 int4, two to a byte, of which k counts bytes;
+// rows of all parts make the weight of n outputs.
 // Of a gated weight the first n rows are the gate, the others its factor.
 void* ttx_pack_weight(int dtype, const Part* parts, int64_t count, int64_t n, int64_t k,
                       int gated) {
@@ -176,6 +198,7 @@ void* ttx_pack_weight(int dtype, const Part* parts, int64_t count, int64_t n, in
     if (dtype == 0) return pack<float>(parts, count, n, k, gated);
     if (dtype == 1) return pack<ttx::bf16>(parts, count, n, k, gated);
     if (dtype == 3) return pack<std::int8_t, Int8Weight>(parts, count, n, k, gated);
+    if (dtype == 4) return pack<std::uint8_t, Int4Weight>(parts, count, n, k, gated);
     return pack<ttx::f16>(parts, count, n, k, gated);
   } catch (const std::bad_alloc&) {
     return nullptr;
@@ -188,8 +211,16 @@ void* ttx_map_weight(int dtype, const void* panels, int64_t n, int64_t k, int ga
   if (dtype == 0) made = new TypedWeight<float>(panels, n, k, gated);
   else if (dtype == 1) made = new TypedWeight<ttx::bf16>(panels, n, k, gated);
   else if (dtype == 3) made = new Int8Weight(panels, n, k, gated);
+  else if (dtype == 4) made = new Int4Weight(panels, n, k, gated);
   else made = new TypedWeight<ttx::f16>(panels, n, k, gated);
   return made;
+}
+
+// Says where the scales of an int4 weight lie, as `GroupScales` has them; they must stay there.
+void ttx_set_group_scales(void* weight, const void* panels, int64_t group, int64_t groups, int64_t k,
+                          int wide, int shifted) {
+  static_cast<Int4Weight*>(static_cast<Packed*>(weight))->scales = {panels,    group, groups, k,
+                                                                    wide != 0, shifted != 0};
 }
 
 const void* ttx_weight_panels(const void* weight) {
@@ -207,6 +238,7 @@ int64_t ttx_panel_layout(int dtype) {
   }
   int step = dtype == 0   ? ttx::detail::PanelLayout<float>::step
              : dtype == 1 ? ttx::detail::PanelLayout<ttx::bf16>::step
+             : dtype == 4 ? ttx::detail::PanelLayout<std::uint8_t>::step
                           : ttx::detail::PanelLayout<ttx::f16>::step;
   return int64_t{ttx::detail::kPanel} << 8 | step;
 }
@@ -254,15 +286,15 @@ int ttx_route(void* const* args, const int64_t* sizes) {
   return 0;
 }
 
-// As ttx_linear of a weight of int8: args also the weight's scales, and those of int8 rows of a or
-// null where a is floats; sizes: also the dtype of all but int8, and whether floats stay such.
+// As ttx_linear of a weight of int8 or int4: args also the int8 weight's scales, and those of int8 rows
+// of a or null where a is floats; sizes: also the dtype of all else, and what rows are.
 int ttx_linear_int8(void* const* args, const int64_t* sizes) {
   Product p{.a = args[0], .lda = sizes[1], .m = sizes[0], .bias = args[2], .residual = args[4],
             .ld_residual = sizes[3], .activation = static_cast<ttx::Activation>(sizes[4]),
             .c = args[3], .ldc = sizes[2], .x_scale = static_cast<const float*>(args[6]),
             .weight_scale = static_cast<const float*>(args[5]),
             .dtype = static_cast<int>(sizes[5]),
-            .float_rows = sizes[6] != 0};
+            .rows = static_cast<int>(sizes[6])};
   if (p.m > 0) static_cast<Weight*>(static_cast<Packed*>(args[1]))->multiply(p);
   return 0;
 }

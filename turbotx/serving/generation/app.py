@@ -21,6 +21,7 @@ from turbotx.serving.bodies import Shape, read_body
 from turbotx.serving.generation import routes, schemas
 from turbotx.serving.generation.routes import Answering
 from turbotx.serving.generation.service import GenerationService
+from turbotx.serving.generation.slots import BLOCK
 from turbotx.serving.incoming import check_key, read_scope
 from turbotx.serving.openapi import Endpoint, record
 from turbotx.serving.refusals import Refusal
@@ -45,7 +46,7 @@ def create_generation_app(service: GenerationService) -> Starlette:
         return {
             "model_id": generator.name, "model_dtype": generator.dtype, "device": generator.device,
             "max_length": generator.context, "chat": generator.has_chat_template,
-            "max_sequences": limits.max_sequences, "cache_positions": limits.max_positions,
+            "max_sequences": limits.max_sequences, "cache_positions": limits.max_blocks * BLOCK,
             "prefill_tokens": limits.prefill_tokens, "max_waiting": limits.max_waiting,
         }  # fmt: skip
 

@@ -9,6 +9,7 @@ Neither HTTP nor JSON in here; refusals are exceptions::
 
 from __future__ import annotations
 
+import inspect
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -269,12 +270,13 @@ async def chat_completions(
     if body.response_format is not None and body.response_format.type != "text":
         raise BadInput(f"response_format is {body.response_format.type!r}: only text is made")
     messages = [{"role": m.role, "content": _content(m.content)} for m in body.messages]
+    values = _template_values(generator, body.chat_template_kwargs or {})
 
     def work() -> list[int]:
         try:
             prompt = generator.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True,
-                **(body.chat_template_kwargs or {}),
+                **values,
             )  # fmt: skip
         except Exception as error:  # a template may refuse roles, in words of its own
             raise BadInput(f"the chat template refuses the messages: {error}") from error
@@ -325,6 +327,16 @@ def _encode(generator: Any, text: str, special: bool = True) -> list[int]:
     except (TypeError, UnicodeError) as error:  # lone surrogates, which JSON can carry
         raise BadInput("a prompt is not valid Unicode text") from error
     return list(encoding.ids)
+
+
+def _template_values(generator: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Return what a request sets of the template's own variables. Raises BadInput for what is an
+    argument of transformers instead: a template of the client's own would run here."""
+    own = inspect.signature(generator.tokenizer.apply_chat_template).parameters
+    refused = sorted(name for name in given if name in own)
+    if refused:
+        raise BadInput(f"chat_template_kwargs has {refused[0]!r}: only variables of the template")
+    return given
 
 
 def _content(said: Any) -> str:

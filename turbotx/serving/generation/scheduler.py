@@ -1,10 +1,10 @@
 """Scheduler of generation: whose prompt is read next, who decodes, who has to give way.
 
-In: sequences that arrive, and how much of the cache is taken. Out: one turn at a time, a piece of
-prompts to read and whether the running sequences take a step; it has no clock, no model and no
-HTTP in it::
+In: sequences that arrive, and how many blocks of the cache are taken. Out: one turn at a time, a
+piece of prompts to read and whether the running sequences take a step; it has no clock, no model
+and no HTTP in it::
 
-    scheduler.submit(sequence); scheduler.next(slots)  ->  SchedulerTurn(read=[...], step=True)
+    scheduler.submit(sequence); scheduler.next(blocks)  ->  SchedulerTurn(read=[...], step=True)
 
 Iterations are scheduled as in Orca (Yu et al., OSDI'22, section 3.1), prompts in pieces beside the
 steps as in Sarathi-Serve (Agrawal et al., OSDI'24, section 4): no step waits longer than one piece.
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from turbotx.serving.generation.slots import BLOCK, Slots, held_positions
+from turbotx.serving.generation.slots import BLOCK
 from turbotx.serving.refusals import Busy, TooLarge
 
 
@@ -39,12 +39,26 @@ class Sequenced(Protocol):
         """Positions that it takes at its end."""
 
 
+class Blocks(Protocol):
+    """What the scheduler knows of the cache, in blocks of every layer."""
+
+    @property
+    def used(self) -> int:
+        """Blocks that are taken."""
+
+    def needed(self) -> int:
+        """Return how many more the next turn takes at the most."""
+
+    def count_prompt(self, length: int) -> int:
+        """Return how many a prompt takes that is read beside others of up to `length` tokens."""
+
+
 @dataclass(frozen=True)
 class GenerationLimits:
-    """Of one server, in sequences and positions of the cache."""
+    """Of one server, in sequences, and blocks of the cache: 64 positions of every layer."""
 
     max_sequences: int = 16  # that decode together
-    max_positions: int = 65_536  # of the cache, of all that decode or are read
+    max_blocks: int = 1_024  # of all that decode or are read
     prefill_tokens: int = 256  # of prompts between two steps
     max_waiting: int = 128
     context: int = 2_048  # positions that the model has
@@ -81,10 +95,10 @@ class GenerationScheduler:
                 f"{prompt} tokens of prompt and {most - prompt} to be made are more than the "
                 f"model's {limits.context}: shorten the prompt, or ask for fewer"
             )
-        if held_positions(1, most) > limits.max_positions:
+        if -(-most // BLOCK) > limits.max_blocks:
             raise TooLarge(
                 f"{prompt} tokens of prompt and {most - prompt} to be made are more than the "
-                f"{limits.max_positions} that the cache has room for (--max-cache-nbytes)"
+                f"{limits.max_blocks * BLOCK} that the cache has room for (--max-cache-nbytes)"
             )
 
     def submit(self, sequences: Sequence[Sequenced]) -> None:
@@ -102,29 +116,35 @@ class GenerationScheduler:
             if sequence in queue:
                 queue.remove(sequence)
 
-    def give_way(self, slots: Slots) -> list[Sequenced]:
-        """Take sequences off the batch until its next step fits, the youngest of the lowest class
-        first; they wait again. The last one stays."""
-        gone: list[Sequenced] = []
-        while len(self.running) > 1 and (
-            held_positions(len(self.running), slots.length + 1) > self.limits.max_positions
-        ):
-            gone.append(self.preempt())
+    def give_way(self, blocks: Blocks) -> list[Sequenced]:
+        """Return who has to let go of its blocks before the next turn fits; they wait again. To be
+        asked until it is nobody.
+
+        Those who are read, unless one of a lower class decodes; else the youngest of the lowest
+        class. The last one stays, but where it decodes: read anew, it begins with a block.
+        """
+        if self.limits.max_blocks - blocks.used >= blocks.needed():
+            return []
+        lowest = min((s.priority for s in self.running), default=None)
+        if self.reading and lowest is None and len(self.reading) == 1:
+            return []
+        if self.reading and (lowest is None or lowest >= max(s.priority for s in self.reading)):
+            gone, self.reading = self.reading, []
+        elif self.running:
+            gone = [min(reversed(self.running), key=lambda s: s.priority)]
+            self.running.remove(gone[0])
+        else:
+            return []
+        for sequence in reversed(gone):
+            self._insert(sequence, behind=False)
+        self.preemptions += len(gone)
         return gone
 
-    def preempt(self) -> Sequenced:
-        """Take the youngest sequence of the lowest class off the batch; it waits again."""
-        youngest = min(reversed(self.running), key=lambda s: s.priority)
-        self.running.remove(youngest)
-        self._insert(youngest, behind=False)
-        self.preemptions += 1
-        return youngest
-
-    def next(self, slots: Slots) -> SchedulerTurn:
+    def next(self, blocks: Blocks) -> SchedulerTurn:
         """Return what to do now, and note that it is being done."""
         begin: list[Sequenced] = []
         if not self.reading:
-            begin = self._admit(slots)
+            begin = self._admit(blocks)
             self.reading = begin
         return SchedulerTurn(begin, bool(self.reading), bool(self.running))
 
@@ -140,21 +160,20 @@ class GenerationScheduler:
                  (not behind and s.priority == rank)]  # fmt: skip
         self.waiting.insert(above[0] if above else len(self.waiting), sequence)
 
-    def _admit(self, slots: Slots) -> list[Sequenced]:
-        """Take the first that waits, and others behind it that can be read in the same piece."""
+    def _admit(self, blocks: Blocks) -> list[Sequenced]:
+        """Take the first that waits, and others behind it that can be read in the same piece, equal
+        prompts as one; every sequence is left one block more, for its next steps."""
         limits = self.limits
+        free, prompts = limits.max_blocks - blocks.used, set[tuple[int, ...]]()
         taken: list[Sequenced] = []
-        longest = slots.length
         while self.waiting:
-            first = self.waiting[0]
-            length = len(first.prompt)
-            rows = len(self.running) + len(taken) + 1
-            alone = not self.running and not taken
-            widest = max([length, *(len(s.prompt) for s in taken)])
-            held = held_positions(rows, max(longest, widest) + BLOCK)  # some steps ahead
-            if not alone and (rows > limits.max_sequences or held > limits.max_positions):
+            widest = max(len(s.prompt) for s in (*taken, self.waiting[0]))
+            prompts.add(tuple(self.waiting[0].prompt))
+            count, rows = len(prompts), len(self.running) + len(taken) + 1
+            wanted = count * blocks.count_prompt(widest) + rows
+            if rows > 1 and (rows > limits.max_sequences or wanted > free):
                 break
-            if taken and widest * (len(taken) + 1) > limits.prefill_tokens:
+            if count > 1 and widest * count > limits.prefill_tokens:
                 break
             taken.append(self.waiting.pop(0))
         return taken

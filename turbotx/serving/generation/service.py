@@ -21,15 +21,13 @@ from turbotx.serving.generation.metrics import GenerationMetrics
 from turbotx.serving.generation.model import Generator
 from turbotx.serving.generation.scheduler import GenerationLimits, GenerationScheduler
 from turbotx.serving.generation.sequence import Asked, GeneratedSequence, Piece
+from turbotx.serving.generation.slots import BLOCK
 from turbotx.serving.generation.worker import DecodeWorker
 from turbotx.serving.refusals import TimedOut
 from turbotx.serving.served import Served
 from turbotx.serving.settings import Settings
 
 log = logging.getLogger(__name__)
-GROWING = 3
-"""What sequences use of the cache's bytes is one part of three: memory is counted to twice as many
-positions as are filled, and while it is written anew the old one is there too."""
 
 
 class GenerationService(Served):
@@ -41,7 +39,7 @@ class GenerationService(Served):
         self, generator: Generator, settings: Settings, limits: GenerationLimits,
         max_cache_nbytes: int,
     ) -> None:  # fmt: skip
-        """limits: all but the positions, which follow from bytes and model."""
+        """limits: all but the blocks, which follow from bytes and model."""
         super().__init__(settings, [generator.name], GenerationMetrics())
         self.generator = generator
         self._limits, self._nbytes = limits, max_cache_nbytes
@@ -55,18 +53,19 @@ class GenerationService(Served):
 
     async def start(self) -> None:
         """Run the model once, accept requests. Raises ModelFailed."""
-        batch = DecodeBatch.of(self.generator.model, self.generator.module, self.generator.device)
-        nbytes = await self.prepare(lambda: self._prepare(batch))
-        positions = self._nbytes // (GROWING * nbytes)
-        limits = replace(self._limits, max_positions=positions, context=self.generator.context)
+        generator, piece = self.generator, self._limits.prefill_tokens
+        batch = DecodeBatch.of(generator.model, generator.module, generator.device, piece)
+        token = min(generator.vocabulary, 100) - 1
+        await self.prepare(lambda: batch.prepare(token))
+        blocks = batch.count_room(self._nbytes)
+        limits = replace(self._limits, max_blocks=blocks, context=generator.context)
         self.scheduler = GenerationScheduler(limits)
         self._worker = DecodeWorker(batch, self.scheduler, self.metrics)
         self._worker.start()
         self.state = "ready"
-        generator = self.generator
         log.info(
-            "ready: %s by turbotx in %s on %s, room for %d positions of %d bytes%s",
-            generator.name, generator.dtype, generator.device, positions, nbytes,
+            "ready: %s by turbotx in %s on %s, room for %d blocks of %d positions%s",
+            generator.name, generator.dtype, generator.device, blocks, BLOCK,
             f", {self.url}" if self.url else "",
         )  # fmt: skip
 
@@ -137,9 +136,3 @@ class GenerationService(Served):
         if callable(stats):
             found.update({f"engine_{name}": float(value) for name, value in stats().items()})
         return found
-
-    def _prepare(self, batch: DecodeBatch) -> int:
-        """Run a prompt and a step, so that no request waits for the capture; return the bytes of
-        one position of the cache."""
-        token = min(self.generator.vocabulary, 100) - 1
-        return batch.position_nbytes(token)

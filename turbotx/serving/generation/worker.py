@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
-from turbotx.serving.generation.batch import DecodeBatch, Joining, PromptReading
+from turbotx.serving.generation.batch import DecodeBatch
 from turbotx.serving.generation.metrics import GenerationMetrics
 from turbotx.serving.generation.sampling import Logits
 from turbotx.serving.generation.scheduler import GenerationScheduler
@@ -33,7 +33,6 @@ class DecodeWorker:
         self._changed = threading.Condition()
         self._cancelled: set[GeneratedSequence] = set()
         self._draining = False
-        self._reading: PromptReading | None = None
         self._thread = threading.Thread(target=self._run, name="turbotx-decode", daemon=True)
 
     def start(self) -> None:
@@ -65,14 +64,15 @@ class DecodeWorker:
     def figures(self) -> dict[str, float]:
         """Gauges for the metrics."""
         with self._changed:
-            scheduler, slots = self._scheduler, self.batch.slots
+            scheduler, batch = self._scheduler, self.batch
             return {
                 "sequences_waiting": float(len(scheduler.waiting)),
                 "sequences_running": float(len(scheduler.running) + len(scheduler.reading)),
                 "preemptions": float(scheduler.preemptions),
-                "cache_positions_used": float(sum(e.count for e in slots.live)),
-                "cache_positions_held": float(slots.held),
-                "cache_nbytes": float(self.batch.nbytes()),
+                "cache_positions_used": float(sum(e.count for e in batch.slots.rows)),
+                "cache_blocks_used": float(batch.layer_blocks),
+                "cache_blocks_most": float(scheduler.limits.max_blocks * batch.layers),
+                "cache_nbytes": float(batch.nbytes()),
             }
 
     # --- the thread ---
@@ -89,14 +89,12 @@ class DecodeWorker:
     def _turn(self) -> None:
         with self._changed:
             self._forget_cancelled()
-            for sequence in self._scheduler.give_way(self.batch.slots):
-                self.batch.leave(sequence)
-            held = self.batch.slots.held > self._scheduler.limits.max_positions
-            turn = self._scheduler.next(self.batch.slots)
-        if held:
-            self.batch.tidy(force=True)
+            while gone := self._scheduler.give_way(self.batch):
+                for sequence in gone:
+                    self.batch.leave(sequence)
+            turn = self._scheduler.next(self.batch)
         if turn.begin:
-            self._reading = self.batch.begin([list(s.prompt) for s in turn.begin])
+            self.batch.begin({sequence: sequence.prompt for sequence in turn.begin})
         for work, concerned in ((self._read, turn.read), (self._step, turn.step)):
             try:
                 if concerned:
@@ -104,27 +102,24 @@ class DecodeWorker:
             except Exception as error:  # whatever the model raises: nobody may wait for ever
                 log.exception("a turn failed")
                 self._fail(error, reading=work == self._read)
-        self.batch.tidy()
 
     def _read(self) -> None:
         """Read a piece of the prompts; at their end make each one's first token and join them."""
-        reading = self._reading
+        reading = self.batch.reading
         assert reading is not None
-        begin, before = time.perf_counter(), reading.done
-        logits = self.batch.read(reading, self._scheduler.limits.prefill_tokens)
-        took_s = time.perf_counter() - begin
-        self._metrics.count_read((reading.done - before) * len(reading.prompts), took_s)
-        if logits is None:
+        begin, columns = time.perf_counter(), reading.next - reading.done
+        found = self.batch.read()
+        self._metrics.count_read(columns * len(reading.rows), time.perf_counter() - begin)
+        if found is None:
             return
-        new = []
-        for row, sequence in enumerate(list(self._scheduler.reading)):
+        tokens: dict[Hashable, int] = {}
+        for sequence, logits in found.items():
             assert isinstance(sequence, GeneratedSequence)
-            if sequence not in self._cancelled and self._take(sequence, logits[row]):
-                new.append(Joining(sequence, sequence.tokens[-1], reading, row))
-        if new:
-            self.batch.join(new)
+            if self._take(sequence, logits):
+                tokens[sequence] = sequence.tokens[-1]
+        if tokens:
+            self.batch.join(tokens)
         with self._changed:
-            self._reading = None
             self._scheduler.have_read()
 
     def _step(self) -> None:
@@ -150,12 +145,12 @@ class DecodeWorker:
         return not sequence.finished
 
     def _forget_cancelled(self) -> None:
-        """Take sequences that nobody waits for off everything but a reading that goes on."""
-        for sequence in self._cancelled - set(self._scheduler.reading):
+        """Take sequences that nobody waits for off everything."""
+        for sequence in self._cancelled:
             self._scheduler.drop(sequence)
             self.batch.leave(sequence)
             sequence.finished = True
-        self._cancelled &= set(self._scheduler.reading)
+        self._cancelled.clear()
 
     def _fail(self, error: Exception, reading: bool) -> None:
         """Tell those whose prompts were being read, or those who decoded, and forget them."""
@@ -170,5 +165,3 @@ class DecodeWorker:
                 self._scheduler.drop(sequence)
                 self.batch.leave(sequence)
                 sequence.fail(refusal)
-            if reading:
-                self._reading = None

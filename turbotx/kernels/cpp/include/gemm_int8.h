@@ -75,11 +75,13 @@ class PackedInt8 {
   const std::int8_t* panels_;
 };
 
-// Activations: int8 rows and their scales, or rows of T to be quantised, where `scales` is null.
+// Activations: int8 rows and their scales, null where `whole`, whose scales are 1; or rows of T to be
+// quantised, where `scales` is null.
 struct Int8Rows {
   const void* a;
   long lda, m;
   const float* scales;
+  bool whole = false;
 };
 
 namespace detail {
@@ -191,7 +193,7 @@ void linear_int8(const PackedInt8& w, const Int8Rows& x, const float* weight_sca
   // As in `linear`, whose multiply-adds take four times as long.
   int threads = usable_threads(x.m * w.n * w.k * w.group, 200000);
   const auto* given = static_cast<const std::int8_t*>(x.a);
-  bool copied = x.scales == nullptr || w.depth != w.k;
+  bool narrow = x.scales != nullptr || x.whole, copied = !narrow || w.depth != w.k;
   long lda = copied ? w.depth : x.lda, blocks = (x.m + 255) / 256;
   // One piece of memory: rows, their scales, their offsets; kept 64 bytes apart.
   long row_floats = copied ? (x.m * w.depth + 63) / 64 * 16 : 0, padded = (x.m + 15) / 16 * 16;
@@ -203,10 +205,10 @@ void linear_int8(const PackedInt8& w, const Int8Rows& x, const float* weight_sca
   share_rows(x.m, threads > 1, [=, &w, &x](long begin, long end) {
     for (long r = begin; r < end; ++r) {
       std::int8_t* row = rows + r * w.depth;
-      if (x.scales == nullptr) {
+      if (!narrow) {
         scales[r] = detail::quantize_row(static_cast<const T*>(x.a) + r * x.lda, w.k, w.depth, row);
       } else {
-        scales[r] = x.scales[r];
+        scales[r] = x.whole ? 1.0f : x.scales[r];
         if (copied) {
           std::memcpy(row, given + r * x.lda, w.k);
           std::memset(row + w.k, 0, w.depth - w.k);

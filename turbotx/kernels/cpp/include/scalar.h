@@ -39,6 +39,38 @@ inline T hidden(T x) {
   return x;
 }
 
+// A float that something is added to, and that may end in a product: the two stay operations of
+// their own, however a compiler contracts others. GCC folds no fma; -0 added changes no number.
+#if defined(__clang__)
+template <class T>
+inline T rounded(T x) { return __arithmetic_fence(x); }
+#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+inline float rounded(float x) { return __builtin_fmaf(x, 1.0f, -0.0f); }
+inline double rounded(double x) { return __builtin_fma(x, 1.0, -0.0); }
+#else
+template <class T>
+inline T rounded(T x) { return x; }
+#endif
+template <class T>
+inline T product(T a, T b) {
+#if !defined(__clang__) && (defined(__FMA__) || defined(__ARM_FEATURE_FMA))
+  if constexpr (std::is_same_v<T, float>) return __builtin_fmaf(a, b, -0.0f);
+  else return __builtin_fma(a, b, -0.0);
+#else
+  return rounded(a * b);
+#endif
+}
+// a * b + c, rounded once where the processor can.
+template <class T>
+inline T fma(T a, T b, T c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  if constexpr (std::is_same_v<T, float>) return __builtin_fmaf(a, b, c);
+  else return __builtin_fma(a, b, c);
+#else
+  return rounded(a * b) + c;
+#endif
+}
+
 // Every element of an array becomes one value.
 template <class T, long N>
 inline void fill(T (&elements)[N], T value) {

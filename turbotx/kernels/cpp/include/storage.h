@@ -60,6 +60,10 @@ inline f16 from_float<f16>(float x) {
   return {static_cast<std::uint16_t>(h | sign)};
 }
 
+// What memory of type T keeps of x.
+template <class T>
+inline float held(float x) { return to_float(from_float<T>(x)); }
+
 template <class T>
 inline float load(const T* p) { return to_float(*p); }
 

@@ -4,7 +4,7 @@ In: `sys.argv`. Out: an exit code: 0 success, 1 wrong results, 2 wrong command l
 turbotx could not do it, 4 internal error, 130 interrupted. Errors are one line, or with --json one
 object::
 
-    main(["compile", "minilm", "--out", "out"])
+    run_command(["compile", "minilm", "--out", "out"])
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from turbotx import __version__
+from turbotx.cli import INTERRUPTED
 from turbotx.cli.output import MISUSED, Output, exit_code
 from turbotx.cli.serve import serve_command
 from turbotx.engine.logs import read_logs
@@ -28,7 +29,6 @@ from turbotx.errors import InputError
 if TYPE_CHECKING:
     from turbotx.cli.models import Source
 
-INTERRUPTED = 130
 # Typer depends on Click in some versions and vendors it in others.
 UsageError: Any = typer.BadParameter.__base__
 app = typer.Typer(
@@ -62,7 +62,7 @@ Targets = Annotated[
 ]
 Quantize = Annotated[
     str,
-    typer.Option(metavar="int8|int8-weights", help="Products in int8 (docs/quantization.md)."),
+    typer.Option(metavar="int8|int8-weights|int4-weights", help="Integers (docs/quantization.md)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -256,7 +256,7 @@ def doctor_command(as_json: Json = False) -> None:
 app.command("serve")(serve_command)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run_command(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in arguments
