@@ -130,7 +130,6 @@ class Captured:
     out_spec: pytree.TreeSpec
     ambient: Ambient
     asked: tuple[int, ...]
-
     floats: tuple[FloatInput, ...] = ()
     effects: tuple[Effect, ...] = ()
     decisions: Decisions | None = None
@@ -329,8 +328,7 @@ _choosing_attention = threading.RLock()
 
 
 def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
-    """Trace with the `varying` dims of each example symbolic, and decompose all ops but those
-    kept."""
+    """Trace with the `varying` dims of each example symbolic; decompose all but the kept ops."""
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     fakes, places = remembering_fakes(), remembered_stack_traces()
     with torch.no_grad(), warnings.catch_warnings(), fakes, places:
@@ -366,14 +364,9 @@ def _fresh_constants(exported: Any) -> set[str]:
 
 
 def _describe(
-    exported: Any,
-    model: nn.Module,
-    flat: FlatCall,
-    name: str,
-    names: list[str],
-    ambient: Ambient,
-    asked: tuple[int, ...],
-) -> Captured:
+    exported: Any, model: nn.Module, flat: FlatCall, name: str, names: list[str],
+    ambient: Ambient, asked: tuple[int, ...],
+) -> Captured:  # fmt: skip
     refuse_mutation(exported, name)
     graph_module, inputs = unlift(exported, model, names)
     refuse_mixed_products(graph_module.graph, name, flat.given)
