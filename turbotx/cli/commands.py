@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from turbotx import __version__
-from turbotx.cli import INTERRUPTED
+from turbotx.cli.interrupts import INTERRUPTED
 from turbotx.cli.output import MISUSED, Output, exit_code
 from turbotx.cli.serve import serve_command
 from turbotx.engine.logs import read_logs

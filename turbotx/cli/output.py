@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from turbotx.cli import clean_up_when_interrupted
+from turbotx.cli.interrupts import clean_up_when_interrupted
 from turbotx.errors import (
     DumpError,
     InputError,

@@ -126,6 +126,37 @@ class CacheBlocks:
         self._released.append(ids)
         self._settle()
 
+    def find_shared(self, ids: Ids) -> NDArray[np.bool_]:
+        """Return which cells of a table need a new block to be written: empty ones (-1), and those
+        whose block is shared. If all references to a block are among these cells, the first one
+        keeps it."""
+        if not (ids >= 0).any():  # a new column, as every 64 steps
+            return np.ones(ids.shape, np.bool_)
+        known, where, inverse, named = np.unique(
+            ids, return_index=True, return_inverse=True, return_counts=True
+        )
+        references = np.zeros(len(known), np.int64)
+        references[known >= 0] = self.references[known[known >= 0]]
+        shared = (references != 1)[inverse.reshape(-1)]
+        shared[where[(references == named) & (known >= 0)]] = False
+        return shared.reshape(ids.shape)
+
+    def find_equal(self, a: torch.Tensor, b: torch.Tensor, first_nbytes: int) -> NDArray[np.bool_]:
+        """Return which pairs of blocks hold the same bytes; a, b: ids, int64 (pairs,).
+
+        The first bytes of all pairs are compared at once, and only where those agree the rest.
+        """
+        words = self.memory.view(torch.int64)
+        size = self.block_nbytes // words.itemsize
+        words = words[: len(words) // size * size].view(-1, size)
+        starts = words[:, : max(1, first_nbytes // words.itemsize)]
+        equal: NDArray[np.bool_] = (starts[a] == starts[b]).all(1).cpu().numpy()
+        pairs = zip(a[equal].tolist(), b[equal].tolist(), strict=True)
+        whole = [(words[i] == words[j]).all() for i, j in pairs]
+        if whole:
+            equal[equal] = torch.stack(whole).cpu().numpy()
+        return equal
+
     def _settle(self) -> None:
         while self._released and self._lock.acquire(blocking=False):
             try:

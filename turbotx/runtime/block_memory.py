@@ -228,7 +228,7 @@ class BlockMemory(CacheMemory):
             return 0
         first, end = self.length // BLOCK_LEN, -(-length // BLOCK_LEN)
         cells, known = batch * (end - first), (table[:, first:end] for table in self.tables)
-        return sum(cells - ids.size + int(self._find_shared(ids).sum()) for ids in known)
+        return sum(cells - ids.size + int(self.blocks.find_shared(ids).sum()) for ids in known)
 
     # --- blocks ---
 
@@ -251,7 +251,7 @@ class BlockMemory(CacheMemory):
         The contents of the first column are kept, copied if the block was shared.
         """
         found = [self.tables[layer][:, first:end] for layer in layers]
-        shared = [self._find_shared(ids) for ids in found]
+        shared = [self.blocks.find_shared(ids) for ids in found]
         new = np.split(
             self.blocks.take(sum(int(s.sum()) for s in shared)),
             np.cumsum([s.sum() for s in shared])[:-1],
@@ -272,20 +272,6 @@ class BlockMemory(CacheMemory):
             old = ids[where]
             self.tables[layer][:, first:end] = made
             self.blocks.release(old[old >= 0])
-
-    def _find_shared(self, ids: Ids) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Return which cells need a new block: empty ones, and those whose block is shared. If all
-        references to a block are among these cells, the first one keeps it."""
-        if not (ids >= 0).any():  # a new column, as every 64 steps
-            return np.ones(ids.shape, np.bool_)
-        known, where, inverse, named = np.unique(
-            ids, return_index=True, return_inverse=True, return_counts=True
-        )
-        references = np.zeros(len(known), np.int64)
-        references[known >= 0] = self.blocks.references[known[known >= 0]]
-        shared = (references != 1)[inverse.reshape(-1)]
-        shared[where[(references == named) & (known >= 0)]] = False
-        return shared.reshape(ids.shape)
 
     # --- updates ---
 
@@ -312,21 +298,14 @@ class BlockMemory(CacheMemory):
 
     def _merge(self, first: int, end: int) -> None:
         """Let rows have the block of the row before where both hold the same bytes, as rows of one
-        prompt do: all layers are asked at once, of the first key of each block, then of all."""
+        prompt do."""
         stacked = np.stack([table[:, first:end] for table in self.tables])
         above, below = stacked[:, :-1], stacked[:, 1:]
         apart = (above != below) & (above >= 0) & (below >= 0)
         places, a, b = np.argwhere(apart), above[apart], below[apart]
-        words = self.blocks.memory.view(torch.int64)
-        size = self.blocks.block_nbytes // words.itemsize
-        words = words[: len(words) // size * size].view(-1, size)
-        of_key = max(1, self.shapes[0].key_width * self.dtype.itemsize // words.itemsize)
-        starts = words[:, :of_key]
-        alike = (starts[self._index(a)] == starts[self._index(b)]).all(1).cpu().numpy()
-        pairs = zip(a[alike].tolist(), b[alike].tolist(), strict=True)
-        same = [(words[i] == words[j]).all() for i, j in pairs]
-        equal = torch.stack(same).cpu().numpy() if same else np.zeros(0, dtype=bool)
-        for layer, row, column in places[alike][equal]:
+        key_nbytes = self.shapes[0].key_width * self.dtype.itemsize
+        equal = self.blocks.find_equal(self._index(a), self._index(b), key_nbytes)
+        for layer, row, column in places[equal]:
             cells = self.tables[layer][row : row + 2, first + column]
             self.blocks.share(cells[:1])
             self.blocks.release(cells[1:].copy())

@@ -96,90 +96,103 @@ class ConnectionLimits:
         connection.transport.abort()
 
 
+_BASE: Any = AutoHTTPProtocol
+
+
+class LimitedProtocol(_BASE):
+    """uvicorn's HTTP protocol that keeps limits; see `make_protocol`."""
+
+    limits: ConnectionLimits
+    heard_s = 0.0
+    unread, read_s = 0, 0.0  # bytes of answers when it was last seen to take some, and when
+    head_since_s: float | None = None  # while a header is awaited or half there
+    head_nbytes = 0  # of the one that is half there, or that comes while another is answered
+    body_nbytes = 0  # of a body, as it came over the wire
+    heads_over = False  # what is said of headers now is what stands behind a body
+    running: Any = None  # what is answered; ``cycle`` is the last that was asked
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is being answered."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def in_body(self) -> bool:
+        """Whether a body is being received."""
+        return self.busy and self.cycle.more_body
+
+    def connection_made(self, transport: Any) -> None:
+        """Count the connection, as asyncio opens it."""
+        super().connection_made(transport)
+        self.heard_s = self.head_since_s = asyncio.get_running_loop().time()
+        self.limits.admit(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse bytes, within the limits of headers and bodies."""
+        self.heard_s = asyncio.get_running_loop().time()
+        self.limits.hear(self)
+        if self.head_since_s is None and not self.busy:
+            self.head_since_s = self.heard_s
+        answering = self.busy and not self.in_body
+        self.body_nbytes = self.body_nbytes + len(data) if self.in_body else 0
+        if self.body_nbytes > FRAMING * self.limits.nbytes + MOST_HEAD_NBYTES:
+            self.limits.close(self)
+            return
+        if self.head_since_s is not None:
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = OFFER.sub(b"", head + end[:2]) + end[2:] + rest
+        super().data_received(data)
+        if self.busy:
+            self.head_since_s = None
+        if self.head_since_s is None and not answering:
+            self.head_nbytes = 0
+            return
+        self.head_nbytes += len(data)
+        if self.head_nbytes > MOST_HEAD_NBYTES:
+            self.limits.refuse_head(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Forget the connection, as asyncio closes it."""
+        self.limits.open.pop(self, None)
+        self.leave()
+        super().connection_lost(error)
+
+    def leave(self) -> None:
+        """Have what is answered written to nobody: uvicorn tells the last request alone."""
+        for cycle in (self.running, self.cycle):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+
+    # httptools' alone. It gives the trailers of a body as headers, of which there is no end.
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        self.heads_over = False
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Note that further headers are trailers."""
+        self.heads_over = True
+        super().on_headers_complete()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; trailers are left out."""
+        if not self.heads_over:
+            super().on_header(name, value)
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self.running = cycle
+        super()._start_asgi_task(cycle, app)
+
+
 def make_protocol(limits: ConnectionLimits) -> type[Any]:
-    """Return uvicorn's HTTP protocol, whichever parser is installed, that keeps the times.
+    """Return uvicorn's HTTP protocol, whichever parser is installed, that keeps the limits.
 
     Reads of uvicorn's what both of its protocols have: ``cycle`` with ``response_complete`` and
     ``more_body``, and ``transport``.
     """
-    base: Any = AutoHTTPProtocol
-
-    class LimitedProtocol(base):
-        heard_s = 0.0
-        unread, read_s = 0, 0.0  # bytes of answers when it was last seen to take some, and when
-        head_since_s: float | None = None  # while a header is awaited or half there
-        head_nbytes = 0  # of the one that is half there, or that comes while another is answered
-        body_nbytes = 0  # of a body, as it came over the wire
-        heads_over = False  # what is said of headers now is what stands behind a body
-        running: Any = None  # what is answered; ``cycle`` is the last that was asked
-
-        @property
-        def busy(self) -> bool:
-            return self.cycle is not None and not self.cycle.response_complete
-
-        @property
-        def in_body(self) -> bool:
-            return self.busy and self.cycle.more_body
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.heard_s = self.head_since_s = asyncio.get_running_loop().time()
-            limits.admit(self)
-
-        def data_received(self, data: bytes) -> None:
-            self.heard_s = asyncio.get_running_loop().time()
-            limits.hear(self)
-            if self.head_since_s is None and not self.busy:
-                self.head_since_s = self.heard_s
-            answering = self.busy and not self.in_body
-            self.body_nbytes = self.body_nbytes + len(data) if self.in_body else 0
-            if self.body_nbytes > FRAMING * limits.nbytes + MOST_HEAD_NBYTES:
-                limits.close(self)
-                return
-            if self.head_since_s is not None:
-                head, end, rest = data.partition(b"\r\n\r\n")
-                data = OFFER.sub(b"", head + end[:2]) + end[2:] + rest
-            super().data_received(data)
-            if self.busy:
-                self.head_since_s = None
-            if self.head_since_s is None and not answering:
-                self.head_nbytes = 0
-                return
-            self.head_nbytes += len(data)
-            if self.head_nbytes > MOST_HEAD_NBYTES:
-                limits.refuse_head(self)
-
-        def connection_lost(self, error: Exception | None) -> None:
-            limits.open.pop(self, None)
-            self.leave()
-            super().connection_lost(error)
-
-        def leave(self) -> None:
-            """Have what is answered written to nobody: uvicorn tells the last request alone."""
-            for cycle in (self.running, self.cycle):
-                if cycle is not None and not cycle.response_complete:
-                    cycle.disconnected = True
-                    cycle.message_event.set()
-
-        # httptools' alone. It gives the trailers of a body as headers, of which there is no end.
-
-        def on_message_begin(self) -> None:
-            self.heads_over = False
-            super().on_message_begin()
-
-        def on_headers_complete(self) -> None:
-            self.heads_over = True
-            super().on_headers_complete()
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            if not self.heads_over:
-                super().on_header(name, value)
-
-        def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-            self.running = cycle
-            super()._start_asgi_task(cycle, app)
-
-    return LimitedProtocol
+    return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits})
 
 
 def connection_limit(wanted: int) -> int:
