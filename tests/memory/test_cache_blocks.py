@@ -50,6 +50,11 @@ def test_memory_stays_where_it_is_and_is_given_back() -> None:
     assert blocks.mapped_nbytes == 0
 
 
+def test_a_debugger_may_show_memory_that_nobody_has_taken() -> None:
+    blocks = CacheBlocks(4096, lambda nbytes: None, torch.device("cpu"))
+    assert repr(blocks.memory).startswith("tensor([0, 0, 0,  ..., 0, 0, 0]")
+
+
 def test_what_is_refused_takes_nothing() -> None:
     blocks, counted = make(most=2500)
     ids = blocks.take(2)

@@ -70,8 +70,10 @@ class CacheBlocks:
         self._lock = threading.Lock()
         if device.type == "cuda":  # where PyTorch asks the driver whose memory an address is
             self._range.map_to(CHUNK_NBYTES)
+        else:
+            self._range.make_readable()
         self.memory = view_addresses(self._range, self._range.capacity_nbytes, device)
-        """All addresses, those of blocks that were never taken too, which must not be touched."""
+        """All addresses, also of blocks that were never taken: those must not be used."""
 
     @property
     def used(self) -> int:

@@ -141,6 +141,13 @@ class CpuRange:
             self._libc.madvise(start, grown, huge)  # only advice: failure costs speed, nothing else
         self._protected_nbytes = nbytes
 
+    def make_readable(self) -> None:
+        """Let all addresses be read, as zeros that hold no pages: a debugger or a traceback may
+        show a tensor over them. Writes beyond what is mapped still end the process."""
+        beyond = self.address + self._protected_nbytes
+        nbytes = self.capacity_nbytes - self._protected_nbytes
+        self._libc.mprotect(beyond, nbytes, mmap.PROT_READ)  # failure: they stay unreadable
+
     def unmap_to(self, nbytes: int) -> None:
         """Return the memory above the first `nbytes` (a multiple of 2 MiB) to the system."""
         if nbytes >= self.mapped_nbytes:
