@@ -112,6 +112,10 @@ SPECIAL = {
     "group_norm": _sample(CHANNELS, 2, WEIGHT[:4], BIAS[:4]),
     "turbotx.row_scale.default": _sample(X),
     "turbotx.quantize_rows.default": _sample(X, X.abs().amax(-1, keepdim=True) / 127),
+    "turbotx.quantize_affine.default": _sample(X, 7.3, 3, -20, 20),
+    "turbotx.quantize_affine.tensor": _sample(
+        X, torch.tensor([0.137]), torch.tensor([131]), 128, -20, 20
+    ),
 }  # fmt: skip
 DOMAINS = {
     POSITIVE: ("log", "sqrt", "rsqrt", "acosh", "log2", "log1p", "log10"),

@@ -18,6 +18,7 @@ from turbotx.capture.tracing import tracing
 from turbotx.engine.pipeline import rewrite
 from turbotx.errors import PackError, VerifyError
 from turbotx.ir.quantized_ops import (
+    Scheme,
     quantize_rows,
     quantized_linear,
     row_scale,
@@ -41,7 +42,7 @@ def packed(function: Callable[..., Any] = layer, float_rows: bool = False) -> Pa
     captured = capture_sizes(model, (), {"input_ids": IDS, "attention_mask": MASK})
     with tracing():
         paths = captured.graph_module.meta["paths"]
-        rewrite(captured.graph, quantization=Quantization(paths, (), float_rows))
+        rewrite(captured.graph, quantization=Quantization(paths, (), Scheme(float_rows=float_rows)))
         found = pack(captured)
         check_packed(found.graph, TOKENS)
         check_quantized(found.graph)

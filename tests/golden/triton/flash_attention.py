@@ -92,7 +92,8 @@ def attention_f16_64_causal_key_mask(
 
     # A query that sees no key gets zeros.
     zeros = total == 0.0
-    values = values / tl.where(zeros, 1.0, total)
+    quotient = values / tl.where(zeros, 1.0, total)
+    values = quotient
     out_ptr += batch_index * out_batch + head * out_head
     out_at = out_ptr + row.to(tl.int64) * out_row + dim
     tl.store(out_at, values.to(tl.float16), mask=row_ok)

@@ -168,9 +168,9 @@ class CudaGraphProgram(Program):
             if device.is_capturing():
                 return self._run_inside_capture(binding, tensors)
             plain = ticks is not None or watch is not None or poison_enabled()
-            assert isinstance(binding, GraphBinding)
             plain = plain or self.graphs.most == 0 or self._steps.is_bound
-            if not plain and not self._is_first(binding.key):
+            assert plain or isinstance(binding, GraphBinding)
+            if isinstance(binding, GraphBinding) and not plain and not self._is_first(binding.key):
                 try:
                     return self._replay(binding, tensors)
                 except _NotCapturable as error:
