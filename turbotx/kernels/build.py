@@ -37,9 +37,11 @@ log = logging.getLogger("turbotx.build")
 _COMMENTS = re.compile(r"^//.*\n", re.MULTILINE)
 HEADERS = Path(__file__).parent / "cpp" / "include"
 FLAGS: tuple[str, ...] = (
-    "-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno",
-    "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd", "-fPIC",
+    "-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-mno-mmx",
+    "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd", "-fPIC",
 )  # fmt: skip
+# MMX registers are the x87 unit's: without AVX GCC moves 8 bytes through them and leaves them so,
+# after which PyTorch's own floor division of halves gives NaN.
 
 
 def cache_directory() -> Path:
@@ -93,7 +95,7 @@ def compiler_flags(compiler: str) -> tuple[str, ...]:
     """Return the flags to compile with, those left out that the compiler or the processor lacks."""
     flags = FLAGS
     if platform.machine() not in ("x86_64", "AMD64"):
-        flags = tuple(f for f in flags if not f.startswith("-mprefer"))
+        flags = tuple(f for f in flags if not f.startswith(("-mprefer", "-mno-mmx")))
     return flags
 
 

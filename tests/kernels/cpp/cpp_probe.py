@@ -14,13 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-HEADERS = Path(__file__).parents[3] / "turbotx" / "kernels" / "cpp" / "include"
+from turbotx.kernels.build import HEADERS, compiler_flags
+
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-FLAGS = [
-    *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno"),
-    *("-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd", "-fPIC"),
-    *("-Wall", "-Wextra", "-Werror"),
-]
+FLAGS = [*compiler_flags(str(COMPILER)), "-Wall", "-Wextra", "-Werror"]
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import math
+import platform
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cpp.cpp_probe import NAMES, build, needs_compiler, pointer
+from tests.kernels.cpp.cpp_probe import (
+    COMPILER,
+    FLAGS,
+    HEADERS,
+    NAMES,
+    build,
+    needs_compiler,
+    pointer,
+)
 from turbotx.ir.quantized_ops import MAX_DEPTH, quantize_rows, row_scale
 from turbotx.kernels.processor import processor_flags
 
@@ -65,6 +76,19 @@ def build_for(flag: str, source: str, wrapper: str, folder: Path) -> ctypes.CDLL
     library = build(source, folder, *SETS[flag])
     library.pack.restype = ctypes.c_void_p
     return library
+
+
+@pytest.mark.parametrize("flags", SETS.values(), ids=SETS)
+def test_no_register_of_the_x87_unit_is_used(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """One that is left in use makes NaN of what PyTorch computes there later."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("for x86 processors")
+    file = tmp_path / "probe.cpp"
+    file.write_text(SOURCE + "".join(WRAPPER.format(name=name) for name in NAMES.values()))
+    command = [str(COMPILER), *FLAGS, *flags, f"-I{HEADERS}", "-S", str(file), "-o", "-"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "mov" in text
+    assert not re.search(r"%mm[0-7]|%st\b", text)
 
 
 def pack(library: ctypes.CDLL, w: torch.Tensor, gated: bool) -> ctypes.c_void_p:
