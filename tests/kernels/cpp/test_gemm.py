@@ -60,6 +60,10 @@ SIZES = [
     (2, 5, 1),
     (40, 384, 200),
     (150, 70, 33),
+    (2, 65, 64),  # from here on of whole tiles of AMX in bf16
+    (17, 31, 96),
+    (33, 100, 160),
+    (300, 40, 32),
 ]
 
 
@@ -153,9 +157,10 @@ def test_odd_depth_does_not_read_the_next_row(gemm: ctypes.CDLL) -> None:
     assert torch.equal(got, torch.full((2, 1), 3.0, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", NAMES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_bad_row_stays_alone(gemm: ctypes.CDLL, value: float) -> None:
-    a, w = torch.randn(20, 64), torch.randn(40, 64)
+def test_a_bad_row_stays_alone(gemm: ctypes.CDLL, value: float, dtype: torch.dtype) -> None:
+    a, w = torch.randn(20, 64).to(dtype), torch.randn(40, 64).to(dtype)
     a[7, 5] = value
     got = run_linear(gemm, a, w)
     assert not got[7].isfinite().any()
