@@ -143,7 +143,7 @@ def no_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
-# # --- settings read by Python code ---
+# --- settings read by Python code ---
 
 _WATCHED: tuple[tuple[Any, str, int], ...] = (
     (torch, "are_deterministic_algorithms_enabled", 3),
@@ -178,7 +178,7 @@ def watch_reads(ambient: Ambient) -> Iterator[set[int]]:
             if original is not None:
                 watched = _watched(original, place, ambient, asked, thread)
                 stack.enter_context(patch.object(owner, name, watched))
-        setter = "_set_default_dtype"  # # private: every public setter calls it
+        setter = "_set_default_dtype"  # private: every public setter calls it
         if hasattr(_C, setter):
             refusing = _refusing(getattr(_C, setter), thread)
             stack.enter_context(patch.object(_C, setter, refusing))

@@ -68,7 +68,7 @@ class _Refused(Exception):
         self.path: list[str] = []
 
 
-# # --- flattening ---
+# --- flattening ---
 
 
 def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Structure]:
@@ -124,7 +124,7 @@ def _flatten(tree: Any, depth: int) -> tuple[list[Any], Structure]:
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is torch.Size  # # pytree would turn it into a tuple
+    return type(value) is torch.Size  # pytree would turn it into a tuple
 
 
 def is_float(value: Any) -> bool:
@@ -141,7 +141,7 @@ def is_leaf(value: Any) -> bool:
         return not isinstance(getattr(value, "__self__", None), torch.Tensor)
     if isinstance(value, (int, str, float)) and not hasattr(value, "__dict__"):
         return True
-    if type(value) is object:  # # a sentinel, compared by identity
+    if type(value) is object:  # a sentinel, compared by identity
         return True
     if isinstance(value, (set, frozenset)):
         return all(is_leaf(x) and not isinstance(x, torch.Tensor) for x in value)
@@ -254,7 +254,7 @@ def _shorten(path: str) -> str:
     return rest
 
 
-# # --- rebuilding ---
+# --- rebuilding ---
 
 
 def rebuild(leaves: Sequence[Any], structure: Structure) -> Any:
@@ -296,7 +296,7 @@ def _rebuild_part(leaves: Sequence[Any], part: ReducedObject) -> Any:
     return made
 
 
-# # --- keys ---
+# --- keys ---
 
 
 def describe_leaf(leaf: Any) -> Any:
@@ -342,7 +342,7 @@ def carry_float(value: float, device: torch.device | None) -> torch.Tensor:
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
-# # --- changes made by a call ---
+# --- changes made by a call ---
 
 
 def changed_arguments(

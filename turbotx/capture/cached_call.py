@@ -46,7 +46,7 @@ class CachedCall(nn.Module):
     def __init__(self, model: nn.Module, layers: int) -> None:
         super().__init__()
         self.model, self.layers = model, layers
-        self.training = False  # # the wrapped model keeps its own mode
+        self.training = False  # the wrapped model keeps its own mode
 
     def forward(
         self, *, kv_memory: torch.Tensor, kv_table: torch.Tensor, kv_length: torch.Tensor,
@@ -97,7 +97,7 @@ class TracedLayer(CacheLayerMixin):
     """A cache layer whose rows are the result of an op: no concatenation, and one symbol for every
     length."""
 
-    is_sliding = False  # # every position is kept; the mask hides those that left the window
+    is_sliding = False  # every position is kept; the mask hides those that left the window
 
     def __init__(
         self, memory: torch.Tensor, table: torch.Tensor, length: torch.Tensor, past: Any
@@ -208,4 +208,4 @@ def find_appends(graph: fx.Graph) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "call_function" and n.target is op]
 
 
-assert cache_ops  # # imported because it registers the op
+assert cache_ops  # imported because it registers the op

@@ -34,7 +34,7 @@ def describe_call(
     for value in (*args, *kwargs.values()):
         if is_dense(value):
             if value.layout is not _STRIDED or value.is_nested:
-                return None, []  # # the slow path raises the error
+                return None, []  # the slow path raises the error
             order = None if value.is_contiguous() else memory_order(value)
             parts += (value.shape, value.dtype, value.device, order)
             tensors.append(value)
@@ -42,7 +42,7 @@ def describe_call(
             parts += (type(value), value)
         elif is_float(value):
             parts.append(float)
-            tensors.append(value)  # # becomes a tensor once the device is known
+            tensors.append(value)  # becomes a tensor once the device is known
             floats = True
         else:
             return None, []

@@ -87,7 +87,7 @@ def _find_casts(node: fx.Node, sources: list[fx.Node]) -> list[torch.dtype | Non
     wanted = _dtypes(node.meta["val"])
     _run(node, {}, watch)
     found = [watch.made.get(id(v)) for v in values]
-    # # Some ops are passed a dtype to compute in, which is equivalent to a cast to it.
+    # Some ops are passed a dtype to compute in, which is equivalent to a cast to it.
     higher = [torch.float32 if _is_lower(v) else None for v in values]
     for casts in (found, higher):
         given = {
@@ -113,7 +113,7 @@ def _run(node: fx.Node, instead: dict[fx.Node, Any], watch: Any = None) -> Any:
     mode = next((f.fake_mode for f in fakes), None)
     call: Any = node.target
     if mode is None:
-        return node.meta["val"]  # # no tensor arguments: nothing to cast
+        return node.meta["val"]  # no tensor arguments: nothing to cast
     with torch.no_grad(), enable_python_dispatcher(), mode, watch or nullcontext():
         return call(*args, **kwargs)
 
@@ -156,6 +156,6 @@ class _FirstCasts(TorchDispatchMode):
             dtype = args[1] if func is aten.to.dtype and len(args) > 1 else kwargs.get("dtype")
             if dtype is not None:
                 self.made[id(args[0])] = dtype
-        elif func.namespace != "prim":  # # prim ops only query a tensor's device and the like
+        elif func.namespace != "prim":  # prim ops only query a tensor's device and the like
             self.started = True
         return func(*args, **kwargs)

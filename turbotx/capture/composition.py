@@ -42,7 +42,7 @@ def left_to_pytorch() -> bool:
     """Return whether a call in this thread must run in PyTorch: it is being traced, transformed or
     observed op by op, and native kernels would be invisible to that."""
     return (
-        _is_dynamo()  # # first: Dynamo evaluates it to True and skips the rest
+        _is_dynamo()  # first: Dynamo evaluates it to True and skips the rest
         or _around.alone
         or _dispatch_modes() != 0
         or _transforms() is not None
@@ -87,7 +87,7 @@ def calls_forward(model: nn.Module) -> bool:
     """Return whether calling the model runs only its `forward` and hooks: no class overrides
     `__call__`."""
     if isinstance(model, fx.GraphModule):
-        return True  # # its __call__ only adds the failing line to an error
+        return True  # its __call__ only adds the failing line to an error
     return not any(
         "__call__" in vars(c) and not vars(c).get("turbotx_adds_nothing", False)
         for c in type(model).__mro__

@@ -58,11 +58,11 @@ def _find_condition(code: CodeType, offset: int) -> tuple[bool, list[ast.expr], 
     places, passed = getattr(code, "co_positions", None), list[_Operands]()
     if places is None:
         return False, [], passed
-    # # The branch has the position of the whole condition; just before it is the operand's.
+    # The branch has the position of the whole condition; just before it is the operand's.
     last = offset // 2
     near = set(list(places())[max(0, last - _BEFORE) : last + 1])
     conditions, place = _find_conditions(code.co_filename), None
-    for node in conditions:  # # inner ones come last
+    for node in conditions:  # inner ones come last
         for k, part in enumerate(node.values):
             if (part.lineno, part.end_lineno, part.col_offset, part.end_col_offset) in near:
                 place = node, k
@@ -70,7 +70,7 @@ def _find_condition(code: CodeType, offset: int) -> tuple[bool, list[ast.expr], 
         node, k = place
         if following := node.values[k + 1 :]:
             return isinstance(node.op, ast.Or), following, passed
-        # # The last operand is the condition's result, which 3.12 tests once more by itself.
+        # The last operand is the condition's result, which 3.12 tests once more by itself.
         passed.append((isinstance(node.op, ast.Or), node.values))
         outer = (o for o in conditions if node in o.values)
         place = next(((o, o.values.index(node)) for o in outer), None)

@@ -54,13 +54,13 @@ class Decisions:
         try:
             if self._evaluate(*numbers) == self._outcomes:
                 return ()
-        except (ArithmeticError, ValueError):  # # perhaps in a condition after one that differs
+        except (ArithmeticError, ValueError):  # perhaps in a condition after one that differs
             pass
         found: list[tuple[str, bool]] = []
         for decision in self.made:
             try:
                 outcome = bool(decision.condition.compile(self.names)(*numbers)[0])
-            except (ArithmeticError, ValueError):  # # the model itself raises there
+            except (ArithmeticError, ValueError):  # the model itself raises there
                 outcome = not decision.outcome
             found.append((decision.where, outcome))
             if outcome != decision.outcome:

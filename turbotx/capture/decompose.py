@@ -205,7 +205,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.node, self.sizes, self.kept = node, sizes, kept
         self.known = {id(n.meta["val"]): n for n in node.all_input_nodes}
-        self.alive: list[Any] = []  # # keeps ids valid: an id may be reused once its owner dies
+        self.alive: list[Any] = []  # keeps ids valid: an id may be reused once its owner dies
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -214,14 +214,14 @@ class _Recorder(TorchDispatchMode):
         if torch.Tag.inplace_view in func.tags:
             return self._turn(func, args, kwargs)
         decomposition = _decomposition(func, self.kept)
-        # # A decomposed random op draws different numbers than eager mode.
+        # A decomposed random op draws different numbers than eager mode.
         if decomposition is not None and not draws(func, args, kwargs):
             with self, inside(func):
                 found = decomposition(*args, **kwargs)
             if found is not NotImplemented:
                 return found
         if func in IDENTITIES:
-            # # A new tensor for the same node: a view that is its own base is an error.
+            # A new tensor for the same node: a view that is its own base is an error.
             result = func(*args, **kwargs)
             self.known[id(result)] = self._argument(args[0])
             self.alive.append(result)
@@ -230,7 +230,7 @@ class _Recorder(TorchDispatchMode):
             raise NotNodeByNode(f"{self.node.format_node()} calls {func}")
         result = func(*args, **kwargs)
         if not isinstance(result, (torch.Tensor, tuple, list)):
-            return result  # # a device or a size: its users find its value in the arguments
+            return result  # a device or a size: its users find its value in the arguments
         given, named = pytree.tree_map(self._argument, (args, kwargs))
         self._record(self._append(func, given, named, result), result)
         return result

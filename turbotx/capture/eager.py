@@ -152,7 +152,7 @@ def order_of(shape: Sequence[Expr], strides: Sequence[Expr]) -> list[int] | None
         left.remove(fits[0])
         order.insert(0, fits[0])
         step = product((step, shape[fits[0]]))
-    # # Extents of 1 fit anywhere: prefer the order of the dims.
+    # Extents of 1 fit anywhere: prefer the order of the dims.
     longer = [d for d in order if shape[d] != 1]
     return sorted(order) if longer == sorted(longer) else order
 
@@ -167,7 +167,7 @@ def _positive(value: Expr) -> Expr:
     return value.replace(Max, larger).replace(sympy.Max, larger).expand()
 
 
-# # --- views ---
+# --- views ---
 
 _COPIES = frozenset(
     {
@@ -224,14 +224,14 @@ def _returned(leaf: Any, shown: Steps | None) -> Fresh | Alias | None:
         steps = list(_steps(chain) if shown is None else shown)
         moved = chain[-1].meta.get(ORDER) is not None and bool(steps)
         if moved and steps[0][0] is aten.permute.default:
-            steps.pop(0)  # # the permute that restores the caller's dims; raw reads skip it
+            steps.pop(0)  # the permute that restores the caller's dims; raw reads skip it
         convert = [
             (t, *fx.node.map_arg((tuple(args), dict(kwargs)), g.size)) for t, args, kwargs in steps
         ]
         return Alias(chain[-1].name, tuple((t, tuple(a), dict(k)) for t, a, k in convert))
     kind = g.dtype(leaf)
     for k, node in enumerate(chain):
-        # # Strides of another dtype count differently, and such a window is a copy here.
+        # Strides of another dtype count differently, and such a window is a copy here.
         raw = node.target is aten.as_strided.default
         if raw or (g.is_tensor(node) and g.dtype(node) != kind):
             chain = chain[: max(k, 1)]

@@ -35,7 +35,7 @@ Order = Sequence[int]
 def eager_layouts() -> Iterator[None]:
     """Context manager: give the results of calls traced by this thread the strides of eager
     mode."""
-    index = metas.meta_index_Tensor  # # called by fake tensors, the same from 2.11 to 2.14
+    index = metas.meta_index_Tensor  # called by fake tensors, the same from 2.11 to 2.14
     with EagerLayouts(), mock.patch.object(metas, "meta_index_Tensor", _by_indices(index)):
         yield
 

@@ -37,10 +37,10 @@ def _padded_forward(
     if src_key_padding_mask is None or mask is not None or not _leaves_padding_out(self, src):
         return _forward(self, src, mask, src_key_padding_mask, is_causal)
     padded = src_key_padding_mask.bool()
-    # # Nested tensors hold the first positions of each sequence, as many as are not padded ...
+    # Nested tensors hold the first positions of each sequence, as many as are not padded ...
     place = torch.arange(padded.shape[1], device=padded.device)
     behind = place >= padded.logical_not().sum(1, keepdim=True)
-    if getattr(self, "mask_check", True):  # # ... and are used if that drops exactly the padding
+    if getattr(self, "mask_check", True):  # ... and are used if that drops exactly the padding
         left_out = behind & (behind == padded).all()
         keys = padded if src_key_padding_mask.dtype == torch.bool else (
             src_key_padding_mask.masked_fill(left_out, -torch.inf))  # fmt: skip

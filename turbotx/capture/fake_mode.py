@@ -62,7 +62,7 @@ class RememberingFakeMode(FakeTensorMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        # # The fake rule of an op that runs nested graphs is looked up by the mode's exact type
+        # The fake rule of an op that runs nested graphs is looked up by the mode's exact type
         # (cond, while_loop) or by the mode (flex_attention).
         if func not in registered_hop_fake_fns and isinstance(func, HigherOrderOperator):
             return func.python_key_table[FakeTensorMode](self, *args, **(kwargs or {}))
@@ -71,7 +71,7 @@ class RememberingFakeMode(FakeTensorMode):
     def _dispatch_impl(
         self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
-        # # A private method of PyTorch, the same from 2.11 to 2.13: if it is renamed, nothing is
+        # A private method of PyTorch, the same from 2.11 to 2.13: if it is renamed, nothing is
         # cached and every result is still right.
         with torch._C.DisableTorchFunction():
             key = self._key(func, args, kwargs)
@@ -108,7 +108,7 @@ class RememberingFakeMode(FakeTensorMode):
         except UnknownError:
             return
         own = [_memory(x) for x, m in zip(parts, made, strict=True) if _owns(m)]
-        if len(set(own)) == len(own):  # # no two results in one new memory
+        if len(set(own)) == len(own):  # no two results in one new memory
             self._known[key] = (whole, made)
 
     def _note(self, value: Any, given: list[FakeTensor], key: Any) -> _Made | int | None:
@@ -135,7 +135,7 @@ class RememberingFakeMode(FakeTensorMode):
         whole, parts = found
         given = _tensors(args, kwargs)
         made = [self._make_one(part, given) for part in parts]
-        return made[0] if whole else tuple(made)  # # the dispatcher accepts a tuple for a list
+        return made[0] if whole else tuple(made)  # the dispatcher accepts a tuple for a list
 
     def _make_one(self, part: _Made | int | None, given: list[FakeTensor]) -> Any:
         if part is None or isinstance(part, int):

@@ -41,7 +41,7 @@ class FlatCall(nn.Module):
         values: ValueQuestions,
     ) -> None:  # fmt: skip
         super().__init__()
-        # # A separate object, because tracing undoes changes to a module.
+        # A separate object, because tracing undoes changes to a module.
         self.seen = Sandbox(model)
         self.model, self.recorder = self.seen.model, recorder
         recorder.modules = list(self.model.modules())
@@ -57,7 +57,7 @@ class FlatCall(nn.Module):
         self.layers = EqualLayers(self.seen.model, recorder, self._look_around)
         self.calls_forward = calls_forward(model)
         self.in_spec = spec
-        self.given = ""  # # a description of the arguments, for messages
+        self.given = ""  # a description of the arguments, for messages
         self.training = False
 
     def forward(self, *tensors: torch.Tensor) -> list[Any]:
@@ -83,7 +83,7 @@ class FlatCall(nn.Module):
             self.seen.begin(given)
             products = GroupedProducts()
             with self.recorder.on(tensors), TensorIndices(), products, self.layouts, self.values:
-                # # Hooks of the model itself are skipped: they run around the program.
+                # Hooks of the model itself are skipped: they run around the program.
                 called = model.forward if self.calls_forward else model
                 output = called(*args, **kwargs)
             _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))

@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from turbotx.ir import expert_ops
 
-assert expert_ops  # # imported because it registers the op
+assert expert_ops  # imported because it registers the op
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# # The public function, and the private op that it calls.
+# The public function, and the private op that it calls.
 _NAMES = ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm"))
 
 

@@ -59,7 +59,7 @@ def find_draws(run: Callable[[], object], generators: Sequence[Any] = ()) -> str
         if event == "c_call":
             owner = getattr(called, "__self__", None)
         elif event == "call" and frame.f_code.co_filename == random.__file__:
-            owner = frame.f_locals.get("self")  # # SystemRandom's methods are written in Python
+            owner = frame.f_locals.get("self")  # SystemRandom's methods are written in Python
         else:
             return
         if found or not isinstance(owner, random.Random):
@@ -155,7 +155,7 @@ def watch_entropy() -> Iterator[list[str]]:
         note()
         return urandom(size)
 
-    # # NumPy seeds its generators through Python's `secrets`.
+    # NumPy seeds its generators through Python's `secrets`.
     with (
         mock.patch.object(random.Random, "seed", noting_seed),
         mock.patch.object(random, "_urandom", noting_urandom),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-# # The name and default of the argument that enables training.
+# The name and default of the argument that enables training.
 _DROPOUTS: dict[Any, tuple[str, bool]] = {
     torch.dropout: ("train", True),
     torch.alpha_dropout: ("train", True),
@@ -41,6 +41,6 @@ class IdleDropout(TorchFunctionMode):
             name, default = _DROPOUTS[func]
             given = {"p": 0.5, name: default, **dict(zip(("input", "p", name), args, strict=False))}
             given |= kwargs
-            if not given[name] and 0.0 <= given["p"] <= 1.0:  # # other calls are errors
+            if not given[name] and 0.0 <= given["p"] <= 1.0:  # other calls are errors
                 return torch.ops.aten.alias.default(given["input"])
         return func(*args, **kwargs)

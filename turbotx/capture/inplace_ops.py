@@ -39,7 +39,7 @@ def write_out_of_place(graph: fx.Graph) -> None:
             continue
         if _compute(op, node).dtype != changed.meta["val"].dtype:
             continue
-        node.target = op  # # its value stays: the layout is that of the modified tensor
+        node.target = op  # its value stays: the layout is that of the modified tensor
         changed.replace_all_uses_with(node, lambda n, at=place[node]: place[n] > at)
 
 
@@ -66,7 +66,7 @@ def _makes_new(node: Any) -> bool:
         return False
     if not isinstance(node.meta.get("val"), (torch.Tensor, torch.SymInt, int)):
         return False
-    if op is aten.einsum.default:  # # of one operand it is a view
+    if op is aten.einsum.default:  # of one operand it is a view
         operands: Any = node.args[1]
         return len(operands) > 1
     return str(op) in _NEW or not op._can_decompose()

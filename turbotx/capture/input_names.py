@@ -44,7 +44,7 @@ def name_inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 def find_hints(shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[int, ...]:
     """Return each dim's size while tracing."""
-    newer = hasattr(shape_env, "backed_var_to_val")  # # renamed in torch 2.12
+    newer = hasattr(shape_env, "backed_var_to_val")  # renamed in torch 2.12
     values = getattr(shape_env, "backed_var_to_val" if newer else "var_to_val", {})
     return tuple({dim: int(values.get(symbol, 2)) for symbol, dim in symbols.items()}.values())
 

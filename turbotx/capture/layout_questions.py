@@ -73,7 +73,7 @@ class LayoutQuestions(TorchFunctionMode):
                 self.asked.add(place)
         plain = func is Tensor.contiguous and len(args) == 1 and not kwargs
         if plain and _memory(args[0]) in self._places:
-            # # PyTorch calls no op for a dense tensor, as the trace's inputs are.
+            # PyTorch calls no op for a dense tensor, as the trace's inputs are.
             return torch.ops.aten.contiguous.default(args[0])
         return func(*args, **(kwargs or {}))
 

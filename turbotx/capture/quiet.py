@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# # Loggers that may not exist yet when a trace begins.
+# Loggers that may not exist yet when a trace begins.
 _NAMES = (
     "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes",
     "torch.fx.experimental.proxy_tensor", "torch.fx.experimental.recording",

@@ -135,7 +135,7 @@ class ShapeMatcher:
         later: list[tuple[tuple[int, int], InputSize, int]] = []
         for i, ((_, sizes), shape) in enumerate(zip(self.rules.inputs, shapes, strict=True)):
             for d, (size, actual) in enumerate(zip(sizes, shape, strict=True)):
-                # # A size that is itself a dim determines it directly; others come after.
+                # A size that is itself a dim determines it directly; others come after.
                 if size.solve is not None and size.solve[1:] == (1, 0):
                     name = size.solve[0]
                     if dims.setdefault(name, actual) != actual:
@@ -169,7 +169,7 @@ class ShapeMatcher:
         for guard in self.rules.guards:
             try:
                 holds = all(guard.evaluate(*(dims[name] for name in guard.dims)))
-            except (ArithmeticError, ValueError):  # # a size that the model does not accept
+            except (ArithmeticError, ValueError):  # a size that the model does not accept
                 holds = False
             if not holds:
                 return _Broken(f"{guard.text} does not hold", frozenset(guard.dims))

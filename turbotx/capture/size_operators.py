@@ -53,7 +53,7 @@ def _set_class(cls: type, kind: property | None) -> None:
     held.pop("__class__", None)
     if kind is not None:
         held["__class__"] = kind
-    cls.__doc__ = cls.__doc__  # # invalidates Python's cache of the class's attributes
+    cls.__doc__ = cls.__doc__  # invalidates Python's cache of the class's attributes
 
 
 def _kind(cls: type, thread: int) -> Callable[[Any], type]:

@@ -30,17 +30,17 @@ from turbotx.capture.conditions import decides_nothing
 from turbotx.capture.sandbox.effects import SizesNeeded
 from turbotx.capture.tracing import replaced_in_thread
 
-# # PyTorch functions that query a tensor's memory layout: no size and no element of a result
+# PyTorch functions that query a tensor's memory layout: no size and no element of a result
 # depends on it.
 _LAYOUT = ("contiguous", "non_overlapping", "channels_last", "logical_to_physical", "strides")
-# # Functions that search for views between two shapes: the result has the requested shape either
+# Functions that search for views between two shapes: the result has the requested shape either
 # way.
 _VIEWS = ("_reshape_view_helper", "_collapse_view_helper")
-# # A function that searches for such views through C++, and queries nothing itself.
+# A function that searches for such views through C++, and queries nothing itself.
 _FOLDS = ("torch._decomp.decompositions", "matmul")
-# # A query from C++ about which library computes a convolution, and thereby the result's layout.
+# A query from C++ about which library computes a convolution, and thereby the result's layout.
 _CHOOSES = ("torch._subclasses.fake_impls", "conv")
-# # A query from C++ about whether the destination overlaps itself, which a size of 1 cannot cause.
+# A query from C++ about whether the destination overlaps itself, which a size of 1 cannot cause.
 _WRITES = ("torch._meta_registrations", "meta_copy_")
 Answer: TypeAlias = Callable[..., bool | None]
 _PASS_ON = {__name__, sym_node.__name__, symbolic_shapes.__name__}
@@ -78,7 +78,7 @@ class SizesFromOne(ShapeEnv):
                 return sympy.true if assumed else sympy.false
             return super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
         said = sympy.true if answer else sympy.false
-        if answer == fallback_value:  # # guard_or_true and the like accept either
+        if answer == fallback_value:  # guard_or_true and the like accept either
             return said
         if question not in self._settled:
             settled = self._maybe_evaluate_static(question)
@@ -109,7 +109,7 @@ class SizesFromOne(ShapeEnv):
         if not isinstance(question, sympy.Eq if answer else sympy.Ne):
             return
         whole = self.replace(question)
-        # # Not the quotient of two sizes, as in (4 * batch) // other, which says that they are
+        # Not the quotient of two sizes, as in (4 * batch) // other, which says that they are
         # equal.
         rounded = [x for x in whole.atoms(FloorDiv) if x.args[1].is_Integer]
         sizes = set[sympy.Basic]().union(*(x.free_symbols for x in rounded))
@@ -127,7 +127,7 @@ def _is_idle(question: sympy.Basic, answer: bool, has_fallback: bool) -> bool:
     native = module == "torch._ops" or name == "__torch_function__"
     differ = isinstance(question, sympy.Ne if answer else sympy.Eq)
     if differ and (native or has_fallback) and _is_for_one(question):
-        return True  # # broadcasting: if this size is 1, so is the other
+        return True  # broadcasting: if this size is 1, so is the other
     if not native and not module.startswith("torch."):
         return decides_nothing(frame)
     if _asks_to_write(frame) or (has_fallback and (module, name) == _CHOOSES):
@@ -168,7 +168,7 @@ def _is_for_one(question: sympy.Basic) -> bool:
 def _is_zero_for_one(whole: sympy.Expr, symbol: sympy.Symbol) -> bool:
     try:
         return bool(sympy.expand(whole.xreplace({symbol: sympy.S.One})) == 0)
-    except ZeroDivisionError:  # # a size that the model does not accept: seq // (seq // 8)
+    except ZeroDivisionError:  # a size that the model does not accept: seq // (seq // 8)
         return False
 
 

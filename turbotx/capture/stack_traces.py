@@ -24,7 +24,7 @@ from torch.fx import proxy
 def remembered_stack_traces() -> Iterator[None]:
     """Context manager: format each source location only once in traces."""
     known = _Places()
-    # # Private parts of PyTorch, the same from 2.11 to 2.13; without one, it formats as before.
+    # Private parts of PyTorch, the same from 2.11 to 2.13; without one, it formats as before.
     tracer: Any = proxy.TracerBase
     with ExitStack() as stack:
         if hasattr(proxy, "CapturedTraceback"):

@@ -81,7 +81,7 @@ def _find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in _ARITHMETIC and not kwargs:
         return _ARITHMETIC[func](*values)
     if func in _DIVISIONS and len(values) == 2 and isinstance(values[1], int) and values[1] > 0:
-        # # A size is not negative, so rounding down and toward zero are the same.
+        # A size is not negative, so rounding down and toward zero are the same.
         floors = {"floor", "trunc"} if isinstance(args[0], torch.SymInt) else {"floor"}
         if kwargs.get("rounding_mode") in floors:
             return values[0] // values[1]

@@ -91,11 +91,11 @@ from turbotx.ir.expr import Expr, expr
 from turbotx.ir.fx_nodes import is_random, remember_names
 from turbotx.ir.memory_order import by_order, inverse, make_dense, moved_dims
 
-# # The key in the exported graph's meta of the sizes that squeezes test.
+# The key in the exported graph's meta of the sizes that squeezes test.
 SQUEEZED = "squeezed"
-# # The key of the result of `find_shown` for the graph before decomposition.
+# The key of the result of `find_shown` for the graph before decomposition.
 SHOWN = "shown"
-# # Composite ops that are not decomposed: the passes and the op table handle them directly, and
+# Composite ops that are not decomposed: the passes and the op table handle them directly, and
 # their decompositions would only obscure them.
 KEPT_WHOLE = frozenset(
     (
@@ -237,7 +237,7 @@ def _export_with_floats(
     except CaptureError:
         if not flat.describe_floats():
             raise
-        flat.floats.fixed = True  # # an op or a class does not accept a stand-in for a number
+        flat.floats.fixed = True  # an op or a class does not accept a stand-in for a number
         return _export_with_relations(flat, tensors, least, fixed, name)
 
 
@@ -280,7 +280,7 @@ def _export_widened(
                     return _export(flat, examples, varying)
             except Exception as error:
                 error = error.error if isinstance(error, Stopped) else error
-                if str(error).startswith("cannot capture"):  # # no other sizes would help
+                if str(error).startswith("cannot capture"):  # no other sizes would help
                     raise error from None
                 spelled |= flat.seen.find_spelled(error)
                 first = first or error
@@ -291,7 +291,7 @@ def _export_widened(
 def _find_cause(flat: FlatCall, tensors: Sequence[torch.Tensor]) -> Exception | bool:
     """Return the exception that the model raises at the call's own sizes, as constants: then the
     arguments are at fault. True if it raises none, so that other sizes are; False if unknown."""
-    if flat.values.has_decided:  # # another trace would choose other outcomes, which are tried next
+    if flat.values.has_decided:  # another trace would choose other outcomes, which are tried next
         return False
     examples = list(map(make_dense, tensors, flat.orders))
     try:
@@ -299,7 +299,7 @@ def _find_cause(flat: FlatCall, tensors: Sequence[torch.Tensor]) -> Exception | 
             _export(flat, examples, [[] for _ in examples])
     except Stopped as stopped:
         return stopped.error
-    except Exception:  # # in PyTorch's tracing itself
+    except Exception:  # in PyTorch's tracing itself
         return False
     return True
 
@@ -319,7 +319,7 @@ def attention_kernels(
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    # # The setting is global: concurrent contexts could restore it in the wrong order.
+    # The setting is global: concurrent contexts could restore it in the wrong order.
     with _choosing_attention, sdpa_kernel(SDPBackend.MATH):
         yield
 

@@ -39,7 +39,7 @@ class Stopped(Exception):
             super().__setattr__(name, value)
 
 
-# # torch.export's exceptions when a tensor's value is needed.
+# torch.export's exceptions when a tensor's value is needed.
 _ASKS_FOR_VALUES = {
     "PendingUnbackedSymbolNotFound", "GuardOnDataDependentSymNode", "DataDependentOutputException",
     "DynamicOutputShapeException",

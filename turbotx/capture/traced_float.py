@@ -79,7 +79,7 @@ class TracedFloat:
     def _made(self, value: float, tensor: torch.Tensor, places: frozenset[int]) -> TracedFloat:
         return TracedFloat(value, tensor, places, self._reads, self._nonzero, False)
 
-    # # --- arithmetic ---
+    # --- arithmetic ---
 
     def _with(self, other: Any, compute: Callable[[Any, Any], Any], flipped: bool) -> Any:
         if isinstance(other, torch.Tensor):
@@ -90,7 +90,7 @@ class TracedFloat:
         places = self._places | (other._places if traced else frozenset())
         values, tensors = [self._value], [self._tensor]
         values.append(other._value if traced else float(other))
-        # # As a tensor: division of a scalar by a tensor uses its reciprocal.
+        # As a tensor: division of a scalar by a tensor uses its reciprocal.
         tensors.append(other._tensor if traced else torch.full_like(self._tensor, float(other)))
         if flipped:
             values.reverse()
@@ -141,7 +141,7 @@ class TracedFloat:
     def __abs__(self) -> TracedFloat:
         return self._made(abs(self._value), self._tensor.abs(), self._places)
 
-    # # --- PyTorch functions ---
+    # --- PyTorch functions ---
 
     @classmethod
     def __torch_function__(

@@ -37,7 +37,7 @@ def tracing() -> Iterator[None]:
             return
         _active.inside = True
         try:
-            # # Private parts of PyTorch, the same from 2.11 to 2.14: without one, its patches
+            # Private parts of PyTorch, the same from 2.11 to 2.14: without one, its patches
             # affect other threads.
             tracer: Any = import_module("torch.fx._symbolic_trace")
             export: Any = import_module("torch.export._trace")
@@ -123,7 +123,7 @@ def _limit_patches(patch: Any) -> Any:
     def patch_method(
         self: Any, cls: type, name: str, new: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        # # Another thread may trace with PyTorch directly; its patches are left alone.
+        # Another thread may trace with PyTorch directly; its patches are left alone.
         if cls is nn.Module and threading.get_ident() == owner:
             new = _in_thread(owner, new, getattr(cls, name))
         return patch(self, cls, name, new, *args, **kwargs)

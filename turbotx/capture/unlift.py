@@ -20,9 +20,9 @@ from turbotx.capture.torchao_weights import stand_ins
 from turbotx.errors import CaptureError
 from turbotx.ir.subgraphs import enclose_graphs
 
-# # The key in the exported graph's meta of the constants created by the trace.
+# The key in the exported graph's meta of the constants created by the trace.
 FRESH = "fresh constants"
-# # GraphModule has attributes of its own, such as `graph` and `code`.
+# GraphModule has attributes of its own, such as `graph` and `code`.
 RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
 
 
@@ -51,18 +51,18 @@ def unlift(
             inputs.append(node)
             continue
         value, path = _find(exported, model, target, owned)
-        if value.is_inference():  # # its changes cannot be detected
+        if value.is_inference():  # its changes cannot be detected
             if target not in fresh:
                 raise made_in_inference_mode(type(model).__name__, path)
             with torch.inference_mode(False):
                 value = value.clone()
-        if path in known:  # # export lifts a closure's tensor once per use
+        if path in known:  # export lifts a closure's tensor once per use
             node.replace_all_uses_with(known[path])
             graph.erase_node(node)
             continue
         with graph.inserting_before(node):
             if target in fresh and value.dim() == 0 and not value.is_complex():
-                # # A number that passes and kernels may treat as known.
+                # A number that passes and kernels may treat as known.
                 made: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
                 scalar = torch.ops.aten.scalar_tensor.default
                 attribute = graph.call_function(scalar, (value.item(),), made)
@@ -106,7 +106,7 @@ def _find(
     value = _users_own(exported, made[target])
     try:
         known = owned.get(_place(value)) if value.numel() else None
-    except RuntimeError as error:  # # it has no memory
+    except RuntimeError as error:  # it has no memory
         raise CaptureError(
             "its code makes a tensor inside of a transform (torch.func.grad, vjp, jacrev), which a "
             "program cannot hold: make it outside of the transformed function"

@@ -131,7 +131,7 @@ class ValueQuestions(TorchFunctionMode):
         for symbol in set(symbols) - self._known.keys():
             self._known[symbol] = sympy.Symbol(f"value_{len(self._values)}", real=True)
             self._values.append(tensor.detach().reshape(()).clone())
-            # # A symbol is a real number: its difference with itself is 0.
+            # A symbol is a real number: its difference with itself is 0.
             finite = not tensor.dtype.is_floating_point or self._decide(
                 (_FINITE, symbol), _find_user(asker) or asker
             )

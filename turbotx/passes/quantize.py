@@ -128,7 +128,7 @@ def _is_plain(weight: fx.Node) -> bool:
 
 
 def _pattern_of(names: Sequence[str], keep_float: Sequence[str]) -> str | None:
-    # # A decoder's calls with a cache are traced inside another module, `model`.
+    # A decoder's calls with a cache are traced inside another module, `model`.
     own = [name.removeprefix("model.") for name in names] + [*names]
     return next((p for p in keep_float if any(fnmatchcase(name, p) for name in own)), None)
 

@@ -29,7 +29,7 @@ _WAYS = frozenset(("os", "_collections_abc", "collections.abc"))
 def watch_environment() -> Iterator[dict[str, ItemPlace]]:
     """Context manager: record which environment variables user code in this thread reads."""
     environ: Any = os.environ
-    held = getattr(environ, "_data", None)  # # private, the same in every CPython from 3.10 on
+    held = getattr(environ, "_data", None)  # private, the same in every CPython from 3.10 on
     asked: dict[str, ItemPlace] = {}
     if not isinstance(held, dict):
         yield asked

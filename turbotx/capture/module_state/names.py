@@ -183,7 +183,7 @@ def _functions_in(value: Any, depth: int = 0) -> Iterable[types.FunctionType]:
     elif isinstance(value, functools._lru_cache_wrapper):
         yield from _functions_in(value.__wrapped__, depth + 1)
     elif isinstance(value, type) or is_watchable(type(value)):
-        # # Methods that Python calls implicitly: __call__, __getitem__, __init__ ...
+        # Methods that Python calls implicitly: __call__, __getitem__, __init__ ...
         for cls in (value if isinstance(value, type) else type(value)).__mro__:
             if not is_library(cls.__module__):
                 for name, held in vars(cls).items():

@@ -48,7 +48,7 @@ class OwnChanges:
 def _dicts_of(owner: Any) -> list[Any]:
     try:
         attributes = object.__getattribute__(owner, "__dict__")
-    except AttributeError:  # # __slots__ only
+    except AttributeError:  # __slots__ only
         return []
     tables = TABLES if isinstance(owner, nn.Module) else ()
     return [attributes, *(attributes[t] for t in tables if t in attributes)]

@@ -89,7 +89,7 @@ class AttributePlace:
             if isinstance(value, torch.Tensor) and in_class is MISSING:
                 return describe_own_tensor(value)
         elif isinstance(self.owner, nn.Module) and isinstance(value, nn.Parameter):
-            return look.place_of(value)  # # programs track what it holds
+            return look.place_of(value)  # programs track what it holds
         return look(value)
 
     def _find(self) -> tuple[Any, list[dict[Any, Any]]]:
@@ -97,9 +97,9 @@ class AttributePlace:
         owner, name = self.owner, self.name
         attributes = dict_of(owner)
         dicts = [attributes] if attributes is not None else []
-        if self._computed:  # # by the class's own __getattribute__ or __getattr__
+        if self._computed:  # by the class's own __getattribute__ or __getattr__
             value, maker = getattr(owner, name, MISSING), find_in_class(type(owner), name)
-            # # The identity of an object that a property creates on each access means nothing.
+            # The identity of an object that a property creates on each access means nothing.
             if isinstance(maker, property) and is_watchable(type(value)):
                 value = value if getattr(owner, name, MISSING) is value else maker
             return value, [*dicts, *_class_dicts(type(owner))]

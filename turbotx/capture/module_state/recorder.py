@@ -221,7 +221,7 @@ class StateRecorder:
         names[name] = None
         if attributes is not None and name in attributes:
             self.meet(attributes[name])
-        else:  # # a class attribute, perhaps a descriptor of the user's
+        else:  # a class attribute, perhaps a descriptor of the user's
             self.meet(next((vars(c)[name] for c in type(owner).__mro__ if name in vars(c)), None))
 
     def note_write(self, owner: Any, name: str, value: Any) -> None:
@@ -249,9 +249,9 @@ class StateRecorder:
         if _PROXY and isinstance(owner, _PROXY):
             attributes = object.__getattribute__(owner, "__dict__")
             try:
-                # # Reading an attribute here would be recorded, recursively.
+                # Reading an attribute here would be recorded, recursively.
                 owner = type(owner).get_base(owner)
-            except KeyError:  # # under construction: find the module with the same attributes
+            except KeyError:  # under construction: find the module with the same attributes
                 same = (m for m in self.modules if _attributes(m) is attributes)
                 owner = next(same, owner)
         return self.original_of(owner)
@@ -303,7 +303,7 @@ def _global_hooks_inside() -> Iterator[None]:
         yield
     finally:
         for hooks, key, hook in replaced:
-            if key in hooks:  # # not removed meanwhile
+            if key in hooks:  # not removed meanwhile
                 hooks[key] = hook
 
 
@@ -311,7 +311,7 @@ def _attributes(owner: Any) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = object.__getattribute__(owner, "__dict__")
         return found
-    except AttributeError:  # # __slots__ only
+    except AttributeError:  # __slots__ only
         return None
 
 
@@ -323,7 +323,7 @@ def _slots(cls: type) -> list[str]:
 def _asked_by_library() -> bool:
     """Return whether PyTorch or Python itself read `x.__dict__`, to look up a name that is recorded
     separately."""
-    frame = sys._getframe(3)  # # skips note_read and the replaced __getattribute__
+    frame = sys._getframe(3)  # skips note_read and the replaced __getattribute__
     return is_library(frame.f_globals.get("__name__"))
 
 

@@ -82,7 +82,7 @@ class Unfollowed:
     def meet(self, value: Any) -> None:
         """Record an object that the code reaches."""
         if isinstance(value, threading.local):
-            held = vars(value)  # # of this thread
+            held = vars(value)  # of this thread
             self._note(value, "", partial(dict, held), partial(_put_in_dict, held))
         elif isinstance(value, contextvars.ContextVar):
             self._note(value, "", partial(_in_context, value), partial(_put_in_context, value))
@@ -117,7 +117,7 @@ class Unfollowed:
             now = dict(table.held())
             for name in {*now, *table.before}:
                 value, before = now.get(name, MISSING), table.before.get(name, MISSING)
-                # # Functions and modules are looked up once and cached: harmless.
+                # Functions and modules are looked up once and cached: harmless.
                 if value is not before and isinstance(value, _PLAIN) and name[:2] != "__":
                     table.put(name, before)
                     changed.append((table.text + name, before, value))
@@ -143,7 +143,7 @@ def _in_context(variable: contextvars.ContextVar[Any]) -> dict[str, Any]:
 
 
 def _put_in_context(variable: contextvars.ContextVar[Any], _: str, value: Any) -> None:
-    if value is not MISSING:  # # only the token of its setting could remove a value
+    if value is not MISSING:  # only the token of its setting could remove a value
         variable.set(value)
 
 

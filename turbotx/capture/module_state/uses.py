@@ -53,13 +53,13 @@ def _only_writes(name: str, code: types.CodeType, local: bool) -> bool:
 
 def _ends_in_write(steps: list[dis.Instruction], start: int) -> bool:
     """Follow the container, which the step before `start` pushed on the stack."""
-    above = 0  # # the number of stack entries above it, or above its item
+    above = 0  # the number of stack entries above it, or above its item
     for step in steps[start:]:
         if above == 0 and step.opname in _METHODS:
             return step.argval in WRITES
         if above == 1 and step.opname == "STORE_SUBSCR":
             return True
-        if step.opname == "BUILD_SLICE":  # # a slice is replaced, not appended to
+        if step.opname == "BUILD_SLICE":  # a slice is replaced, not appended to
             return False
         if above == 1 and step.opname == "BINARY_SUBSCR":
             above = 0

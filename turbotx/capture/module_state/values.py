@@ -84,7 +84,7 @@ def _in_this_context(value: Any) -> dict[str, Any]:
             return {"value": value.get()}
         except LookupError:
             return {}
-    return dict(value.__dict__)  # # a separate dict for each thread
+    return dict(value.__dict__)  # a separate dict for each thread
 
 
 def held_by(value: Any) -> list[Any]:
@@ -123,13 +123,13 @@ class Look:
         """Create a Look. left_out: by the id of a container, the keys to ignore, or None for all
         contents."""
         self._left_out = left_out or {}
-        self.held: set[int] = set()  # # every container that was described or ignored
+        self.held: set[int] = set()  # every container that was described or ignored
         self.dicts: dict[int, dict[Any, Any]] = {}
         self.lists: dict[int, list[Any]] = {}
         self.cells: dict[int, types.CellType] = {}
         self.tensors: dict[int, torch.Tensor] = {}
         self.sets: dict[int, set[Any]] = {}
-        self.kept: list[Any] = []  # # keeps ids valid
+        self.kept: list[Any] = []  # keeps ids valid
         self.unversioned = False
         self._items = 0
         self._open: dict[int, int] = {}
@@ -181,7 +181,7 @@ class Look:
                 self.unversioned |= isinstance(value, collections.deque)
                 return cls, self._each(value, depth), self._own(value, depth)
             if isinstance(value, types.MappingProxyType):
-                self.unversioned = True  # # the mapping behind it cannot be reached
+                self.unversioned = True  # the mapping behind it cannot be reached
                 return cls, self._pairs(value.items(), depth)
             if isinstance(value, (bytearray, array.array)):
                 self.unversioned = True
@@ -193,7 +193,7 @@ class Look:
             if isinstance(value, functools.partial):
                 parts = (value.func, value.args, value.keywords)
                 return cls, self._each(parts, depth)
-            if isinstance(value, types.MethodType):  # # created by each read
+            if isinstance(value, types.MethodType):  # created by each read
                 return cls, self._which(value.__func__), self._which(value.__self__)
             if isinstance(value, slice):
                 return cls, self._each((value.start, value.stop, value.step), depth)

@@ -37,7 +37,7 @@ def find_leaks(root: Any, name: str = "", most: int = 10, limit: int = 300_000) 
     found: list[str] = []
     seen = {id(root)}
     queue: list[tuple[Any, str]] = [(root, name)]
-    for value, path in queue:  # # the queue grows meanwhile
+    for value, path in queue:  # the queue grows meanwhile
         if isinstance(value, TRACED):
             found.append(f"{path}: {type(value).__name__}")
             if len(found) >= most:
@@ -56,7 +56,7 @@ def find_leaks(root: Any, name: str = "", most: int = 10, limit: int = 300_000) 
 def _inside(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, _PASSED_BY) or (isinstance(value, type) and _is_shared(value)):
         return []
-    # # A class of an extension may have a descriptor in place of its module's name.
+    # A class of an extension may have a descriptor in place of its module's name.
     if str(type(value).__module__).startswith("turbotx.") and not isinstance(value, nn.Module):
         return []
     if type(value) is dict or isinstance(value, dict):

@@ -37,11 +37,11 @@ class NotedDict(dict[Any, Any]):
             self._read.add(key)
 
     def _note_all(self) -> None:
-        # # If every key was written since, nothing from before is seen.
+        # If every key was written since, nothing from before is seen.
         if not self._cleared and not self._written.issuperset(dict.keys(self)):
             self._read_all = True
 
-    # # --- reads of one key ---
+    # --- reads of one key ---
 
     def __getitem__(self, key: Any) -> Any:
         self._note(key)
@@ -56,7 +56,7 @@ class NotedDict(dict[Any, Any]):
         self._note(key)
         return super().get(key, default)
 
-    # # --- writes ---
+    # --- writes ---
 
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key, value)

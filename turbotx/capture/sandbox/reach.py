@@ -209,7 +209,7 @@ def _pass_by(cache: Any, owner: int) -> Any:
             return cache(*args, **kwargs)
         given = find_leaks((args, kwargs), most=1, limit=1000)
         made = cache.__wrapped__(*args, **kwargs)
-        # # A result without objects of a trace comes from the cache: its identity may matter.
+        # A result without objects of a trace comes from the cache: its identity may matter.
         return made if given or find_leaks(made, most=1, limit=1000) else cache(*args, **kwargs)
 
     for name in ("cache_info", "cache_clear", "cache_parameters"):

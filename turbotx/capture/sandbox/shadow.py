@@ -39,7 +39,7 @@ class Shadow:
     def __init__(self, model: nn.Module) -> None:
         self._copies: dict[int, Any] = {}
         self._originals: dict[int, Any] = {}
-        self._alive: list[Any] = []  # # keeps ids valid: an id may be reused once its owner dies
+        self._alive: list[Any] = []  # keeps ids valid: an id may be reused once its owner dies
         self.watched: list[Watched] = []
         self.shared: list[tuple[Any, str]] = []
         """Functions and other objects among the attributes and hooks, which may run or be written
@@ -120,7 +120,7 @@ class Shadow:
         copied = object.__new__(type(module))
         self._remember(module, copied)
         own = object.__getattribute__(module, "__dict__")
-        if id(own) in self._copies:  # # another object with the same state, as an optimized part is
+        if id(own) in self._copies:  # another object with the same state, as an optimized part is
             object.__setattr__(copied, "__dict__", self._copies[id(own)])
             return copied
         attributes = object.__getattribute__(copied, "__dict__")

@@ -65,7 +65,7 @@ class Watched:
     def look(self) -> Any:
         """Return a copy of what the traced one holds."""
         if isinstance(self.traced, NotedDict):
-            return dict(dict.items(self.traced))  # # not recorded as a read
+            return dict(dict.items(self.traced))  # not recorded as a read
         return dict(self.traced) if isinstance(self.traced, dict) else list(self.traced)
 
     def begin(self) -> None:
@@ -124,7 +124,7 @@ class Watched:
             added: list[Difference] = [Add(x) for x in now if id(x) not in known]
             return added if len(now) - len(added) == len(before) else [Taken()]
         if isinstance(self.traced, deque) and self.traced.maxlen is not None:
-            # # A full one loses its first item with every append.
+            # A full one loses its first item with every append.
             lost = next(k for k in range(len(before) + 1) if _begins(now, before[k:]))
             full = lost == 0 or len(now) == self.traced.maxlen
             return [Append(v) for v in now[len(before) - lost :]] if full else [Taken()]

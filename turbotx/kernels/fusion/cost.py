@@ -21,7 +21,7 @@ from turbotx.ir.expr import ZERO, Expr, evaluate, spell_out
 from turbotx.ir.printer import show_expr
 from turbotx.kernels.fusion.traffic import kernel_traffic
 
-# # The value of every run-time size when two sums of bytes are compared.
+# The value of every run-time size when two sums of bytes are compared.
 MIDDLING = 64
 
 
@@ -60,6 +60,6 @@ def compare_nbytes(a: Expr, b: Expr) -> int:
     for size in (MIDDLING, 16 * MIDDLING):
         try:
             return evaluate(difference, {s.name: size for s in difference.free_symbols})
-        except ArithmeticError:  # # a size that the model does not accept: division by zero
+        except ArithmeticError:  # a size that the model does not accept: division by zero
             continue
     return 0

@@ -46,7 +46,7 @@ def _written_out_gelu() -> Any:
     return _sorted("mul", _sorted("mul", X, 0.5), _sorted("add", tanh, 1.0))
 
 
-# # The nested calls of each activation of one value, as `_form` returns them.
+# The nested calls of each activation of one value, as `_form` returns them.
 FORMS: dict[Any, str] = {
     X: "none",
     ("relu", X): "relu",
@@ -107,7 +107,7 @@ def packable_inputs(
 
     The last comes first: if there are two, the other one is the residual.
     """
-    # # Another kernel may recompute a value of this region.
+    # Another kernel may recompute a value of this region.
     elsewhere = {n for other in fused if other is not f for k in other.kernels for n in k.operands}
     found = [n for n in f.region.inputs if n not in elsewhere and is_packable(n, kinds)]
     return found[::-1]

@@ -44,7 +44,7 @@ def _same_places(kernel: ir.Kernel, written: list[ir.Access], read: list[ir.Acce
     return (
         len(written) == 1
         and first.mask is None
-        and loops <= first.offset.free_symbols  # # each element is written in one iteration
+        and loops <= first.offset.free_symbols  # each element is written in one iteration
         and all(a.offset == first.offset and a.mask is None for a in read)
     )
 

@@ -17,7 +17,7 @@ from turbotx.errors import VerifyError
 
 _TOUCH = re.compile(r"(?:ttx::|\btl\.)(read|load|write|store)\(")
 _COMMENT = re.compile(r"^\s*(?://|#(?!pragma)).*$", re.MULTILINE)
-# # Masks that only exclude elements past the end of a row or of the rows.
+# Masks that only exclude elements past the end of a row or of the rows.
 _EDGES = frozenset({"row_ok", "col_ok"})
 
 

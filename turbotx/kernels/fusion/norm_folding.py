@@ -31,7 +31,7 @@ from turbotx.kernels.fusion.fuse import FusedRegion
 from turbotx.passes.partition import Region
 
 aten = torch.ops.aten
-# # A weight times gamma is a copy; copying a vocabulary's is not worth a launch.
+# A weight times gamma is a copy; copying a vocabulary's is not worth a launch.
 MOST_ROWS = 16
 
 
@@ -131,7 +131,7 @@ def _ancestors(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
     return found & inside
 
 
-# # --- patterns of norms ---
+# --- patterns of norms ---
 
 Matched = tuple[fx.Node, RowNorm, fx.Node | None, fx.Node | None]
 
@@ -203,7 +203,7 @@ def _uncast(node: Any) -> Any:
     return node.args[0] if casts else node
 
 
-# # --- readers and producers ---
+# --- readers and producers ---
 
 
 def _is_row(node: fx.Node, rows: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
