@@ -231,8 +231,8 @@ const void* ttx_weight_panels(const void* weight) {
 // what depths are multiples of << 16, and 1 << 24 where the highest bit is flipped.
 int64_t ttx_panel_layout(int dtype) {
   if (dtype == 3) {
-    bool amx = ttx::detail::kHasAmxInt8 && ttx::detail::amx_is_usable();
-    int64_t depth = amx ? ttx::detail::kAmxDepth : ttx::detail::kQuad;
+    bool amx = ttx::detail::uses_amx<std::int8_t>();
+    int64_t depth = amx ? ttx::detail::kAmxDepth<std::int8_t> : ttx::detail::kQuad;
     int64_t flipped = !amx && ttx::detail::kWeightOffset != 0;
     return flipped << 24 | depth << 16 | int64_t{ttx::detail::kPanel} << 8 | ttx::detail::kQuad;
   }

@@ -15,7 +15,7 @@
 #include <type_traits>
 
 #include "epilogue.h"
-#include "gemm_bf16_amx.h"
+#include "gemm_amx.h"
 #include "gemm_tile.h"
 #include "scratch.h"
 #include "threads.h"
@@ -153,44 +153,17 @@ inline long count_tiles(long m, long row_nbytes) {
 
 struct Range { long begin, end; };  // half-open
 
-#ifdef TTX_AMX_BF16
-// As multiply_panels, by AMX: rows of bf16, at least one, k a multiple of kAmxPairs.
-template <class Finish>
-void multiply_panels_amx(const PackedWeight<bf16>& w, Range groups, Range rows, const bf16* a,
-                         long lda, bf16* c, long ldc, const Finish& finish) {
-  constexpr int size = kAmxRows * kPanel;
-  alignas(64) float tile[2 * size];
-  AmxTiles registers;
-  long m = rows.end - rows.begin, tiles = (m + kAmxRows - 1) / kAmxRows;
-  long panel_nbytes = w.panel_size() * static_cast<long>(sizeof(bf16));
-  for (long g = groups.begin; g < groups.end; ++g) {
-    bool is_last = g + 1 == groups.end;
-    const char* next = reinterpret_cast<const char*>(w.panel((is_last ? g : g + 1) * w.group));
-    long share = is_last ? 0 : panel_nbytes / tiles;
-    for (long t = 0; t < tiles; ++t) {
-      long first = rows.begin + m * t / tiles, end = rows.begin + m * (t + 1) / tiles;
-      int count = static_cast<int>(end - first);
-      for (long p = 0; p < w.group; ++p, next += share)
-        multiply_amx(registers, count, a + first * lda, lda, w.panel(g * w.group + p), w.k,
-                     {next, share / w.k}, tile + p * size);
-      finish_tile(tile, tile + (w.group - 1) * size, first, count, g * kPanel, w.n, c, ldc, finish);
-    }
-  }
-}
-#endif
-
 // Some groups of panels times some rows: each times every row while the next is on its way.
 template <class A, class T, class Finish>
 void multiply_panels(const PackedWeight<T>& w, Range groups, Range rows, const A* a, long lda, T* c,
                      long ldc, const Finish& finish) {
-#ifdef TTX_AMX_BF16
-  if constexpr (std::is_same_v<A, bf16> && std::is_same_v<T, bf16>)
-    if (rows.end > rows.begin && w.k % kAmxPairs == 0 && amx_is_usable())
-      return multiply_panels_amx(w, groups, rows, a, lda, c, ldc, finish);
-#endif
-  constexpr int size = kGemmRows * kPanel;
+  constexpr bool may_amx = kHasAmx<T> && std::is_same_v<A, T>;
+  constexpr int size = (may_amx ? kAmxRows : kGemmRows) * kPanel;
   alignas(64) float tile[2 * size];
   long m = rows.end - rows.begin, tiles = count_tiles(m, lda * static_cast<long>(sizeof(A)));
+  bool amx = may_amx && m > 0 && w.k % kAmxDepth<T> == 0 && uses_amx<T>();
+  if (amx) tiles = (m + kAmxRows - 1) / kAmxRows;
+  [[maybe_unused]] AmxTiles registers;
   long panel_nbytes = w.panel_size() * static_cast<long>(sizeof(T));
   for (long g = groups.begin; g < groups.end; ++g) {
     bool is_last = g + 1 == groups.end;
@@ -199,9 +172,16 @@ void multiply_panels(const PackedWeight<T>& w, Range groups, Range rows, const A
     for (long t = 0; t < tiles; ++t) {
       long first = rows.begin + m * t / tiles, end = rows.begin + m * (t + 1) / tiles;
       int count = static_cast<int>(end - first);
-      for (long p = 0; p < w.group; ++p, next += share)
-        multiply_rows_of<A, T>(count, a + first * lda, lda, w.panel(g * w.group + p), w.k,
-                               {next, share / w.k}, tile + p * size);
+      for (long p = 0; p < w.group; ++p, next += share) {
+        const T* panel = w.panel(g * w.group + p);
+        NextPanel ahead{next, share / w.k};
+        if constexpr (may_amx)
+          if (amx) {
+            multiply_amx(registers, count, a + first * lda, lda, panel, w.k, ahead, tile + p * size);
+            continue;
+          }
+        multiply_rows_of<A, T>(count, a + first * lda, lda, panel, w.k, ahead, tile + p * size);
+      }
       finish_tile(tile, tile + (w.group - 1) * size, first, count, g * kPanel, w.n, c, ldc, finish);
     }
   }

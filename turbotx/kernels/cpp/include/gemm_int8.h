@@ -12,7 +12,7 @@
 #include <limits>
 
 #include "gemm.h"
-#include "gemm_int8_amx.h"
+#include "gemm_int8_tile.h"
 #include "libm.h"
 
 namespace ttx {
@@ -33,7 +33,7 @@ class PackedInt8 {
   }
   // Panels that lie elsewhere already, and stay there.
   PackedInt8(const std::int8_t* panels, long n, long k, bool gated, std::true_type)
-      : n(n), k(k), group(gated ? 2 : 1), amx(detail::kHasAmxInt8 && detail::amx_is_usable()), depth(padded(k, amx)),
+      : n(n), k(k), group(gated ? 2 : 1), amx(detail::uses_amx<std::int8_t>()), depth(padded(k, amx)),
         offset(amx ? 0 : detail::kWeightOffset), panels_(panels) {}
   long groups() const { return (n + detail::kPanel - 1) / detail::kPanel; }
   long panel_size() const { return depth * detail::kPanel; }
@@ -45,7 +45,7 @@ class PackedInt8 {
 
  private:
   PackedInt8(long n, long k, bool gated)
-      : n(n), k(k), group(gated ? 2 : 1), amx(detail::kHasAmxInt8 && detail::amx_is_usable()), depth(padded(k, amx)),
+      : n(n), k(k), group(gated ? 2 : 1), amx(detail::uses_amx<std::int8_t>()), depth(padded(k, amx)),
         offset(amx ? 0 : detail::kWeightOffset), memory_(group * groups() * panel_size()),
         panels_(memory_.as<const std::int8_t>()) {}
 
@@ -68,7 +68,7 @@ class PackedInt8 {
   }
 
   static long padded(long k, bool amx) {
-    long unit = amx ? detail::kAmxDepth : detail::kQuad;
+    long unit = amx ? detail::kAmxDepth<std::int8_t> : detail::kQuad;
     return (k + unit - 1) / unit * unit;
   }
   WeightMemory memory_;
@@ -152,9 +152,7 @@ void multiply_panels_int8(const PackedInt8& w, Range groups, Range rows, const s
   alignas(64) std::int32_t tile[2 * size];
   long m = rows.end - rows.begin;
   long tiles = w.amx ? (m + kAmxRows - 1) / kAmxRows : count_tiles(m, lda);
-#ifdef TTX_AMX_INT8
-  AmxTiles registers;
-#endif
+  [[maybe_unused]] AmxTiles registers;
   for (long g = groups.begin; g < groups.end; ++g) {
     bool is_last = g + 1 == groups.end;
     const char* next = reinterpret_cast<const char*>(w.panel((is_last ? g : g + 1) * w.group));
@@ -170,12 +168,11 @@ void multiply_panels_int8(const PackedInt8& w, Range groups, Range rows, const s
       for (long p = 0; p < w.group; ++p, next += share) {
         const std::int8_t* panel = w.panel(g * w.group + p);
         NextPanel ahead{next, share / w.depth};
-#ifdef TTX_AMX_INT8
-        if (w.amx) {
-          multiply_amx(registers, count, from, lda, panel, w.depth, ahead, tile + p * size);
-          continue;
-        }
-#endif
+        if constexpr (kHasAmx<std::int8_t>)
+          if (w.amx) {
+            multiply_amx(registers, count, from, lda, panel, w.depth, ahead, tile + p * size);
+            continue;
+          }
         multiply_rows_int8(count, from, lda, panel, w.depth, ahead, tile + p * size);
       }
       finish_int8(tile, tile + (w.group - 1) * size, first, count, g * kPanel, w, scales, c, ldc, finish);
