@@ -69,6 +69,34 @@ def test_the_graph_still_runs_at_any_size(shape) -> None:
         torch.testing.assert_close(got, wanted)
 
 
+class Twice(nn.Module):
+    """Equal composite calls of other tensors, of one tensor twice, and of several results."""
+
+    def forward(self, x):
+        first, second, third = (self.layer(t) for t in (x, x + 1, x.transpose(0, 1)))
+        return first + second, third, torch.sub(x, x, alpha=2.0), torch.sub(x, x + 1, alpha=2.0)
+
+    def layer(self, x):
+        a, b = nn.functional.silu(x).chunk(2, -1)
+        return nn.functional.gelu(a).flatten(1) * b.flatten(1)
+
+
+def test_an_equal_call_is_copied_with_its_own_tensors_and_values() -> None:
+    model = Twice().eval()
+    program = exported(model)
+    whole = program.run_decompositions(table_without(KEPT_WHOLE))
+    decompose_nodes(program.graph_module, KEPT_WHOLE)
+    program.graph.lint()
+    assert ops_of(program.graph) == ops_of(whole.graph)
+    values = [n.meta["val"] for n in program.graph.nodes if n.op == "call_function"]
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    assert len({id(v) for v in tensors}) == len(tensors)  # nodes are found by their values
+    program.graph_module.recompile()
+    for x in (torch.randn(2, 5, 8), torch.randn(4, 3, 8)):
+        for got, wanted in zip(program.module()(x), model(x), strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
 def test_new_nodes_come_from_where_the_old_one_did() -> None:
     program = exported(Mixed())
     decompose_nodes(program.graph_module, KEPT_WHOLE)

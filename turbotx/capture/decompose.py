@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -21,12 +22,14 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
+from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from turbotx.capture.casts import inside
 from turbotx.capture.inplace_ops import write_out_of_place
 from turbotx.ir.expr import expr
-from turbotx.ir.fx_nodes import GETITEM, draws, is_random
+from turbotx.ir.fake_results import UnknownError, describe
+from turbotx.ir.fx_nodes import GETITEM, draws, freeze, is_random, is_tensor
 from turbotx.ir.size_functions import FUNCTIONS
 
 aten = torch.ops.aten
@@ -53,7 +56,7 @@ def decompose_nodes(graph_module: fx.GraphModule, kept: frozenset[str]) -> None:
     write_out_of_place(graph)
     for node in graph.nodes:
         _refuse(node)
-    sizes = _SizeNodes(graph)
+    sizes, known = _SizeNodes(graph), dict[Any, _Known]()
     for node in list(graph.nodes):
         sizes.add(node)
         if node.op != "call_function" or not isinstance(node.target, OpOverload):
@@ -64,7 +67,7 @@ def decompose_nodes(graph_module: fx.GraphModule, kept: frozenset[str]) -> None:
         elif node.target in SIZE_OPS or is_random(node):
             continue
         elif _decomposition(node.target, kept) is not None:
-            _replace(node, _Recorder(node, sizes, kept))
+            _replace(node, _Recorder(node, sizes, kept), known)
     erase_unused(graph)
 
 
@@ -206,6 +209,8 @@ class _Recorder(TorchDispatchMode):
         self.node, self.sizes, self.kept = node, sizes, kept
         self.known = {id(n.meta["val"]): n for n in node.all_input_nodes}
         self.alive: list[Any] = []  # keeps ids valid: an id may be reused once its owner dies
+        self.made: list[fx.Node] = []
+        self.has_turned = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -238,7 +243,7 @@ class _Recorder(TorchDispatchMode):
     def _turn(self, func: OpOverload, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Record an in-place view change, to fewer dims: a pool removes the dim that it added. The
         tensor before the change stays the value of its node."""
-        turned = args[0]
+        turned, self.has_turned = args[0], True
         if func is not aten.as_strided_.default or not any(turned is t for t in self.alive):
             raise NotNodeByNode(f"{self.node.format_node()} calls {func}")
         dense, source = turned.is_contiguous(), self.known[id(turned)]
@@ -266,6 +271,7 @@ class _Recorder(TorchDispatchMode):
         node = self.sizes.graph.create_node("call_function", target, args, kwargs, name=name)
         node.meta = {k: v for k, v in self.node.meta.items() if k not in ("val", "tensor_meta")}
         node.meta["val"] = result
+        self.made.append(node)
         return node
 
     def _record(self, node: fx.Node, result: Any) -> None:
@@ -278,8 +284,72 @@ class _Recorder(TorchDispatchMode):
                 self.known[id(part)] = self._append(GETITEM, (node, k), {}, part)
 
 
-def _replace(node: fx.Node, recorder: _Recorder) -> None:
-    """Replace a composite node by its decomposition."""
+_Results = tuple[fx.Node | None, ...]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a call was replaced by: its arguments' nodes, the new ones, those of its results."""
+
+    given: tuple[fx.Node, ...]
+    made: tuple[fx.Node, ...]
+    found: _Results
+
+
+def _replace(node: fx.Node, recorder: _Recorder, known: dict[Any, _Known]) -> None:
+    """Replace a composite node by its decomposition. known: those of equal calls before it, which
+    are copied."""
+    given = node.all_input_nodes
+    key = _describe(node)
+    before = None if key is None else known.get(key)
+    with node.graph.inserting_before(node):
+        if before is not None:
+            found = _copy(before, given, recorder)
+        else:
+            found = _decompose(node, recorder)
+            if key is not None and not recorder.has_turned:
+                known[key] = _Known(tuple(given), tuple(recorder.made), found)
+    if isinstance(node.meta["val"], torch.Tensor):
+        node.replace_all_uses_with(cast(fx.Node, found[0]))
+    else:
+        for user in list(node.users):
+            if user.target is not operator.getitem:
+                raise NotNodeByNode(f"{user.format_node()} takes several tensors as one")
+            place: Any = user.args[1]
+            if found[place] is None:
+                raise NotNodeByNode(f"{node.format_node()} makes a constant")
+            user.replace_all_uses_with(found[place])
+            node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def _describe(node: fx.Node) -> Any:
+    """Return what the decomposition of a call depends on; None if that is not known."""
+    places = {n: k for k, n in enumerate(node.all_input_nodes)}
+    try:
+        args, kwargs = (
+            freeze(x, lambda n: (places[n], describe(n.meta["val"])))
+            for x in (node.args, node.kwargs)
+        )
+        return node.target, args, kwargs
+    except UnknownError:
+        return None
+
+
+def _copy(known: _Known, given: Sequence[fx.Node], recorder: _Recorder) -> _Results:
+    """Append the nodes of an equal call's decomposition again; return those of its results."""
+    pairs = zip(known.given, given, strict=True)
+    copies: dict[fx.Node | None, fx.Node | None] = {a: b for a, b in pairs if is_tensor(a)}
+    for old in known.made:  # sizes come before both
+        args, kwargs = fx.node.map_arg((old.args, old.kwargs), lambda n: copies.get(n, n))
+        value = proxy_tensor.extract_val(old.meta["val"])
+        copies[old] = recorder._append(old.target, args, kwargs, value)
+    return tuple(copies.get(n, n) for n in known.found)
+
+
+def _decompose(node: fx.Node, recorder: _Recorder) -> _Results:
+    """Run a composite call under a recorder; return the nodes of its results, None for what is no
+    node."""
     target: Any = node.target
     decomposition = _decomposition(target, recorder.kept)
     assert decomposition is not None
@@ -287,21 +357,13 @@ def _replace(node: fx.Node, recorder: _Recorder) -> None:
     mode = next((f.fake_mode for f in _fakes((args, kwargs, node.meta["val"]))), None)
     if mode is None:
         raise NotNodeByNode(f"{node.format_node()} has no fake tensor")
-    with node.graph.inserting_before(node):
-        with torch.no_grad(), enable_python_dispatcher(), mode, recorder, inside(target):
-            result = decomposition(*args, **kwargs)
-        if isinstance(result, torch.Tensor):
-            node.replace_all_uses_with(recorder._argument(result))
-        elif isinstance(result, (tuple, list)):
-            for user in list(node.users):
-                if user.target is not operator.getitem:
-                    raise NotNodeByNode(f"{user.format_node()} takes several tensors as one")
-                place: Any = user.args[1]
-                user.replace_all_uses_with(recorder._argument(result[place]))
-                node.graph.erase_node(user)
-        else:
-            raise NotNodeByNode(f"{node.format_node()} gives {type(result).__name__}")
-    node.graph.erase_node(node)
+    with torch.no_grad(), enable_python_dispatcher(), mode, recorder, inside(target):
+        result = decomposition(*args, **kwargs)
+    if isinstance(result, torch.Tensor):
+        return (recorder._argument(result),)
+    if isinstance(result, (tuple, list)):
+        return tuple(recorder.known.get(id(x)) for x in result)
+    raise NotNodeByNode(f"{node.format_node()} gives {type(result).__name__}")
 
 
 def _fakes(tree: Any) -> list[Any]:

@@ -15,17 +15,41 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import _trace
 from torch.fx.experimental import proxy_tensor
+from torch.utils._sympy.symbol import symbol_is_type
 
 from turbotx.capture.tracing import replaced_in_thread
+from turbotx.ir.fake_results import BY_VALUES
 
 # Private functions of PyTorch, the same from 2.11 to 2.13: without one, it is as slow as before.
-_LOOKS = ("track_tensor_tree", "_extract_tensor_metadata")
+_LOOKS = (
+    (proxy_tensor, "track_tensor_tree"),
+    (proxy_tensor, "_extract_tensor_metadata"),
+    (_trace, "_fakify_params_buffers"),
+)
+_BINDINGS = "_replace_unbacked_bindings"
 
 
 @contextmanager
 def light_export() -> Iterator[None]:
     """Let this thread's exports be light, inside the context."""
+    with ExitStack() as stack:
+        stack.enter_context(late_code())
+        for module, name in _LOOKS:
+            if hasattr(module, name):
+                look = _unseen(getattr(module, name))
+                stack.enter_context(replaced_in_thread(module, name, look))
+        if hasattr(_trace, _BINDINGS):
+            bind = _only_of_values(getattr(_trace, _BINDINGS))
+            stack.enter_context(replaced_in_thread(_trace, _BINDINGS, bind))
+        yield
+
+
+@contextmanager
+def late_code() -> Iterator[None]:
+    """Let graph modules that this thread makes write their Python code when they are called."""
     write = fx.GraphModule.recompile
 
     def recompile(module: fx.GraphModule) -> None:
@@ -38,12 +62,7 @@ def light_export() -> Iterator[None]:
         if cls is not fx.GraphModule:  # every graph module has a class of its own
             cls.forward = forward
 
-    with ExitStack() as stack:
-        stack.enter_context(replaced_in_thread(fx.GraphModule, "recompile", recompile))
-        for name in _LOOKS:
-            if hasattr(proxy_tensor, name):
-                look = _unseen(getattr(proxy_tensor, name))
-                stack.enter_context(replaced_in_thread(proxy_tensor, name, look))
+    with replaced_in_thread(fx.GraphModule, "recompile", recompile):
         yield
 
 
@@ -54,3 +73,17 @@ def _unseen(look: Callable[..., Any]) -> Callable[..., Any]:
             return look(*args, **kwargs)
 
     return unseen
+
+
+def _only_of_values(replace: Callable[[fx.GraphModule], None]) -> Callable[[fx.GraphModule], None]:
+    """Return PyTorch's search for the sizes that come from values, left out where there is none."""
+
+    def search(module: fx.GraphModule) -> None:
+        values = (node.meta.get("val") for node in module.graph.nodes)
+        modes = (x.fake_mode for x in values if isinstance(x, FakeTensor))
+        shape_env = next((m.shape_env for m in modes if m.shape_env is not None), None)
+        known: Any = getattr(shape_env, "var_to_range", None)
+        if known is None or any(symbol_is_type(s, BY_VALUES) for s in known):
+            replace(module)
+
+    return search

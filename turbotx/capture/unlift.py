@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from turbotx.capture.light_export import late_code
 from turbotx.capture.refusals import made_in_inference_mode
 from turbotx.capture.torchao_weights import stand_ins
 from turbotx.errors import CaptureError
@@ -74,7 +75,8 @@ def unlift(
         attribute.meta = dict(node.meta)
         node.replace_all_uses_with(attribute)
         graph.erase_node(node)
-    graph_module = fx.GraphModule(holder, graph)
+    with late_code():
+        graph_module = fx.GraphModule(holder, graph)
     graph_module.meta["paths"] = paths
     graph_module.meta["quantized"] = stand_ins(model)
     return graph_module, inputs

@@ -94,6 +94,11 @@ def expr(value: Any) -> Expr:
 
 def product(sizes: Sequence[Expr]) -> Expr:
     """Return the product of `sizes`; 1 if empty."""
+    return _product(tuple(sizes))
+
+
+@lru_cache(maxsize=65536)
+def _product(sizes: tuple[Expr, ...]) -> Expr:
     return sympy.expand(sympy.Mul(*sizes)) if sizes else ONE
 
 

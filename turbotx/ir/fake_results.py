@@ -32,7 +32,7 @@ _OF_NEW_MEMORY = ("turbotx.ir.attention_ops",)
 """Modules of functions used as ops without a schema, whose results do not alias their inputs."""
 _VALUES = ("constant", "_item_memo", "_nonzero_memo", "_unique_memo", "_unique_consecutive_memo")
 """Attributes in which PyTorch, up to 2.13, stores known values of a fake tensor."""
-_BY_VALUES = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
+BY_VALUES = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
 _SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -113,7 +113,7 @@ def describe(value: Any, mode: FakeTensorMode | None = None) -> Any:
 def is_sized_by(made: Any, key: Any) -> bool:
     """Return whether a described result depends on sizes of its arguments only, not on values."""
     given = _symbols(key)
-    return _symbols(made) <= given and not any(symbol_is_type(s, _BY_VALUES) for s in given)
+    return _symbols(made) <= given and not any(symbol_is_type(s, BY_VALUES) for s in given)
 
 
 def _symbols(described: Any) -> set[Any]:

@@ -37,6 +37,10 @@ _ones: weakref.WeakKeyDictionary[ShapeEnv, dict[Expr, bool]]
 _ones = weakref.WeakKeyDictionary()
 _renamed: weakref.WeakKeyDictionary[ShapeEnv, dict[Any, Expr]]
 _renamed = weakref.WeakKeyDictionary()
+# The key in a node's meta of its shape, with what that was found from: the fake tensor, the version
+# of what is known of its sizes, and how often names were given.
+_SHAPE = "turbotx_shape"
+_times_named = 0
 
 
 def remember_names(
@@ -44,6 +48,8 @@ def remember_names(
 ) -> None:
     """Register names for this graph's symbols, so that `shape` returns expressions in named
     dims."""
+    global _times_named
+    _times_named += 1
     for node in graph_module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
@@ -106,6 +112,18 @@ def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 def shape(node: fx.Node) -> tuple[Expr, ...]:
     """Return the node's shape over the named dims."""
     value = tensor(node)
+    shape_env = getattr(getattr(value, "fake_mode", None), "shape_env", None)
+    version = getattr(shape_env, "_replacements_version_counter", None)  # in 2.11 to 2.13
+    known = node.meta.get(_SHAPE)
+    if known is None or known[0] is not value or known[1:3] != (version, _times_named):
+        found = sizes_of(value)
+        known = node.meta[_SHAPE] = (value, version, _times_named, found)
+    shape: tuple[Expr, ...] = known[3]
+    return shape
+
+
+def sizes_of(value: torch.Tensor) -> tuple[Expr, ...]:
+    """Return the sizes of a fake tensor over the named dims."""
     return tuple(size(s, value) for s in value.shape)
 
 
@@ -222,6 +240,17 @@ def replace(node: fx.Node, new: fx.Node) -> None:
 def is_call(node: Any, *targets: Any) -> bool:
     """Return whether `node` is a call of one of these functions or op overloads."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def freeze(value: Any, of_node: Callable[[fx.Node], Any]) -> Any:
+    """Return an argument of a call as something to compare and hash, a node as `of_node` says."""
+    if isinstance(value, fx.Node):
+        return of_node(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(freeze(v, of_node) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, freeze(value[k], of_node)) for k in sorted(value))
+    return type(value), repr(value)
 
 
 def operand(node: fx.Node, position: int) -> fx.Node:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import sympy
@@ -299,5 +300,12 @@ class Kernel:
 
     def digest(self) -> str:
         """Return a digest of the structure: kernels with equal digests are built once."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         shown = (self.params, self.axes, self.body)
         return hashlib.sha256(repr(shown).encode()).hexdigest()[:16]
+
+    def __hash__(self) -> int:
+        return hash(self._digest)

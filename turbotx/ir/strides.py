@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ class Layout:
 
 def contiguous_strides(shape: Sequence[Expr]) -> tuple[Expr, ...]:
     """Return the strides of a dense row-major tensor, 0 for dims of size 1."""
+    return _contiguous_strides(tuple(shape))
+
+
+@lru_cache(maxsize=65536)
+def _contiguous_strides(shape: tuple[Expr, ...]) -> tuple[Expr, ...]:
     strides: list[Expr] = []
     step: Expr = ONE
     for extent in reversed(shape):
@@ -130,7 +136,7 @@ def _nest(node: fx.Node) -> _Nested | None:
     if below is None:
         return None
     if VIEWS[node.target] == "reshape":
-        dims = _regroup([f for factors in below.dims for f in factors], g.shape(node))
+        dims = _regroup(tuple(f for factors in below.dims for f in factors), g.shape(node))
         return None if dims is None else _Nested(below.root, dims, below.offset)
     flat = below.flat()
     return _Nested.of(_affine(node, flat)) if flat is not None else _permute(node, below)
@@ -146,7 +152,8 @@ def _permute(node: fx.Node, below: _Nested) -> _Nested | None:
     return _Nested(below.root, tuple(below.dims[order.index(mark)] for mark in marks), below.offset)
 
 
-def _regroup(factors: list[tuple[Expr, Expr]], shape: Sequence[Expr]) -> tuple[Factors, ...] | None:
+@lru_cache(maxsize=65536)
+def _regroup(factors: Factors, shape: tuple[Expr, ...]) -> tuple[Factors, ...] | None:
     """Return nested strides of a window reshaped to `shape`; None if that needs a copy."""
     left = _merge(factors)
     dims: list[Factors] = []
@@ -209,8 +216,7 @@ def reshape_strides(below: Layout, shape: tuple[Expr, ...]) -> tuple[Expr, ...] 
 
     Merges below's dims where stride[i] == stride[i+1] * size[i+1], then splits them to fit.
     """
-    pairs = list(zip(below.shape, below.strides, strict=True))
-    dims = _regroup(pairs, shape)
+    dims = _regroup(tuple(zip(below.shape, below.strides, strict=True)), shape)
     if dims is None or any(len(factors) > 1 for factors in dims):
         return None
     return tuple(factors[0][1] for factors in dims)

@@ -83,9 +83,19 @@ def check_region(nodes: Sequence[fx.Node], outputs: Collection[fx.Node]) -> None
 
 
 def _between(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    order = list(nodes[0].graph.nodes)
-    places = [order.index(n) for n in nodes]
-    return order[min(places) : max(places) + 1]
+    """Return the graph's nodes from the first to the last of some, which need not be in order."""
+    left, before, after = set(nodes), list[fx.Node](), list[fx.Node]()
+    node = nodes[0]
+    while left and node.op != "root":
+        after.append(node)
+        left.discard(node)
+        node = node.next
+    node = nodes[0]
+    while left:
+        node = node.prev
+        before.append(node)
+        left.discard(node)
+    return [*reversed(before), *after]
 
 
 def _is_view_of_inside(node: fx.Node, inside: set[fx.Node], after: set[fx.Node]) -> bool:

@@ -204,7 +204,7 @@ class Scalarizer(KernelBuilder):
 
     def _param(self, node: fx.Node) -> str:
         if node not in self.params:
-            base = "".join(c if c.isalnum() and c.isascii() else "_" for c in _base_name(node))
+            base = "".join(c if c.isalnum() and c.isascii() else "_" for c in param_base(node))
             taken = set(self.params.values())
             name, k = base, 1
             while name in taken:
@@ -371,7 +371,7 @@ def _common_dtype(node: fx.Node) -> torch.dtype:
     return torch.float32 if found in (torch.float16, torch.bfloat16) else found
 
 
-def _base_name(node: fx.Node) -> str:
+def param_base(node: fx.Node) -> str:
     """Return a param name that is the same in equal kernels of different layers."""
     if node.op == "get_attr":
         parts = reversed(str(node.target).split("."))

@@ -76,8 +76,7 @@ def canonicalize(graph: fx.Graph) -> None:
                 graph.erase_node(node)
                 changed = True
         changed |= merge_duplicates(graph)
-        changed |= graph.eliminate_dead_code(_stays)
-    graph.lint()
+        changed |= _drop_dead(graph)
 
 
 def _drop_empty(node: fx.Node) -> None:
@@ -250,19 +249,14 @@ def _key(node: fx.Node) -> Any | None:
     if node.op != "call_function" or _has_effect(node):
         return None
 
-    def freeze(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return tuple(freeze(v) for v in value)
-        if isinstance(value, dict):
-            return tuple(sorted((k, freeze(v)) for k, v in value.items()))
-        if isinstance(value, fx.Node):
-            return value
-        return (type(value), repr(value))
-
-    args = freeze(node.args)
+    args = g.freeze(node.args, _itself)
     if node.target in _COMMUTATIVE and not node.kwargs and g.is_tensor(args[1]):
         args = tuple(sorted(args, key=lambda n: n.name))  # commutative: a + b is b + a
-    return (node.target, args, freeze(node.kwargs))
+    return (node.target, args, g.freeze(node.kwargs, _itself))
+
+
+def _itself(node: fx.Node) -> fx.Node:
+    return node
 
 
 def _has_effect(node: fx.Node) -> bool:
@@ -283,6 +277,16 @@ def merge_duplicates(graph: fx.Graph) -> bool:
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
+            graph.erase_node(node)
+            changed = True
+    return changed
+
+
+def _drop_dead(graph: fx.Graph) -> bool:
+    """Erase what nothing reads; return whether there was any."""
+    changed = False
+    for node in reversed(graph.nodes):
+        if not node.users and not _stays(node):
             graph.erase_node(node)
             changed = True
     return changed

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from turbotx.capture.light_export import late_code
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import Expr
 
@@ -73,7 +74,8 @@ class _Extractor:
                 if copied.target is aten.view.default:  # its source may not be contiguous here
                     copied.target = aten.reshape.default
         self.graph.output(tuple(self.made[n] for n in self.outputs))
-        module = fx.GraphModule(nn.Module(), self.graph, class_name=name)
+        with late_code():  # it is mostly never called
+            module = fx.GraphModule(nn.Module(), self.graph, class_name=name)
         return Extracted(module, tuple(sizes), (*(g.size(n) for n in sizes), *extents))
 
     def _create(self, node: fx.Node, places: Mapping[Expr, fx.Node]) -> fx.Node:

@@ -20,7 +20,8 @@ from turbotx.ir.views import is_view
 from turbotx.kernels.fusion.cost import Choice, compare_nbytes, moved_nbytes
 from turbotx.kernels.fusion.horizontal_fusion import fuse_horizontally
 from turbotx.kernels.fusion.sources import describe_sources, find_computed, name_kernel
-from turbotx.kernels.lowering.lower import Lowered, lower
+from turbotx.kernels.lowering.lower import Lowered
+from turbotx.kernels.lowering.lower_once import LowerOnce
 from turbotx.ops.builder import HALVES
 from turbotx.ops.loop_nest import FusionConflict
 from turbotx.passes.partition import Region, find_levels, kind_of, root_of, tensor_inputs
@@ -42,10 +43,10 @@ class FusedRegion:
         return self.kernels[-1].kernel.name if self.kernels else "fused"
 
 
-def fuse(region: Region) -> FusedRegion:
+def fuse(region: Region, known: LowerOnce | None = None) -> FusedRegion:
     """Compile a region to one kernel if possible, otherwise to as few as possible, with the
-    reasons."""
-    fusing = _Fusing(region)
+    reasons. known: what was lowered of the same graph before."""
+    fusing = _Fusing(region, known or LowerOnce())
     for output in region.outputs:
         fusing.place(output)
     fusing.merge_groups()
@@ -68,8 +69,8 @@ class _Group:
 class _Fusing:
     """The kernels of a region while it is being fused, in execution order."""
 
-    def __init__(self, region: Region) -> None:
-        self.members = set(region.nodes)
+    def __init__(self, region: Region, known: LowerOnce) -> None:
+        self.members, self.known = set(region.nodes), known
         self.groups: list[_Group] = []
         self.reasons: dict[str, None] = {}
         self.choices: list[Choice] = []
@@ -179,7 +180,7 @@ class _Fusing:
 
         computed = find_computed(outputs, self.members, stored)
         name, lines = name_kernel(computed), describe_sources(computed)
-        lowered = lower(outputs, loaded, name, lines, self.as_stored)
+        lowered = self.known.lower(outputs, loaded, name, lines, self.as_stored)
         return _Group(outputs, frozenset(computed), lowered)
 
 
@@ -193,29 +194,32 @@ def fuse_all(
     common tensor over the same axes, or over axes of which one continues the other. One kernel
     reads the shared data once, in one launch.
     """
-    level = _levels(graph, hoisted)
+    level, known = _levels(graph, hoisted), LowerOnce()
     done: list[FusedRegion] = []
+    places: dict[int, list[int]] = {}  # by level
     for region in regions:
-        fused = fuse(region)
-        for k, other in enumerate(done):
-            joined = _join(other, fused, level)
+        fused = fuse(region, known)
+        beside = places.setdefault(max(level[n][0] for n in region.nodes), [])
+        for k in beside:
+            joined = _join(done[k], fused, level, known)
             if joined is not None:
                 done[k] = joined
                 break
         else:
+            beside.append(len(done))
             done.append(fused)
     return done
 
 
 def _join(
-    a: FusedRegion, b: FusedRegion, level: Mapping[fx.Node, tuple[int, int]]
+    a: FusedRegion, b: FusedRegion, level: Mapping[fx.Node, tuple[int, int]], known: LowerOnce
 ) -> FusedRegion | None:
-    """Merge two regions into one with a single kernel, if possible."""
-    if not _are_siblings(a, b, level):
+    """Merge two regions of one level into one with a single kernel, if possible."""
+    if not _are_siblings(a, b):
         return None
     union = _union(a.region, b.region, level)
     (first,), (second,) = a.kernels, b.kernels
-    joined = fuse(union)
+    joined = fuse(union, known)
     if len(joined.kernels) == 1 and _is_better(joined.kernels[0], (first, second)):
         return joined
     stacked = fuse_horizontally(first, second) or fuse_horizontally(second, first)
@@ -240,12 +244,9 @@ def _levels(graph: fx.Graph, hoisted: frozenset[fx.Node]) -> dict[fx.Node, tuple
     return {n: (level[n], place) for place, n in enumerate(graph.nodes)}
 
 
-def _are_siblings(a: FusedRegion, b: FusedRegion, level: Mapping[fx.Node, tuple[int, int]]) -> bool:
-    """Return whether two regions are independent, have one kernel each, and read a common
-    tensor."""
+def _are_siblings(a: FusedRegion, b: FusedRegion) -> bool:
+    """Return whether two regions have one kernel each, and read a common tensor."""
     if len(a.kernels) != 1 or len(b.kernels) != 1:
-        return False
-    if max(level[n][0] for n in a.region.nodes) != max(level[n][0] for n in b.region.nodes):
         return False
     shared = set(a.region.inputs) & set(b.region.inputs)
     return any(n.op != "get_attr" for n in shared)

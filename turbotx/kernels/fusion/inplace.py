@@ -10,12 +10,14 @@ loops that the printers write, for example::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from turbotx import ir
 from turbotx.kernels.cpp.sequential import make_sequential
 from turbotx.kernels.cpp.sweeps import Sweeps
 
 
+@lru_cache(maxsize=1024)  # layers share kernels
 def find_inplace(kernel: ir.Kernel) -> tuple[tuple[str, str], ...]:
     """Return the pairs that are safe in both C++ and Triton, for any schedule."""
     # C++ takes a variance in two column loops, a looped Triton row in one: what a statement waits

@@ -21,13 +21,10 @@ from turbotx.memory.planner.plan import Lifetime
 Ints = npt.NDArray[np.int64]
 Place = Callable[[Sequence[Lifetime], Sequence[int]], Iterator[list[int]]]
 
-WAYS = ((3, 1), (3, 2), (4, 1), (4, 2))
+WAYS = ((3, 2), (3, 1), (4, 1), (4, 2))
 """How many layers are placed, two of them before those that repeat, and how many repeat together:
-two where buffers change places from one to the next. Which count of layers ends as it began depends
-on how many there are."""
-FIRST_TRIES = 4
-"""Placements that are repeated one layer at a time before two at a time are tried: where buffers
-change places, as BLOOM's do, none of a hundred can be."""
+two first, since buffers may change places from one to the next, as BLOOM's do. Which count of
+layers ends as it began depends on how many there are."""
 LEAST_REPEATS = 6
 
 
@@ -72,9 +69,8 @@ def repeated(
     """Yield placements, in bytes, that repeat what `place` finds for fewer layers; skips those with
     overlaps."""
     order = _order(lifetimes)
-    ways = [_repeat_each(lifetimes, sizes, period, place, order, *way) for way in WAYS]
-    tries = [itertools.islice(ways[0], FIRST_TRIES), *ways[1:], ways[0]]
-    for found in itertools.chain.from_iterable(tries):
+    ways = (_repeat_each(lifetimes, sizes, period, place, order, *way) for way in WAYS)
+    for found in itertools.chain.from_iterable(ways):
         if not _overlap(lifetimes, sizes, found):
             yield found
 
