@@ -19,21 +19,6 @@ constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
 constexpr int padded(int d) { return (d + kLanes - 1) / kLanes * kLanes; }
 
-// 2^t for t <= 0, zero below 2^-126.5; NaN stays. Scores carry log2(e), so this is softmax's exp.
-TTX_INLINE vec exp2_nonpositive(vec t) {
-  // At -127 the exponent's bits are those of 0. In this order it is one instruction that keeps NaN.
-  t = broadcast(-127.0f) > t ? broadcast(-127.0f) : t;
-  vec shifted = t + broadcast(kRound);
-  vec r = t - (shifted - broadcast(kRound));
-  vec p = r * 0x1.416d18p-13f + 0x1.5f09a6p-10f;
-  p = p * r + 0x1.3b2de0p-7f;
-  p = p * r + 0x1.c6af7ap-5f;
-  p = p * r + 0x1.ebfbdcp-3f;
-  p = p * r + 0x1.62e430p-1f;
-  p = p * r + 1.0f;
-  return p * __builtin_bit_cast(vec, (__builtin_bit_cast(int_vec, shifted) << 23) + 0x3f800000);
-}
-
 // Packed keys: panels of kLanes keys, each D rows of kLanes floats; the last panel padded with 0.
 template <class T, int D>
 void pack_keys(const T* k, long row_stride, long count, float* packed) {
