@@ -204,8 +204,8 @@ template <class T, int D, int ROWS>
     float* row = scores + r * kScoreStride;
     if (s.softcap != 0.0f) cap_row(s.softcap, count, row);
     if (masked) mask_row<T>(s, head, batch, tile.q_head[r], tile.index[r], keys, row);
-    exponentiate(row, panels, tile.softmax[r]);
   }
+  exponentiate<ROWS>(scores, panels, tile.softmax);
   auto weigh = [&](const auto* values, long stride, const int64_t* blocks) {
     for_pieces(values, stride, blocks, head.block_len, keys,
                [&](long j, const auto* rows, long here) {

@@ -19,21 +19,6 @@ constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
 constexpr int padded(int d) { return (d + kLanes - 1) / kLanes * kLanes; }
 
-// 2^t for t <= 0, zero below 2^-126.5; NaN stays. Scores carry log2(e), so this is softmax's exp.
-TTX_INLINE vec exp2_nonpositive(vec t) {
-  // At -127 the exponent's bits are those of 0. In this order it is one instruction that keeps NaN.
-  t = broadcast(-127.0f) > t ? broadcast(-127.0f) : t;
-  vec shifted = t + broadcast(kRound);
-  vec r = t - (shifted - broadcast(kRound));
-  vec p = r * 0x1.416d18p-13f + 0x1.5f09a6p-10f;
-  p = p * r + 0x1.3b2de0p-7f;
-  p = p * r + 0x1.c6af7ap-5f;
-  p = p * r + 0x1.ebfbdcp-3f;
-  p = p * r + 0x1.62e430p-1f;
-  p = p * r + 1.0f;
-  return p * __builtin_bit_cast(vec, (__builtin_bit_cast(int_vec, shifted) << 23) + 0x3f800000);
-}
-
 // Packed keys: panels of kLanes keys, each D rows of kLanes floats; the last panel padded with 0.
 template <class T, int D>
 void pack_keys(const T* k, long row_stride, long count, float* packed) {
@@ -120,25 +105,40 @@ void score_rows(const float* q, const T* keys, long row_stride, long count, floa
 
 struct Softmax { float maximum = kMinusInf, total = 0.0f, keep = 0.0f; };
 
-// Turns a row of scores into 2^(score - maximum). `row` carries the maximum and the total over the
-// key blocks so far; its `keep` is what the earlier blocks' weighted values are to be scaled by.
-[[gnu::noinline]] inline void exponentiate(float* scores, long panels, Softmax& row) {
-  vec top = load_vec(scores);
-  for (long p = 1; p < panels; ++p) {
-    vec x = load_vec(scores + p * kLanes);
-    top = x > top ? x : top;
+// Turns rows of scores into 2^(score - maximum). A row carries the maximum and the total over the key
+// blocks so far; its `keep` is what the earlier blocks' weighted values are to be scaled by. Each step
+// is done for all rows before the next: reductions over lanes wait for each other within a row only.
+template <int ROWS>
+[[gnu::noinline]] void exponentiate(float* scores, long panels, Softmax (&rows)[ROWS]) {
+  vec tops[ROWS], sums[ROWS];
+  float bases[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    const float* row = scores + r * kScoreStride;
+    vec top = load_vec(row);
+    for (long p = 1; p < panels; ++p) {
+      vec x = load_vec(row + p * kLanes);
+      top = x > top ? x : top;
+    }
+    tops[r] = top;
   }
-  float block = max_lanes(top), next = block > row.maximum ? block : row.maximum;
-  float base = next == kMinusInf ? 0.0f : next;  // a row with every key hidden so far
-  vec sum = {}, offset = broadcast(base);
-  for (long p = 0; p < panels; ++p) {
-    vec e = exp2_nonpositive(load_vec(scores + p * kLanes) - offset);
-    store_vec(scores + p * kLanes, e);
-    sum += e;
+  for (int r = 0; r < ROWS; ++r) {
+    float block = max_lanes(tops[r]), earlier = rows[r].maximum;
+    float next = block > earlier ? block : earlier;
+    bases[r] = next == kMinusInf ? 0.0f : next;  // a row with every key hidden so far
+    rows[r].keep = earlier == kMinusInf ? 0.0f : ttx::exp2(earlier - bases[r]);
+    rows[r].maximum = next;
   }
-  row.keep = row.maximum == kMinusInf ? 0.0f : ttx::exp2(row.maximum - base);
-  row.total = row.total * row.keep + sum_lanes(sum);
-  row.maximum = next;
+  for (int r = 0; r < ROWS; ++r) {
+    float* row = scores + r * kScoreStride;
+    vec sum = {}, offset = broadcast(bases[r]);
+    for (long p = 0; p < panels; ++p) {
+      vec e = exp2_nonpositive(load_vec(row + p * kLanes) - offset);
+      store_vec(row + p * kLanes, e);
+      sum += e;
+    }
+    sums[r] = sum;
+  }
+  for (int r = 0; r < ROWS; ++r) rows[r].total = rows[r].total * rows[r].keep + sum_lanes(sums[r]);
 }
 
 // Sums over keys run over at most this many before they join the rest: shorter chains of roundings.

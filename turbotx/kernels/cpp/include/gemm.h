@@ -129,18 +129,24 @@ void multiply_rows_of(int rows, const A* a, long lda, const W* panel, long depth
   if constexpr (fewer > 0) multiply_rows_of<A, W, fewer>(rows, a, lda, panel, depth, next, tile);
 }
 
-// `factor` is a second tile, of a gated layer, or the first again.
-template <class T, class Finish>
-void finish_tile(const float* tile, const float* factor, long row, int rows, long column, long n,
-                 T* c, long ldc, const Finish& finish) {
-  for (int r = 0; r < rows; ++r)
-    for (int half = 0; half < kPanel; half += kLanes) {
-      long j = column + half, at = r * kPanel + half;
-      if (j >= n) continue;
-      int count = static_cast<int>(n - j < kLanes ? n - j : kLanes);
-      vec x = finish(load_vec(tile + at), load_vec(factor + at), row + r, j, count);
-      store_some(c + (row + r) * ldc + j, x, count);
-    }
+// `factor` is a second tile, of a gated layer, or the first again. Sums are float or int32.
+template <class Sum, class T, class Finish>
+void finish_tile(const Sum* tile, const Sum* factor, long row, int rows, long column, long n, T* c,
+                 long ldc, const Finish& finish) {
+  using Sums = std::conditional_t<std::is_same_v<Sum, float>, vec, int_vec>;
+  for (long j = column; j < column + kPanel && j < n; j += kLanes, tile += kLanes, factor += kLanes) {
+    auto finish_columns = [&](auto count) __attribute__((always_inline)) {
+      auto map = finish.columns(j, count);
+      for (int r = 0; r < rows; ++r) {
+        Sums x, other;
+        std::memcpy(&x, tile + r * kPanel, sizeof x);
+        std::memcpy(&other, factor + r * kPanel, sizeof other);
+        store_some(c + (row + r) * ldc + j, map(x, other, row + r), count);
+      }
+    };
+    if (n - j >= kLanes) finish_columns(std::integral_constant<int, kLanes>{});
+    else finish_columns(static_cast<int>(n - j));
+  }
 }
 
 // How many tiles m rows are cut into: one, so that weights are read once, where a kernel takes them
@@ -206,7 +212,7 @@ const float* widen_rows(const T* a, long lda, long m, long k, bool pays) {
 
 }  // namespace detail
 
-// finish(x, factor, row, column, count) maps a vector of sums, of which `count` lanes are stored.
+// finish.columns(column, count) is what maps (sums, the factor's sums, row) of `count` columns.
 template <class T, class Finish = Epilogue<T>>
 void linear(const PackedWeight<T>& w, const T* a, long lda, long m, T* c, long ldc,
             const Finish& finish = {}) {

@@ -118,36 +118,32 @@ inline std::int32_t sum_of(const std::int8_t* a, long k) {
   return total;
 }
 
-struct Int8Scales {
-  const float* rows;
-  const float* columns;        // of the weight, [n], or [2n] where gated
+// Makes float32 sums of int32 ones before they are finished.
+template <class Finish>
+struct Int8Finish {
+  const float* rows;            // their scales
   const std::int32_t* offsets;  // a row: what the panels' offset has added to its sums
-};
+  const float* scales;          // of the weight's columns, [n], or [2n] where gated
+  long gated;                   // a factor's scales lie so far behind its gate's
+  Finish finish;
 
-template <class T, class Finish>
-void finish_int8(const std::int32_t* tile, const std::int32_t* factor, long row, int rows, long column,
-                 const PackedInt8& w, const Int8Scales& scales, T* c, long ldc, const Finish& finish) {
-  auto scaled = [&](const std::int32_t* from, long r, const float* columns, int count) {
-    int_vec sums;
-    std::memcpy(&sums, from, sizeof sums);
-    vec exact = __builtin_convertvector(sums - scales.offsets[r], vec);
-    return exact * (load_some(columns, count) * broadcast(scales.rows[r]));
-  };
-  for (int r = 0; r < rows; ++r)
-    for (int half = 0; half < kPanel; half += kLanes) {
-      long j = column + half, at = r * kPanel + half;
-      if (j >= w.n) continue;
-      int count = static_cast<int>(w.n - j < kLanes ? w.n - j : kLanes);
-      vec x = scaled(tile + at, row + r, scales.columns + j, count), other = x;
-      if (w.group == 2) other = scaled(factor + at, row + r, scales.columns + w.n + j, count);
-      store_some(c + (row + r) * ldc + j, finish(x, other, row + r, j, count), count);
-    }
-}
+  TTX_INLINE auto columns(long column, int count) const {
+    vec scale = load_some(scales + column, count);
+    vec factor_scale = load_some(scales + gated + column, count);
+    return [=, rows = rows, offsets = offsets, map = finish.columns(column, count)](
+               int_vec x, int_vec factor, long row) __attribute__((always_inline)) {
+      auto scaled = [=](int_vec sums, vec by) {
+        return __builtin_convertvector(sums - offsets[row], vec) * (by * broadcast(rows[row]));
+      };
+      return map(scaled(x, scale), scaled(factor, factor_scale), row);
+    };
+  }
+};
 
 // Some groups of panels times some rows, as multiply_panels does it in float.
 template <class T, class Finish>
 void multiply_panels_int8(const PackedInt8& w, Range groups, Range rows, const std::int8_t* a,
-                          long lda, const Int8Scales& scales, T* c, long ldc, const Finish& finish) {
+                          long lda, T* c, long ldc, const Finish& finish) {
   constexpr int most = kAmxRows > kGemmRows ? kAmxRows : kGemmRows, size = most * kPanel;
   alignas(64) std::int32_t tile[2 * size];
   long m = rows.end - rows.begin;
@@ -175,7 +171,7 @@ void multiply_panels_int8(const PackedInt8& w, Range groups, Range rows, const s
           }
         multiply_rows_int8(count, from, lda, panel, w.depth, ahead, tile + p * size);
       }
-      finish_int8(tile, tile + (w.group - 1) * size, first, count, g * kPanel, w, scales, c, ldc, finish);
+      finish_tile(tile, tile + (w.group - 1) * size, first, count, g * kPanel, w.n, c, ldc, finish);
     }
   }
 }
@@ -214,12 +210,12 @@ void linear_int8(const PackedInt8& w, const Int8Rows& x, const float* weight_sca
       offsets[r] = w.offset == 0 ? 0 : w.offset * detail::sum_of(a + r * lda, w.k);
     }
   });
-  detail::Int8Scales all{scales, weight_scales, offsets};
+  detail::Int8Finish<Finish> scaled{scales, offsets, weight_scales, w.group == 2 ? w.n : 0, finish};
   share(threads, [&](long t) {
     detail::Range groups{w.groups() * t / threads, w.groups() * (t + 1) / threads};
     for (long b = 0; b < blocks; ++b) {
       detail::Range some{x.m * b / blocks, x.m * (b + 1) / blocks};
-      detail::multiply_panels_int8(w, groups, some, a, lda, all, c, ldc, finish);
+      detail::multiply_panels_int8(w, groups, some, a, lda, c, ldc, scaled);
     }
   });
 }

@@ -107,10 +107,11 @@ struct ScaledFinish {
   const float* scales;  // [n], or [2n] where gated
   long gated;           // n where it is, else 0
   Finish finish;
-  TTX_INLINE vec operator()(vec x, vec factor, long row, long column, int count) const {
-    x *= load_some(scales + column, count);
-    if (gated > 0) factor *= load_some(scales + gated + column, count);
-    return finish(x, factor, row, column, count);
+  TTX_INLINE auto columns(long column, int count) const {
+    vec scale = load_some(scales + column, count);
+    vec factor_scale = load_some(scales + gated + column, count);
+    return [=, map = finish.columns(column, count)](vec x, vec factor, long row)
+        __attribute__((always_inline)) { return map(x * scale, factor * factor_scale, row); };
   }
 };
 
