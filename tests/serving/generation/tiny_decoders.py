@@ -70,6 +70,15 @@ def bloom():
     return transformers.BloomForCausalLM(config)
 
 
+def mpt():
+    """A bias by the distance of columns, empty ones included."""
+    config = transformers.MptConfig(
+        n_layers=2, d_model=32, n_heads=4, vocab_size=len(WORDS), max_seq_len=CONTEXT,
+        bos_token_id=2, eos_token_id=END, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.MptForCausalLM(config)
+
+
 def generator(make=gpt2):
     """One a family, compiled once in a test process."""
     return _generator(make)
