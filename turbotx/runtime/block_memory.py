@@ -284,7 +284,7 @@ class BlockMemory(CacheMemory):
         begin = self.length
         super().advance(count)
         self.blocks.note_use()
-        for layer, window in enumerate(self.windows):
+        for layer, window in enumerate(self.windows if any(self.windows) else ()):
             gone = 0 if window is None else (self.lengths[layer] - window + 1 - SLACK) // BLOCK_LEN
             if gone > self._gone[layer]:
                 self._let_go(layer, slice(None), slice(0, gone))
