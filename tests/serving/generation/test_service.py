@@ -17,6 +17,7 @@ from tests.serving.generation.tiny_decoders import (
     gemma3,
     generator,
     gpt2,
+    gpt_neo,
     is_greedy,
     llama,
     make_service,
@@ -268,6 +269,14 @@ def test_models_whose_columns_must_not_have_gaps_reuse_nothing(make, reason):
     why, limits, found = asyncio.run(ask())
     assert reason in why and not limits.prefix_cache and found[0] == found[1]
     assert is_greedy(generator(make).model, prompt, found[0][0])
+
+
+def test_windows_that_a_cache_does_not_know_are_found_by_trying():
+    async def ask():
+        async with running(gpt_neo) as service:
+            return service.worker.batch.no_prefixes
+
+    assert asyncio.run(ask()) == "the model counts empty columns"
 
 
 def test_refusals():

@@ -38,6 +38,12 @@ GROWING = 3
 twice as many positions as are filled, and while it is written anew the old one is there too."""
 
 
+TRIED = 8
+"""Tokens whose logits show whether empty columns before them change anything."""
+FARTHEST = 8_192
+"""Columns that are tried at the most."""
+
+
 @dataclass(frozen=True)
 class _Row:
     """A row of a cache, and which of its latest columns have tokens, from its first one on."""
@@ -82,42 +88,50 @@ class DecodeBatch:
         takes = frozenset(inspect.signature(type(model).forward).parameters)
         return cls(module, model.config, takes, device, piece)
 
-    def prepare(self, token: int, prefix_cache: bool = True) -> None:
+    def prepare(self, token: int, context: int = 0) -> None:
         """Run some tokens up to `token`, so that no request waits for the capture; what a cache
-        takes, and whether prefixes are reused, is known from then on."""
+        takes, and whether prefixes are reused, is known from then on.
+
+        context: positions that a text has at most; 0: nothing is reused.
+        """
         self._like = DynamicCache(config=self.config)
         self._call(self._like, np.array([[token]]), np.ones((1, 1), np.bool_))
         free_cache(self._like)
         memory = memory_of(self._like)
-        if not prefix_cache:
+        if not context:
             self.no_prefixes = "it is switched off"
         elif not isinstance(memory, BlockMemory):
             self.no_prefixes = "caches are contiguous here"
         elif any(memory.windows):
             self.no_prefixes = "layers see a window of columns"
-        elif self._sees_gaps(token):
+        elif context < 2 * BLOCK + TRIED:
+            self.no_prefixes = f"texts of {context} tokens are too short"
+        elif not memory.budget.has_room(4 * self.layers * memory.block_nbytes):
+            self.no_prefixes = "the cache has room for too few blocks"
+        elif self._sees_gaps(token, min(context, FARTHEST)):
             self.no_prefixes = "the model counts empty columns"
         else:
             self.no_prefixes, self.prefixes = None, PrefixTree(memory.blocks)
 
-    def _sees_gaps(self, token: int) -> bool:
-        """Return whether the logits change where columns between two tokens are empty, as with
-        biases by the distance of columns."""
-        ids = np.maximum(token - np.arange(8), 0)[None]
-
-        def read(gap: int) -> Logits:
-            cache = blank_like(self._like, 1, 0)
-            self._call(cache, ids[:, :4], np.ones((1, 4), np.bool_))
-            mask = np.ones((1, 8 + gap), np.bool_)
-            mask[:, 4 : 4 + gap] = False
-            rest = np.pad(ids[:, 4:], ((0, 0), (gap, 0)))
-            logits = self._call(cache, rest, mask)
-            free_cache(cache)
-            return logits
-
-        without, behind = read(0), read(BLOCK // 2)
-        rounding = 1e-3 if memory_of(self._like).dtype == torch.float32 else 3e-2
-        return bool(np.abs(without - behind).max() > rounding * np.abs(without).max())
+    def _sees_gaps(self, token: int, columns: int) -> bool:
+        """Return whether the logits of tokens after a known block change where all but so few
+        columns between are empty, as with biases by the distance of columns, or with windows that
+        the cache does not know."""
+        ids = np.maximum(token - np.arange(BLOCK + TRIED), 0)[None]
+        gap = (columns - BLOCK - TRIED) // BLOCK * BLOCK
+        cache = blank_like(self._like, 1, 0)
+        near = self._call(cache, ids, np.ones(ids.shape, np.bool_))
+        memory = memory_of(cache)
+        assert isinstance(memory, BlockMemory)
+        known = np.stack([table[:, :1] for table in memory.tables])
+        behind = blank_like(self._like, 1, BLOCK + gap, known)
+        mask = np.ones((1, BLOCK + gap + TRIED), np.bool_)
+        mask[:, BLOCK:-TRIED] = False
+        far = self._call(behind, ids[:, BLOCK:], mask)
+        free_cache(behind)
+        free_cache(cache)
+        rounding = 1e-3 if memory.dtype == torch.float32 else 3e-2
+        return not np.abs(near - far).max() <= rounding * np.abs(near).max()
 
     def close(self) -> None:
         """Let go of all blocks that are kept for others; everybody has left."""

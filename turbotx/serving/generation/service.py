@@ -56,7 +56,8 @@ class GenerationService(Served):
         generator, piece = self.generator, self._limits.prefill_tokens
         batch = DecodeBatch.of(generator.model, generator.module, generator.device, piece)
         token = min(generator.vocabulary, 100) - 1
-        await self.prepare(lambda: batch.prepare(token, self._limits.prefix_cache))
+        reach = generator.context if self._limits.prefix_cache else 0
+        await self.prepare(lambda: batch.prepare(token, reach))
         blocks = batch.most_blocks = batch.count_room(self._nbytes)
         limits = replace(
             self._limits, max_blocks=blocks, context=generator.context,
