@@ -116,9 +116,13 @@ def test_memory_of_a_gpu_goes_back_late_and_is_taken_in_order(
         def leave(self) -> None:
             log.append("leave")
 
+    class Range(CpuRange):
+        def make_readable(self, nbytes: int) -> None:
+            self.map_to(nbytes)  # as a GPU's does at both ends
+
     on_cpu, view = torch.device("cpu"), cache_blocks.view_addresses
     monkeypatch.setattr(cache_blocks, "count_addresses", lambda of: 1 << 30)
-    monkeypatch.setattr(cache_blocks, "open_range", lambda of, nbytes: CpuRange(nbytes))
+    monkeypatch.setattr(cache_blocks, "open_range", lambda of, nbytes: Range(nbytes))
     monkeypatch.setattr(cache_blocks, "view_addresses", lambda r, n, of: view(r, n, on_cpu))
     monkeypatch.setattr(cache_blocks, "StreamOrders", Orders)
     blocks = CacheBlocks(CHUNK_NBYTES, lambda nbytes: None, device)

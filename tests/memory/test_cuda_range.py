@@ -117,6 +117,24 @@ def open_range(driver):
     return CudaRange(3, 1 << 40, driver, synchronize)
 
 
+def test_both_ends_can_be_shown_while_the_middle_has_no_memory(driver):
+    memory = open_range(driver)
+    memory.make_readable(CHUNK_NBYTES + 1)
+    assert memory.mapped_nbytes == 2 * CHUNK_NBYTES
+    ends = sorted(driver.mapped)
+    last = BASE + memory.capacity_nbytes - 2 * CHUNK_NBYTES
+    assert ends == [BASE, last] and set(driver.access) >= set(ends)
+    memory.make_readable(CHUNK_NBYTES + 1)  # once
+    memory.map_to(8 * CHUNK_NBYTES)
+    memory.unmap_to(1)
+    assert sorted(driver.mapped) == [BASE, last], "they stay"
+    with pytest.raises(MemoryExhausted, match="addresses reserved"):
+        memory.map_to(memory.capacity_nbytes - CHUNK_NBYTES)
+    del memory
+    gc.collect()
+    assert not driver.mapped and not driver.handles and not driver.reserved
+
+
 def test_growth_maps_behind_what_is_mapped_and_the_address_stays(driver):
     memory = open_range(driver)
     assert memory.capacity_nbytes == 128 * CHUNK_NBYTES

@@ -9,6 +9,7 @@ cross attention if the call computed them. The user's own cache is not touched::
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -22,9 +23,8 @@ from turbotx.errors import CaptureError
 from turbotx.ir import cache_ops
 
 CACHE = "turbotx: the cache that the call was given"
-QUERIES = ("input_ids", "inputs_embeds")
-"""The arguments whose second dim is the number of new tokens; encoder-decoder models prefix them
-with "decoder_"."""
+QUERIES = ("decoder_input_ids", "decoder_inputs_embeds"), ("input_ids", "inputs_embeds")
+"""The arguments whose second dim is the number of new tokens: of an encoder-decoder, of others."""
 KINDS = ("decoder", "first", "further")
 """A decoder-only model; an encoder-decoder's first step, which computes the keys and values of
 cross attention; and its further steps, which receive them."""
@@ -86,11 +86,17 @@ def count_queries(given: dict[str, Any], kind: str) -> Any:
 
     Raises CaptureError if none of QUERIES is given as a tensor of two or more dims.
     """
-    names = [name if kind == "decoder" else f"decoder_{name}" for name in QUERIES]
-    found = next((given[n] for n in names if isinstance(given.get(n), torch.Tensor)), None)
-    if found is None or found.dim() < 2:
-        raise CaptureError(f"a call with a cache has to have {names[0]!r} or {names[1]!r}")
-    return found.shape[1]
+    return find_queries(given, kind).shape[1]
+
+
+def find_queries(given: Mapping[str, Any], kind: str) -> torch.Tensor:
+    """Return the new tokens of a call, or their embeddings; raises as `count_queries` does."""
+    names = QUERIES[kind == "decoder"]
+    for name in names:
+        found = given.get(name)
+        if isinstance(found, torch.Tensor) and found.dim() >= 2:
+            return found
+    raise CaptureError(f"a call with a cache has to have {names[0]!r} or {names[1]!r}")
 
 
 class TracedLayer(CacheLayerMixin):

@@ -122,6 +122,11 @@ PrefillTokens = Annotated[
     int, _option(GENERATE, "Tokens of prompts that are read between two steps of decoding.")
 ]
 MaxWaiting = Annotated[int, _option(GENERATE, "Sequences that may wait; beyond it 429.")]
+PrefixCache = Annotated[
+    bool,
+    _option(GENERATE, "Keep keys and values of texts for prompts that begin alike, while there is "
+            "room."),
+]  # fmt: skip
 MaxQueue = Annotated[int, _option(LIMIT, "Sequences that may wait.")]
 MaxClientBatch = Annotated[int, _option(LIMIT, "Inputs in one request.")]
 MaxBodyNbytes = Annotated[int, _option(LIMIT, "Bytes of a request's body.")]
@@ -173,6 +178,7 @@ def serve_command(
     max_cache_nbytes: MaxCacheNbytes = 2 << 30,
     prefill_tokens: PrefillTokens = 256,
     max_waiting: MaxWaiting = 128,
+    prefix_cache: PrefixCache = True,
     max_queue: MaxQueue = 4_096,
     max_client_batch: MaxClientBatch = 256,
     max_body_nbytes: MaxBodyNbytes = 8 << 20,
@@ -188,7 +194,9 @@ def serve_command(
 ) -> None:  # fmt: skip
     """Serve embeddings, classes or generated texts over HTTP, variable lengths batched."""
     options = dict(locals())
-    names = ("max_sequences", "max_cache_nbytes", "prefill_tokens", "max_waiting")
+    names = (
+        "max_sequences", "max_cache_nbytes", "prefill_tokens", "max_waiting", "prefix_cache"
+    )  # fmt: skip
     options["generation"] = {name: options.pop(name) for name in names}
     keys = tuple(options.pop("api_key") or ())
     key_file = options.pop("api_key_file")

@@ -16,6 +16,8 @@ from typing import Any
 
 from turbotx.engine.cache_layers import CachedLayer
 from turbotx.errors import InputError
+from turbotx.memory.cache_blocks import Ids
+from turbotx.runtime.block_memory import BlockMemory
 from turbotx.runtime.cache_memory import CacheMemory, MemoryRow
 
 
@@ -47,13 +49,18 @@ def compose(rows: Sequence[CacheRow], length: int) -> Any:
     return _with_memory(rows[0].cache, made)
 
 
-def blank_like(cache: Any, batch: int, length: int) -> Any:
+def blank_like(cache: Any, batch: int, length: int, known: Ids | None = None) -> Any:
     """Return a new cache of the same kind, whose rows have `length` positions to be masked.
 
-    The batch of `cache` must not have been reordered. Raises InputError as `compose` does.
+    known: blocks of a cache in blocks that the first positions have, (layers, batch, columns), -1
+    for none. The batch of `cache` must not have been reordered. Raises InputError as `compose`
+    does.
     """
     made = memory_of(cache).like()
-    made.blank(batch, length)
+    if isinstance(made, BlockMemory):
+        made.blank(batch, length, known)
+    else:
+        made.blank(batch, length)
     return _with_memory(cache, made)
 
 

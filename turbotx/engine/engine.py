@@ -13,6 +13,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -91,8 +92,7 @@ class Engine(EagerCalls):
         """Drop every capture, as after `.to(...)`; the next call captures again."""
         with self._lock:
             self._variants: dict[Any, list[Variant]] = {}
-            self._bound: LruDict[Any, tuple[Variant, Program, Binding]]
-            self._bound = LruDict(self.options.max_shapes)
+            self._bound = LruDict[Any, tuple[Variant, Program, Binding]](self.options.max_shapes)
             self._pools: dict[torch.device, ChunkPool] = {}
             self._recaptures = Recaptures()
             self._refused: dict[Any, CaptureError] = {}
@@ -121,7 +121,7 @@ class Engine(EagerCalls):
             variant, program, binding, tensors = self.check(args, kwargs, outcomes)
             watch = LaunchRanges(program) if self.options.launch_ranges else None
             try:
-                with torch.no_grad():
+                with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
                     outputs = program.run(binding, tensors, watch=watch)
             except ModelChangedError as error:
                 self._forget(variant, error)
@@ -203,7 +203,7 @@ class Engine(EagerCalls):
 
     def refuse_training(self) -> None:
         """Raise TrainingError if the model is in training mode."""
-        if getattr(self.model, "_exported_training", self.model.training):  # of exported models
+        if vars(self.model).get("_exported_training", self.model.training):  # of exported models
             raise TrainingError(
                 f"{type(self.model).__name__} is in training mode, and turbotx is for inference "
                 "only: call model.eval() first"

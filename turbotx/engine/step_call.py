@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from turbotx.capture.cached_call import count_queries
+from turbotx.capture.cached_call import count_queries, find_queries
 from turbotx.engine.cache_layers import adopt, refuse_cache
 from turbotx.errors import InputError
 from turbotx.memory.cache_blocks import CacheBudget
@@ -161,6 +161,4 @@ def _with_encoded(given: dict[str, Any]) -> dict[str, Any]:
 
 def count_batch(call: Mapping[str, Any]) -> int:
     """Return the batch size of a call of plain tensors."""
-    prefix = "" if call["kv_kind"] == "decoder" else "decoder_"
-    names = (f"{prefix}input_ids", f"{prefix}inputs_embeds")
-    return next(int(call[n].shape[0]) for n in names if call.get(n) is not None)
+    return int(find_queries(call, call["kv_kind"]).shape[0])

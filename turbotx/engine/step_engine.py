@@ -200,7 +200,7 @@ class StepEngine(StepCalls, Engine):
                 f"cannot capture {captured.name} with a cache: its layers write {shapes}, and "
                 f"those of another call {self.shapes}"
             )
-        self.shapes = shapes
+        self.shapes = self.shapes or shapes  # caches compare by identity first
         return captured
 
 

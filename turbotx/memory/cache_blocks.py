@@ -29,6 +29,8 @@ from turbotx.memory.planner.plan import CHUNK_NBYTES, align
 Ids = NDArray[np.int64]
 
 
+SHOWN = 4
+"""Blocks that PyTorch may read at either end of a tensor over all of them, to show three."""
 QUIET = 256
 """How often in a row blocks of a GPU are let go before memory behind the last used one goes back:
 that waits for the device."""
@@ -68,10 +70,8 @@ class CacheBlocks:
         self._orders = StreamOrders(device) if device.type == "cuda" else None
         self._released: deque[Ids] = deque()
         self._lock = threading.Lock()
-        if device.type == "cuda":  # where PyTorch asks the driver whose memory an address is
-            self._range.map_to(CHUNK_NBYTES)
-        else:
-            self._range.make_readable()
+        # On a GPU this maps some, so that PyTorch finds out whose memory an address is.
+        self._range.make_readable(SHOWN * block_nbytes)
         self.memory = view_addresses(self._range, self._range.capacity_nbytes, device)
         """All addresses, also of blocks that were never taken: those must not be used."""
 

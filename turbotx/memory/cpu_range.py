@@ -141,9 +141,10 @@ class CpuRange:
             self._libc.madvise(start, grown, huge)  # only advice: failure costs speed, nothing else
         self._protected_nbytes = nbytes
 
-    def make_readable(self) -> None:
-        """Let all addresses be read, as zeros that hold no pages: a debugger or a traceback may
-        show a tensor over them. Writes beyond what is mapped still end the process."""
+    def make_readable(self, nbytes: int) -> None:
+        """Let all addresses be read, not only the first and last `nbytes`, as zeros that hold no
+        pages: a debugger or a traceback may show a tensor over them. Writes beyond what is mapped
+        still end the process."""
         beyond = self.address + self._protected_nbytes
         nbytes = self.capacity_nbytes - self._protected_nbytes
         self._libc.mprotect(beyond, nbytes, mmap.PROT_READ)  # failure: they stay unreadable

@@ -55,9 +55,12 @@ class CudaRange:
         self.mapped_nbytes = 0
         self._growths: list[tuple[int, int, Any]] = []
         """(offset, nbytes, allocation handle), ascending."""
+        self._end: list[tuple[int, int, Any]] = []
+        """The same of what `make_readable` has mapped."""
         release = partial(
-            _release_all, driver, synchronize, self.address, self.capacity_nbytes, self._growths
-        )
+            _release_all, driver, synchronize, self.address, self.capacity_nbytes,
+            (self._growths, self._end),
+        )  # fmt: skip
         self.close = weakref.finalize(self, capture_lock.when_free, release)
         self.close.atexit = False  # at exit, the driver frees the memory itself
 
@@ -67,12 +70,27 @@ class CudaRange:
         wanted = -(-nbytes // self._granule) * self._granule - self.mapped_nbytes
         if wanted <= 0:
             return
-        if nbytes > self.capacity_nbytes:
+        most = self._end[0][0] if self._end else self.capacity_nbytes
+        if self.mapped_nbytes + wanted > most:
             raise MemoryExhausted(
-                f"an arena of {nbytes} bytes exceeds the {self.capacity_nbytes} bytes of device "
-                f"addresses reserved for it"
+                f"an arena of {nbytes} bytes exceeds the {most} bytes of device addresses reserved "
+                "for it"
             )
-        start = self.address + self.mapped_nbytes
+        self._growths.append(self._map(self.mapped_nbytes, wanted))
+        self.mapped_nbytes += wanted
+
+    def make_readable(self, nbytes: int) -> None:
+        """Back the first and the last `nbytes` for as long as the range exists: who shows a tensor
+        over all addresses, as a traceback or a debugger, reads its first and last elements, and an
+        address without memory would end the device's context. Raises as `map_to`."""
+        self.map_to(nbytes)
+        wanted = -(-nbytes // self._granule) * self._granule
+        if not self._end and self.mapped_nbytes + wanted <= self.capacity_nbytes:
+            self._end.append(self._map(self.capacity_nbytes - wanted, wanted))
+
+    def _map(self, offset: int, wanted: int) -> tuple[int, int, Any]:
+        """Back `wanted` bytes from `offset` on with one allocation."""
+        start = self.address + offset
         handle = call(self._driver, "cuMemCreate", wanted, self._property, 0)
         try:
             call(self._driver, "cuMemMap", start, wanted, 0, handle, 0)
@@ -85,8 +103,7 @@ class CudaRange:
         except TurbotxError:
             call(self._driver, "cuMemRelease", handle)
             raise
-        self._growths.append((self.mapped_nbytes, wanted, handle))
-        self.mapped_nbytes += wanted
+        return offset, wanted, handle
 
     def unmap_to(self, nbytes: int) -> None:
         """Synchronize, then release every growth that lies above the first `nbytes`."""
@@ -137,11 +154,12 @@ def _release_all(
     synchronize: Callable[[], object],
     address: int,
     capacity_nbytes: int,
-    growths: list[tuple[int, int, Any]],
+    mapped: tuple[list[tuple[int, int, Any]], ...],
 ) -> None:
     synchronize()
-    while growths:
-        offset, grown, handle = growths.pop()
-        call(driver, "cuMemUnmap", address + offset, grown)
-        call(driver, "cuMemRelease", handle)
+    for growths in mapped:
+        while growths:
+            offset, grown, handle = growths.pop()
+            call(driver, "cuMemUnmap", address + offset, grown)
+            call(driver, "cuMemRelease", handle)
     call(driver, "cuMemAddressFree", address, capacity_nbytes)

@@ -80,9 +80,7 @@ class BlockMemory(CacheMemory):
 
     def __getstate__(self) -> dict[str, Any]:
         held = [self.read(layer) for layer in range(len(self.shapes))]
-        return {
-            "made": self._made(), "windows": self.windows, "held": held
-        }  # fmt: skip
+        return {"made": self._made(), "windows": self.windows, "held": held}
 
     def _made(self) -> tuple[Any, ...]:
         return self.shapes, self.dtype, self.budget, self.device, self.least_columns
@@ -189,11 +187,16 @@ class BlockMemory(CacheMemory):
         made.windows = list(self.windows)
         return made
 
-    def blank(self, batch: int, length: int) -> None:
-        """Fill an empty memory with zeros, which use no blocks."""
+    def blank(self, batch: int, length: int, known: Ids | None = None) -> None:
+        """Fill an empty memory with zeros, which use no blocks, or share `known` blocks of the
+        first columns, (layers, batch, columns), -1 for none."""
         for layer in range(len(self.shapes)):
             self._widen(layer, batch, length)
+            if known is not None:
+                self.tables[layer][:, : known.shape[2]] = known[layer]
             self.lengths[layer] = length
+        if known is not None:
+            self.blocks.share(known[known >= 0])
 
     def gather(self, rows: Sequence[MemoryRow], length: int) -> None:
         """Fill an empty memory with rows, each ending at position `length`: their blocks are
@@ -281,7 +284,7 @@ class BlockMemory(CacheMemory):
         begin = self.length
         super().advance(count)
         self.blocks.note_use()
-        for layer, window in enumerate(self.windows):
+        for layer, window in enumerate(self.windows if any(self.windows) else ()):
             gone = 0 if window is None else (self.lengths[layer] - window + 1 - SLACK) // BLOCK_LEN
             if gone > self._gone[layer]:
                 self._let_go(layer, slice(None), slice(0, gone))

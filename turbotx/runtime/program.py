@@ -86,6 +86,7 @@ class Program:
         self._orders = [t.order for t in x.inputs]
         self._raw = {t.name for t in x.inputs if t.raw}
         self._outputs = [(t, x.slots[t.name], t.shape.compile(self.dims)) for t in x.outputs]
+        self._names = [*(t.name for t in x.inputs), *(t.name for t in x.outputs)]
         place = {root: k for k, root in enumerate(found.names)}
         # Includes the tensors that share a root's memory.
         planned = [(place[root], x.slots[name]) for name, root in found.root_of.items()]
@@ -265,10 +266,9 @@ class Program:
         outputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor] = (),
     ) -> RunState:  # fmt: skip
         """given: the original inputs, for outputs that may alias them."""
-        named = {name: x for (name, _), x in zip(self._inputs, inputs, strict=True)}
-        named.update((t.name, x) for (t, _, _), x in zip(self._outputs, outputs, strict=True))
+        named = dict(zip(self._names, (*inputs, *outputs), strict=True))
         tensors = ChainMap(named, self.runtime.weights.tensors)
-        own = {name: x for (name, _), x in zip(self._inputs, given, strict=False)}
+        own = dict(zip(self._names, given, strict=False))
         return RunState(binding.dims, binding.offset_of, arena.tensor, tensors, own)
 
     def _run_in(

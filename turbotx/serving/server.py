@@ -44,7 +44,7 @@ def serve(
     default_prompt_name: str | None = None,
     served_model_name: Sequence[str] = (),
     task: str = "embed",
-    generation: Mapping[str, int] | None = None,
+    generation: Mapping[str, Any] | None = None,
     log_level: str = "info",
     **settings: Any,
 ) -> None:

@@ -8,9 +8,15 @@ last one, the most blocks that were taken, how many gave way::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
+from turbotx.serving.generation.prefixes import PrefixBlock, PrefixTree
+from turbotx.serving.generation.reading import Prompted, PromptReading, lay_out
 from turbotx.serving.generation.scheduler import GenerationLimits, GenerationScheduler
 from turbotx.serving.generation.slots import BLOCK, Entry, Slots
 from turbotx.serving.refusals import Refusal
@@ -24,6 +30,7 @@ class Arrival:
     prompt: int
     tokens: int
     priority: int = 0
+    shared: int = 0  # tokens that the prompt begins with, the same ones in all that have some
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,10 @@ class Simulated:
 
     @property
     def prompt(self) -> Sequence[int]:
-        """As many tokens as are to be read, other ones than of any other sequence."""
-        first = id(self) << 20
-        return range(first, first + self.arrival.prompt + self.made)
+        """As many tokens as are to be read, shared ones first, then such as no other sequence
+        has."""
+        first, shared = id(self) << 20, self.arrival.shared
+        return [*range(shared), *range(first, first + self.arrival.prompt + self.made - shared)]
 
     @property
     def most(self) -> int:
@@ -76,6 +84,7 @@ class GenerationOutcome:
 
     sequences: list[Simulated] = field(default_factory=list)
     most_used: int = 0
+    cached: int = 0  # tokens of prompts that were not read
     preemptions: int = 0
     end_ms: float = 0.0
 
@@ -86,46 +95,97 @@ class GenerationOutcome:
 
 
 @dataclass
+class CountedBlocks:
+    """How many references there are to each block."""
+
+    references: Counter[int] = field(default_factory=Counter)
+
+    def share(self, ids: NDArray[np.int64]) -> None:
+        """Add a reference to each."""
+        self.references.update(ids.tolist())
+
+    def release(self, ids: NDArray[np.int64]) -> None:
+        """Drop a reference to each."""
+        self.references.subtract(ids.tolist())
+
+
+@dataclass
 class SimulatedBlocks:
-    """The blocks of those who decode and of a reading: rows, columns left empty, columns read."""
+    """The blocks of those who decode and of a reading; prefixes are kept of prompts alone."""
 
     slots: Slots
     piece: int
-    rows: list[Simulated] = field(default_factory=list)
-    pad: int = 0
-    length: int = 0
-    done: int = 0
+    most_blocks: int = 1 << 30
+    reading: PromptReading | None = None
+    tree: PrefixTree = field(default_factory=PrefixTree)
+    _held: dict[Hashable, PrefixBlock] = field(default_factory=dict)
 
-    def begin(self, rows: list[Simulated]) -> None:
+    def lay_out(self, sequences: Sequence[Prompted]) -> PromptReading:
+        """Return how prompts would be read together."""
+        return lay_out(sequences, self.slots, self.tree, self.piece, self.most_blocks * BLOCK)
+
+    def begin(self, reading: PromptReading) -> None:
         """Begin to read prompts."""
-        self.rows, self.done, self.length = rows, 0, max(len(s.prompt) for s in rows)
-        self.pad = self.slots.pad(self.length, self.piece)
+        self.reading = reading
+        for row in reading.rows:
+            for key in row.keys:
+                self.tree.hold(row.prefix)
+                self._held[key] = row.prefix
 
-    def leave(self, sequence: Simulated) -> None:
+    def read(self) -> int:
+        """Read a piece; return of how many columns it is."""
+        assert self.reading is not None
+        columns, self.reading.done = self.reading.next - self.reading.done, self.reading.next
+        self.reading.next = min(self.reading.length, self.reading.done + self.piece)
+        return columns
+
+    def join(self) -> None:
+        """Let all who were read decode, and keep their full blocks."""
+        reading, self.reading = self.reading, None
+        assert reading is not None
+        entries = []
+        for row in reading.rows:
+            mask = reading.mask_of(row)
+            entries += [Entry(key, len(mask) - int(mask.argmax())) for key in row.keys]
+            table = np.zeros((1, len(mask) // BLOCK), np.int64)
+            for key in row.keys:
+                self._held[key] = self.tree.add(self._held[key], row.prompt, mask, table)
+        if entries:
+            self.slots.join(entries, reading.end)
+
+    def leave(self, sequence: Hashable) -> None:
         """Let a sequence's blocks go."""
         self.slots.leave(sequence)
-        self.rows = [s for s in self.rows if s is not sequence]
-
-    @property
-    def next(self) -> int:
-        """Columns that will be read after the next piece."""
-        return min(self.length, self.done + self.piece)
+        if self.reading is not None:
+            for row in self.reading.rows:
+                row.keys = [key for key in row.keys if key is not sequence]
+            self.reading.rows = [row for row in self.reading.rows if row.keys]
+            self.reading = self.reading if self.reading.rows else None
+        if sequence in self._held:
+            self.tree.let_go(self._held.pop(sequence))
 
     @property
     def used(self) -> int:
-        """Blocks that are taken."""
-        return self.slots.blocks + len(self.rows) * -(-(self.pad + self.done) // BLOCK)
-
-    def count_prompt(self, length: int) -> int:
-        """Blocks that a prompt takes which is read beside others of up to `length` tokens."""
-        return -(-(self.slots.pad(length, self.piece) + length) // BLOCK)
+        """Blocks that are taken, known ones once."""
+        chains = {key: block.chain() for key, block in self._held.items()}
+        known = {block for chain in chains.values() for block in chain}
+        rows = self.slots.blocks - sum(len(chains.get(e.key, ())) for e in self.slots.rows)
+        return rows + len(known) + (0 if self.reading is None else self._read(self.reading.done))
 
     def needed(self) -> int:
         """Blocks that the next turn takes at the most."""
-        read = -(-(self.pad + self.next) // BLOCK) + -(self.pad + self.done) // BLOCK
-        ends = self.next == self.length and (self.pad + self.length) % BLOCK == 0
-        step = len(self.slots.rows) * (self.slots.length % BLOCK == 0)
-        return step + len(self.rows) * (read + ends)
+        reading, step = self.reading, len(self.slots.rows) * (self.slots.length % BLOCK == 0)
+        if reading is None:
+            return step
+        ends = reading.next == reading.length and reading.end % BLOCK == 0
+        read = self._read(reading.next) - self._read(reading.done)
+        return step + read + len(reading.rows) * ends
+
+    def _read(self, done: int) -> int:
+        """Return how many blocks the columns of a reading have that are not known."""
+        reading = self.reading
+        assert reading is not None
+        return len(reading.rows) * -(-(reading.pad + done) // BLOCK)
 
 
 def simulate(
@@ -134,7 +194,8 @@ def simulate(
     """Run all requests to their end."""
     costs = costs or StepCosts()
     scheduler, slots = GenerationScheduler(limits), Slots()
-    blocks = SimulatedBlocks(slots, limits.prefill_tokens)
+    tree = PrefixTree(CountedBlocks() if limits.prefix_cache else None)
+    blocks = SimulatedBlocks(slots, limits.prefill_tokens, limits.max_blocks, tree=tree)
     coming = [Simulated(a) for a in sorted(arrivals, key=lambda a: a.at_ms)]
     outcome, now_ms = GenerationOutcome(list(coming)), 0.0
 
@@ -161,20 +222,20 @@ def simulate(
                 assert isinstance(sequence, Simulated)
                 blocks.leave(sequence)
         turn = scheduler.next(blocks)
-        if turn.begin:
-            blocks.begin([s for s in turn.begin if isinstance(s, Simulated)])
+        if turn.begin is not None:
+            blocks.begin(turn.begin)
+            outcome.cached += sum(row.cached for row in turn.begin.rows)
         if turn.read:
-            now_ms += (blocks.next - blocks.done) * len(blocks.rows) * costs.prompt_ms
-            blocks.done = blocks.next
-            if blocks.done == blocks.length:
-                counts = [(s, len(s.prompt)) for s in blocks.rows]
-                for sequence, _ in counts:
+            reading = blocks.reading
+            assert reading is not None
+            now_ms += len(reading.rows) * blocks.read() * costs.prompt_ms
+            if reading.done == reading.length:
+                for sequence in reading.keys:
+                    assert isinstance(sequence, Simulated)
                     make_token(sequence)
-                going = [Entry(s, n) for s, n in counts if s in blocks.rows]
-                end, blocks.rows = blocks.pad + blocks.length, []
                 scheduler.have_read()
-                if going:
-                    slots.join(going, end)
+                if blocks.reading is not None:
+                    blocks.join()
         if turn.step and slots.rows:
             now_ms += costs.of_step(slots)
             live = list(slots.rows)

@@ -48,7 +48,10 @@ def test_a_completion_is_the_greedy_one(client):
     choice = answer["choices"][0]
     assert is_greedy(generator().model, PROMPT, ids_of(choice["text"]))
     assert choice["finish_reason"] == "length" and answer["object"] == "text_completion"
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
+    assert answer["usage"] == {
+        "prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }  # fmt: skip
     assert complete(client, prompt=PROMPT).json()["choices"][0]["text"] == choice["text"]
 
 
@@ -62,6 +65,18 @@ def test_several_prompts_and_several_texts(client):
     assert drawn["usage"]["prompt_tokens"] == 3
     again = complete(client, n=3, temperature=2, seed=1).json()
     assert [c["text"] for c in again["choices"]] == [c["text"] for c in drawn["choices"]]
+
+
+def test_usage_and_metrics_count_tokens_that_were_not_read(client):
+    prompt = list(range(4, 104))
+    first, again = (complete(client, prompt=[prompt, PROMPT], n=2).json()["usage"] for _ in "ab")
+    assert first["prompt_tokens_details"]["cached_tokens"] == 0
+    assert again["prompt_tokens_details"]["cached_tokens"] == 64
+    response = complete(client, prompt=prompt, stream=True, stream_options={"include_usage": True})
+    assert events_of(response)[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 64
+    said = client.get("/metrics").text
+    assert "turbotx_prefix_hit_tokens_total 128.0" in said
+    assert "turbotx_cache_blocks_cached" in said and client.get("/info").json()["prefix_cache"]
 
 
 def test_a_stream_has_the_same_text_piece_by_piece(client):

@@ -33,6 +33,10 @@ def blocks_of(*entries, end=0):
     return SimulatedBlocks(slots, LIMITS.prefill_tokens)
 
 
+def keys_of(turn):
+    return [] if turn.begin is None else turn.begin.keys
+
+
 def lengths(sequences):
     return [len(s.prompt) for s in sequences]
 
@@ -41,26 +45,26 @@ def test_prompts_are_read_together_as_long_as_a_piece_is_not_too_large():
     scheduler = GenerationScheduler(LIMITS)
     scheduler.submit([sequence(9), sequence(8), sequence(10), sequence(16)])
     turn = scheduler.next(blocks_of())
-    assert lengths(turn.begin) == [9, 8, 10] and turn.read and not turn.step
+    assert lengths(keys_of(turn)) == [9, 8, 10] and turn.read and not turn.step
     again = scheduler.next(blocks_of())
-    assert not again.begin and again.read  # goes on
+    assert again.begin is None and again.read  # goes on
     scheduler.have_read()
-    assert len(scheduler.running) == 3 and lengths(scheduler.next(blocks_of()).begin) == [16]
+    assert len(scheduler.running) == 3 and lengths(keys_of(scheduler.next(blocks_of()))) == [16]
 
 
 def test_equal_prompts_are_read_as_one():
     scheduler = GenerationScheduler(LIMITS)
     one, other = sequence(30), sequence(30)
     scheduler.submit([one, one, one, other])
-    assert len(scheduler.next(blocks_of()).begin) == 3
+    assert len(keys_of(scheduler.next(blocks_of()))) == 3
 
 
 def test_no_more_than_so_many_decode_together():
     scheduler = GenerationScheduler(LIMITS)
     scheduler.submit([sequence(1) for _ in range(6)])
-    assert len(scheduler.next(blocks_of()).begin) == 4
+    assert len(keys_of(scheduler.next(blocks_of()))) == 4
     scheduler.have_read()
-    assert not scheduler.next(blocks_of()).begin
+    assert scheduler.next(blocks_of()).begin is None
 
 
 def test_higher_classes_come_first():
@@ -107,10 +111,10 @@ def test_those_who_are_read_give_way_unless_a_lower_class_decodes():
         decoding, first, second = sequence(200, priority=priority), sequence(300), sequence(300)
         scheduler.running, scheduler.reading = [decoding], [first, second]
         blocks = blocks_of(Entry(decoding, 200), end=200)
-        blocks.begin([first, second])
-        blocks.done = 150
+        blocks.begin(blocks.lay_out([first, second]))
+        blocks.reading.done, blocks.reading.next = 150, 182
         wanted = [first, second] if priority == 0 else [decoding]
-        assert blocks.pad == 37 and blocks.used == 4 + 2 * 3
+        assert blocks.reading.pad == 37 and blocks.used == 4 + 2 * 3
         assert scheduler.give_way(blocks) == wanted and scheduler.waiting == wanted
 
 
@@ -121,8 +125,8 @@ def test_the_last_one_is_read_again_where_its_first_block_is_half_empty():
     assert scheduler.give_way(blocks) == scheduler.waiting and len(scheduler.waiting) == 1
     blocks = blocks_of()
     reading = scheduler.next(blocks).begin
-    blocks.begin(list(reading))
-    assert len(reading) == 1 and blocks.needed() <= 2 and scheduler.give_way(blocks) == []
+    blocks.begin(reading)
+    assert len(reading.rows) == 1 and blocks.needed() <= 2 and scheduler.give_way(blocks) == []
 
 
 def test_continuous_batching_is_faster_than_one_after_another():
@@ -130,6 +134,16 @@ def test_continuous_batching_is_faster_than_one_after_another():
     alone = simulate(arrivals, GenerationLimits(max_sequences=1))
     together = simulate(arrivals, GenerationLimits(max_sequences=8))
     assert together.tokens_per_s > 3 * alone.tokens_per_s
+
+
+def test_prompts_that_begin_alike_are_answered_sooner():
+    arrivals = [Arrival(500.0 * i, 520, 20, shared=512) for i in range(16)]
+    reused = simulate(arrivals, GenerationLimits())
+    plain = simulate(arrivals, GenerationLimits(prefix_cache=False))
+    assert plain.cached == 0 and reused.cached >= 14 * 448
+    assert reused.most_used < plain.most_used and reused.end_ms < plain.end_ms
+    waits = [[s.first_ms - s.arrival.at_ms for s in x.sequences] for x in (reused, plain)]
+    assert sum(waits[0]) < sum(waits[1]) / 4
 
 
 def test_a_long_prompt_does_not_hold_up_those_who_decode():
@@ -148,9 +162,10 @@ def test_a_long_prompt_does_not_hold_up_those_who_decode():
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.floats(0, 3000), st.integers(1, 250), st.integers(1, 60),
-                          st.sampled_from([-1, 0, 1])), max_size=30))  # fmt: skip
+                          st.sampled_from([-1, 0, 1]), st.integers(0, 200)),
+                max_size=30))  # fmt: skip
 def test_everybody_is_answered_whole_or_refused_within_the_memory(asked):
-    arrivals = [Arrival(*a) for a in asked]
+    arrivals = [Arrival(at, n, m, rank, min(n, same)) for at, n, m, rank, same in asked]
     outcome = simulate(arrivals, LIMITS)
     for s in outcome.sequences:
         assert (s.refused is not None) != (s.made == s.arrival.tokens)

@@ -17,9 +17,11 @@ from tests.serving.generation.tiny_decoders import (
     gemma3,
     generator,
     gpt2,
+    gpt_neo,
     is_greedy,
     llama,
     make_service,
+    mpt,
 )
 from turbotx.serving.generation.sampling import Sampling
 from turbotx.serving.generation.sequence import Asked
@@ -116,10 +118,12 @@ def test_who_gives_way_goes_on_where_it_was():
 
 
 def test_a_thousand_requests_that_leave_at_random_free_everything():
+    """Prompts of 1 to 80 tokens of which many begin alike; what is not free is kept for others."""
     rng = np.random.default_rng(1)
+    common = random_prompts(1, 1, seed=2)[0] * 68
 
     async def ask():
-        nbytes = 2 * 8 * 64 * POSITION  # eight blocks of both layers
+        nbytes = 2 * 12 * 64 * POSITION  # twelve blocks of both layers
         async with running(max_waiting=1000, max_sequences=12, max_cache_nbytes=nbytes) as service:
 
             async def one(prompt):
@@ -134,12 +138,17 @@ def test_a_thousand_requests_that_leave_at_random_free_everything():
                         task.cancel()
                     await task
 
-            await asyncio.gather(*(one(p) for p in random_prompts(1000, 12)))
+            prompts = [[*common[: 68 * (rng.random() < 0.2)], *p] for p in random_prompts(1000, 12)]
+            await asyncio.gather(*(one(p) for p in prompts))
             await until(lambda: is_empty(service))
-            stats = service.generator.module.stats()
-            return stats["cache_nbytes"], stats["cache_blocks"]
+            figures, batch = service.worker.figures(), service.worker.batch
+            kept, stats = figures["cache_blocks_cached"], service.generator.module.stats()
+            assert figures["cache_blocks_evicted"] > 0 and batch.prefixes.root.children
+            assert 0 < kept == stats["cache_blocks"] <= figures["cache_blocks_most"]
+        stats = service.generator.module.stats()
+        return stats["cache_nbytes"], stats["cache_blocks"], batch.prefixes.root.children
 
-    assert asyncio.run(ask()) == (0, 0)
+    assert asyncio.run(ask()) == (0, 0, {})
 
 
 def count_read(service):
@@ -162,8 +171,112 @@ def test_texts_of_one_prompt_read_it_once_and_share_its_blocks():
 
     read, most, tokens, alone = asyncio.run(ask())
     assert tokens == alone
-    assert read == len(prompt) * 4, "three texts at once, and one after another"
+    assert read == len(prompt) + 3 * (len(prompt) - 64), "at once, and three times after a block"
     assert most <= 2 * (1 + 3), "a whole block of all, and one of each, in both layers"
+
+
+@pytest.mark.parametrize("make", [gpt2, llama, bloom])
+def test_turns_of_conversations_read_their_new_tokens_alone(make):
+    """Three conversations of three turns, at once and beside others, with one beginning in common:
+    as without reuse of prefixes."""
+    rng = np.random.default_rng(3)
+    common = rng.integers(4, 200, 70).tolist()
+    turns = [[rng.integers(4, 200, n).tolist() for n in (3 + i, 9, 5)] for i in range(3)]
+
+    async def talk(service, news):
+        text, cached, ends = list(common), [], []
+        for new in news:
+            text += new
+            pieces = service.generate([text], [Asked(12, sampling=GREEDY)])
+            found = [piece async for _, piece in pieces]
+            cached.append((len(text), found[-1].cached))
+            text += [p.picked.token for p in found if p.picked]
+            ends.append(len(text))
+        return text, cached
+
+    async def ask(prefix_cache):
+        async with running(make, prefix_cache=prefix_cache) as service:
+            before = count_read(service)
+            others = [tokens_of(service, p, Asked(20)) for p in random_prompts(5, 40)]
+            found = await asyncio.gather(*(talk(service, news) for news in turns), *others)
+            await until(lambda: is_empty(service))
+            again = await talk(service, turns[0])
+            return [*found[:3], again], count_read(service) - before
+
+    plain, all_tokens = asyncio.run(ask(prefix_cache=False))
+    assert all(cached == 0 for _, turn in plain for _, cached in turn)
+    reused, fewer = asyncio.run(ask(prefix_cache=True))
+    model = generator(make).model
+    for (text, turn), (other, _), news in zip(reused, plain, [*turns, turns[0]], strict=True):
+        at = len(common)
+        for new in news:
+            at += len(new)
+            assert is_greedy(model, text[:at], text[at : at + 12])
+            at += 12
+        assert len(text) == len(other)
+        assert all(length - cached < 64 + 21 for length, cached in turn[1:]), turn
+    assert reused[3][1][0][1] >= 64 and fewer < all_tokens
+
+
+def test_requests_in_flight_share_the_blocks_of_a_prompt():
+    common = random_prompts(1, 1)[0] + list(range(4, 104))
+    asked = Asked(30, sampling=GREEDY)
+
+    async def ask():
+        async with running() as service:
+            first = asyncio.ensure_future(tokens_of(service, [*common, 7], asked))
+            await until(lambda: service.worker.batch.slots.rows)
+            pieces = service.generate([[*common, 9, 8]], [asked])
+            found = [piece async for _, piece in pieces]
+            batch, hits = service.worker.batch, found[0].cached
+            return (await first)[0], [p.picked.token for p in found], hits, batch.prefixes.evicted
+
+    first, second, hits, evicted = asyncio.run(ask())
+    assert hits == 64 and evicted == 0
+    model = generator().model
+    assert is_greedy(model, [*common, 7], first) and is_greedy(model, [*common, 9, 8], second)
+
+
+def test_blocks_are_evicted_when_free_ones_run_out_and_not_before():
+    prompts = [[4 + i] * 70 for i in range(9)]
+
+    async def ask():
+        async with running(max_cache_nbytes=2 * 5 * 64 * POSITION) as service:
+            seen = []
+            for prompt in [*prompts, *prompts[-2:], prompts[0]]:
+                pieces = [p async for _, p in service.generate([prompt], [Asked(3)])]
+                await until(lambda: is_empty(service))
+                figures = service.worker.figures()
+                seen.append([pieces[0].cached, figures["cache_blocks_cached"],
+                             figures["cache_blocks_evicted"]])  # fmt: skip
+            return seen
+
+    seen = asyncio.run(ask())
+    assert [hit for hit, _, _ in seen] == [0] * 9 + [64, 64, 0], "the oldest are gone"
+    assert [kept for _, kept, _ in seen[:5]] == [2, 4, 6, 8, 8], "each leaves a block a layer"
+    assert [gone for _, _, gone in seen[:4]] == [0] * 4 and seen[4][2] == 2
+
+
+@pytest.mark.parametrize(("make", "reason"), [(gemma3, "window"), (mpt, "counts empty columns")])
+def test_models_whose_columns_must_not_have_gaps_reuse_nothing(make, reason):
+    prompt = random_prompts(1, 1)[0] + list(range(4, 104))
+
+    async def ask():
+        async with running(make) as service:
+            found = [await tokens_of(service, prompt, Asked(5, sampling=GREEDY)) for _ in range(2)]
+            return service.worker.batch.no_prefixes, service.scheduler.limits, found
+
+    why, limits, found = asyncio.run(ask())
+    assert reason in why and not limits.prefix_cache and found[0] == found[1]
+    assert is_greedy(generator(make).model, prompt, found[0][0])
+
+
+def test_windows_that_a_cache_does_not_know_are_found_by_trying():
+    async def ask():
+        async with running(gpt_neo) as service:
+            return service.worker.batch.no_prefixes
+
+    assert asyncio.run(ask()) == "the model counts empty columns"
 
 
 def test_refusals():

@@ -70,6 +70,25 @@ def bloom():
     return transformers.BloomForCausalLM(config)
 
 
+def mpt():
+    """A bias by the distance of columns, empty ones included."""
+    config = transformers.MptConfig(
+        n_layers=2, d_model=32, n_heads=4, vocab_size=len(WORDS), max_seq_len=CONTEXT,
+        bos_token_id=2, eos_token_id=END, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.MptForCausalLM(config)
+
+
+def gpt_neo():
+    """Its second layer sees the latest 16 columns, which no cache is told of."""
+    config = transformers.GPTNeoConfig(
+        num_layers=2, attention_types=[[["global", "local"], 1]], hidden_size=32, num_heads=4,
+        window_size=16, vocab_size=len(WORDS), max_position_embeddings=CONTEXT,
+        bos_token_id=2, eos_token_id=END, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.GPTNeoForCausalLM(config)
+
+
 def generator(make=gpt2):
     """One a family, compiled once in a test process."""
     return _generator(make)

@@ -48,6 +48,7 @@ def create_generation_app(service: GenerationService) -> Starlette:
             "max_length": generator.context, "chat": generator.has_chat_template,
             "max_sequences": limits.max_sequences, "cache_positions": limits.max_blocks * BLOCK,
             "prefill_tokens": limits.prefill_tokens, "max_waiting": limits.max_waiting,
+            "prefix_cache": limits.prefix_cache,
         }  # fmt: skip
 
     async def answer(endpoint: Endpoint, request: Request, decoder: Decoder) -> Response:

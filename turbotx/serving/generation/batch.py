@@ -3,8 +3,8 @@
 In: sequences' tokens, the optimized causal language model. Out: a row of float32 logits for each,
 whatever joins and leaves between two steps::
 
-    batch.begin({key: prompt}, 256); batch.read()  ->  {key: logits (vocabulary,)}
-    batch.join({key: token}); batch.step()         ->  {key: logits (vocabulary,)}
+    batch.begin(batch.lay_out([sequence])); batch.read()  ->  {sequence: logits (vocabulary,)}
+    batch.join({sequence: token}); batch.step()           ->  {sequence: logits (vocabulary,)}
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from turbotx.engine.cache_rows import (
     memory_of,
 )
 from turbotx.runtime.block_memory import BlockMemory
+from turbotx.serving.generation.prefixes import Mask, PrefixBlock, PrefixTree
+from turbotx.serving.generation.reading import Prompted, PromptReading, lay_out
 from turbotx.serving.generation.sampling import Logits
 from turbotx.serving.generation.slots import BLOCK, Entry, Slots
 
@@ -36,25 +38,19 @@ GROWING = 3
 twice as many positions as are filled, and while it is written anew the old one is there too."""
 
 
-@dataclass
-class PromptReading:
-    """Prompts that are read together, equal ones once, the shorter ones filled up on the left.
+TRIED = 8
+"""Tokens whose logits show whether empty columns before them change anything."""
+FARTHEST = 8_192
+"""Columns that are tried at the most."""
 
-    rows: the prompts, each with those that go on from it. Columns: `pad` empty ones, then `length`
-    of the longest prompt, of which `done` are in the cache and `next` after the next call.
-    """
 
-    rows: list[tuple[tuple[int, ...], list[Hashable]]]
+@dataclass(frozen=True)
+class _Row:
+    """A row of a cache, and which of its latest columns have tokens, from its first one on."""
+
     cache: Any
-    pad: int
-    length: int
-    next: int
-    done: int = 0
-
-    @property
-    def keys(self) -> list[Hashable]:
-        """Those who wait for it."""
-        return [key for _, keys in self.rows for key in keys]
+    place: int
+    mask: Mask
 
 
 @dataclass
@@ -62,7 +58,8 @@ class DecodeBatch:
     """Owned by one thread. module: called with `past_key_values`, as transformers' models are.
 
     piece: columns of prompts that are read between two steps. slots: the rows of those who decode.
-    reading: the prompts that are being read.
+    reading: the prompts that are being read. most_blocks: of every layer, those
+    that are kept for other prompts included. no_prefixes: why none are kept, None where some are.
     """
 
     module: Any
@@ -70,13 +67,20 @@ class DecodeBatch:
     takes: frozenset[str]
     device: str
     piece: int
+    most_blocks: int = 0
     slots: Slots = field(default_factory=Slots)
     reading: PromptReading | None = None
+    prefixes: PrefixTree = field(default_factory=PrefixTree)
+    no_prefixes: str | None = "nothing has run"
     _like: Any = None
     _cache: Any = None
     _places: list[Hashable] = field(default_factory=list)
     """Whose the rows of `_cache` are."""
-    _tokens: dict[Hashable, int] = field(default_factory=dict)
+    _mask: Mask = field(default_factory=lambda: np.ones((0, 0), np.bool_))
+    """Which columns of `_cache` have tokens, (rows, columns or more)."""
+    _tokens: dict[Hashable, list[int]] = field(default_factory=dict)
+    """Of those who decode; the last one is not in the cache."""
+    _held: dict[Hashable, PrefixBlock] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Any, module: Any, device: str, piece: int) -> DecodeBatch:
@@ -84,24 +88,70 @@ class DecodeBatch:
         takes = frozenset(inspect.signature(type(model).forward).parameters)
         return cls(module, model.config, takes, device, piece)
 
-    def prepare(self, token: int) -> None:
-        """Run one token, so that no request waits for the capture; what a cache takes is known from
-        then on."""
-        self._like = DynamicCache(config=self.config)
-        self._call(self._like, np.array([[token]]), np.ones((1, 1), np.int64))
-        free_cache(self._like)
+    def prepare(self, token: int, context: int = 0) -> None:
+        """Run some tokens up to `token`, so that no request waits for the capture; what a cache
+        takes, and whether prefixes are reused, is known from then on.
 
-    def begin(self, prompts: Mapping[Hashable, Sequence[int]]) -> None:
-        """Begin a reading of prompts; nothing runs yet. A step is to be taken between two calls of
-        `read` where sequences decode meanwhile."""
-        rows: dict[tuple[int, ...], list[Hashable]] = {}
-        for key, prompt in prompts.items():
-            rows.setdefault(tuple(prompt), []).append(key)
-        length = max(map(len, rows))
-        pad = self.slots.pad(length, self.piece)
-        cache = blank_like(self._like, len(rows), pad)
-        first = min(length, self.piece)
-        self.reading = PromptReading(list(rows.items()), cache, pad, length, first)
+        context: positions that a text has at most; 0: nothing is reused.
+        """
+        self._like = DynamicCache(config=self.config)
+        self._call(self._like, np.array([[token]]), np.ones((1, 1), np.bool_))
+        free_cache(self._like)
+        memory = memory_of(self._like)
+        if not context:
+            self.no_prefixes = "it is switched off"
+        elif not isinstance(memory, BlockMemory):
+            self.no_prefixes = "caches are contiguous here"
+        elif any(memory.windows):
+            self.no_prefixes = "layers see a window of columns"
+        elif context < 2 * BLOCK + TRIED:
+            self.no_prefixes = f"texts of {context} tokens are too short"
+        elif not memory.budget.has_room(4 * self.layers * memory.block_nbytes):
+            self.no_prefixes = "the cache has room for too few blocks"
+        elif self._sees_gaps(token, min(context, FARTHEST)):
+            self.no_prefixes = "the model counts empty columns"
+        else:
+            self.no_prefixes, self.prefixes = None, PrefixTree(memory.blocks)
+
+    def _sees_gaps(self, token: int, columns: int) -> bool:
+        """Return whether the logits of tokens after a known block change where all but so few
+        columns between are empty, as with biases by the distance of columns, or with windows that
+        the cache does not know."""
+        ids = np.maximum(token - np.arange(BLOCK + TRIED), 0)[None]
+        gap = (columns - BLOCK - TRIED) // BLOCK * BLOCK
+        cache = blank_like(self._like, 1, 0)
+        near = self._call(cache, ids, np.ones(ids.shape, np.bool_))
+        memory = memory_of(cache)
+        assert isinstance(memory, BlockMemory)
+        known = np.stack([table[:, :1] for table in memory.tables])
+        behind = blank_like(self._like, 1, BLOCK + gap, known)
+        mask = np.ones((1, BLOCK + gap + TRIED), np.bool_)
+        mask[:, BLOCK:-TRIED] = False
+        far = self._call(behind, ids[:, BLOCK:], mask)
+        free_cache(behind)
+        free_cache(cache)
+        rounding = 1e-3 if memory.dtype == torch.float32 else 3e-2
+        return not np.abs(near - far).max() <= rounding * np.abs(near).max()
+
+    def close(self) -> None:
+        """Let go of all blocks that are kept for others; everybody has left."""
+        self.prefixes.evict(self.prefixes.idle)
+
+    def lay_out(self, sequences: Sequence[Prompted]) -> PromptReading:
+        """Return how prompts would be read together."""
+        columns = self.most_blocks * BLOCK
+        return lay_out(sequences, self.slots, self.prefixes, self.piece, columns)
+
+    def begin(self, reading: PromptReading) -> None:
+        """Begin a reading; nothing runs yet. A step is to be taken between two calls of `read`
+        where sequences decode meanwhile."""
+        table = reading.table(self.layers) if reading.first else None
+        reading.cache = blank_like(self._like, len(reading.rows), reading.start, table)
+        self.reading = reading
+        for row in reading.rows:
+            for key in row.keys:
+                self.prefixes.hold(row.prefix)
+                self._held[key] = row.prefix
 
     def read(self) -> dict[Hashable, Logits] | None:
         """Run the next columns of the reading; return the logits after each one's prompt when it is
@@ -110,35 +160,40 @@ class DecodeBatch:
         assert reading is not None
         begin, end, length = reading.done, reading.next, reading.length
         ids = np.zeros((len(reading.rows), length), np.int64)
-        mask = np.zeros((len(ids), reading.pad + length), np.int64)
-        for row, (prompt, _) in enumerate(reading.rows):
-            ids[row, length - len(prompt) :] = prompt
-            mask[row, mask.shape[1] - len(prompt) :] = 1
-        logits = self._call(reading.cache, ids[:, begin:end], mask[:, : reading.pad + end])
+        for row, own in zip(reading.rows, ids, strict=True):
+            left = row.prompt[row.cached :]
+            own[length - len(left) :] = left
+        mask = np.stack([reading.mask_of(row) for row in reading.rows])[:, : reading.start + end]
+        self._evict(memory_of(reading.cache).count_new(len(ids), mask.shape[1]))
+        logits = self._call(reading.cache, ids[:, begin:end], mask)
         reading.done, reading.next = end, min(length, end + self.piece)
         if end < length:
             return None
-        return {key: logits[r] for r, (_, keys) in enumerate(reading.rows) for key in keys}
+        return {key: logits[r] for r, row in enumerate(reading.rows) for key in row.keys}
 
     def join(self, tokens: Mapping[Hashable, int]) -> None:
         """Let all whose prompts are read take part in the next step, which goes on with these
         tokens. Rows of caches move by their blocks."""
         reading, self.reading = self.reading, None
         assert reading is not None
-        joining = [
-            (key, CacheRow(reading.cache, row, len(prompt)))
-            for row, (prompt, keys) in enumerate(reading.rows)
-            for key in keys
-        ]
-        self.slots.join([Entry(k, row.count) for k, row in joining], reading.pad + reading.length)
-        self._settle(dict(joining))
-        self._tokens.update(tokens)
+        joining: dict[Hashable, _Row] = {}
+        for place, row in enumerate(reading.rows):
+            mask = reading.mask_of(row)
+            for key in row.keys:
+                self._remember(key, reading.cache, place, row.prompt, mask)
+                self._tokens[key] = [*row.prompt, tokens[key]]
+                joining[key] = _Row(reading.cache, place, mask[mask.argmax() :])
+        self.slots.join([Entry(k, len(row.mask)) for k, row in joining.items()], reading.end)
+        self._settle(joining)
         free_cache(reading.cache)
 
-    def leave(self, key: Hashable) -> None:
-        """Let a sequence take part no more; its blocks of memory are free at once."""
+    def leave(self, key: Hashable, keep: bool = True) -> None:
+        """Let a sequence take part no more; its blocks of memory are free at once, those that are
+        full idle. keep: False where what is in them may be wrong."""
         if key in self._places:
             place = self._places.index(key)
+            if keep:
+                self._remember(key, self._cache, place, self._tokens[key], self._mask_of(place))
             free_row(self._cache, place)
             self._places[place] = None
         self.slots.leave(key)
@@ -146,23 +201,25 @@ class DecodeBatch:
         if not self.slots.rows:
             self._cache, self._places = None, []
         if self.reading is not None and key in self.reading.keys:
-            self._leave_reading(self.reading, key)
+            self._leave_reading(self.reading, key, keep)
+        if key in self._held:
+            self.prefixes.let_go(self._held.pop(key))
 
     def step(self) -> dict[Hashable, Logits]:
         """Run every sequence's next token; return the logits after it, (vocabulary,) each."""
         self._settle()
         rows, length = self.slots.rows, self.slots.length + 1
-        ids = np.array([[self._tokens[entry.key]] for entry in rows])
-        mask = np.zeros((len(rows), length), np.int64)
-        for row, entry in enumerate(rows):
-            mask[row, length - 1 - entry.count :] = 1
-        logits = self._call(self._cache, ids, mask)
+        if length > self._mask.shape[1]:
+            self._mask = np.pad(self._mask, ((0, 0), (0, BLOCK)), constant_values=True)
+        ids = np.array([[self._tokens[entry.key][-1]] for entry in rows])
+        self._evict(memory_of(self._cache).count_new(len(rows), length))
+        logits = self._call(self._cache, ids, self._mask[:, :length])
         self.slots.advance()
         return {entry.key: logits[row] for row, entry in enumerate(rows)}
 
     def push(self, key: Hashable, token: int) -> None:
         """Say which token a sequence goes on with."""
-        self._tokens[key] = token
+        self._tokens[key].append(token)
 
     # --- the memory, in blocks of every layer ---
 
@@ -183,25 +240,22 @@ class DecodeBatch:
 
     @property
     def layer_blocks(self) -> int:
-        """Blocks of single layers that are taken."""
+        """Blocks of single layers that sequences have."""
         memory = memory_of(self._like)
         if isinstance(memory, BlockMemory):
-            return memory.blocks.used
+            return memory.blocks.used - self.layers * self.prefixes.idle
         reading = self.reading
         read = (
-            0 if reading is None else len(reading.rows) * -(-(reading.pad + reading.done) // BLOCK)
+            0
+            if reading is None
+            else len(reading.rows) * -(-(reading.start + reading.done) // BLOCK)
         )
         return self.layers * (len(self._places) * -(-self.slots.length // BLOCK) + read)
 
     @property
     def used(self) -> int:
-        """Blocks of every layer that are taken, rounded up."""
+        """Blocks of every layer that sequences have, rounded up."""
         return -(-self.layer_blocks // self.layers)
-
-    def count_prompt(self, length: int) -> int:
-        """Return how many blocks of every layer a row takes of prompts of so many columns that are
-        read now."""
-        return -(-(self.slots.pad(length, self.piece) + length) // BLOCK)
 
     def needed(self) -> int:
         """Return how many blocks of every layer the next turn takes at the most: the next columns
@@ -211,7 +265,7 @@ class DecodeBatch:
         if slots.rows:
             found += memory_of(self._cache).count_new(len(slots.rows), slots.length + 1)
         if reading is not None:
-            end, rows, keys = reading.pad + reading.next, len(reading.rows), len(reading.keys)
+            end, rows, keys = reading.start + reading.next, len(reading.rows), len(reading.keys)
             found += memory_of(reading.cache).count_new(rows, end)
             if reading.next == reading.length:  # they take a step, and each its own last block
                 found += self.layers * (keys if end % BLOCK == 0 else keys - rows)
@@ -223,40 +277,70 @@ class DecodeBatch:
         caches = [self._cache, None if reading is None else reading.cache]
         return sum(memory_of(cache).nbytes for cache in caches if cache is not None)
 
-    def _settle(self, new: Mapping[Hashable, CacheRow] | None = None) -> None:
+    def _evict(self, count: int) -> None:
+        """Make room for so many blocks of single layers that are about to be taken."""
+        if self.prefixes.idle:
+            most = self.most_blocks * self.layers
+            over = self.layer_blocks + self.layers * self.prefixes.idle + count - most
+            self.prefixes.evict(max(0, -(-over // self.layers)))
+
+    def _remember(
+        self, key: Hashable, cache: Any, place: int, tokens: Sequence[int], mask: Mask
+    ) -> None:
+        """Note what the full blocks of a row hold, for those who begin alike."""
+        memory = memory_of(cache)
+        if self.prefixes.enabled and isinstance(memory, BlockMemory):
+            held, table = self._held[key], np.stack([t[place] for t in memory.tables])
+            self._held[key] = self.prefixes.add(held, tokens, mask, table)
+
+    def _mask_of(self, place: int) -> Mask:
+        """Return which columns of a row of the batch have tokens."""
+        return self._mask[place, : memory_of(self._cache).length]
+
+    def _settle(self, new: Mapping[Hashable, _Row] | None = None) -> None:
         """Make the cache of the rows that there are now."""
-        rows, given = self.slots.rows, new or {}
-        if not rows or (not given and None not in self._places):
+        rows, found = self.slots.rows, dict(new or {})
+        if not rows or (not found and None not in self._places):
             return
-        old = self._cache
-        places = {key: place for place, key in enumerate(self._places)}
-        self._cache = compose(
-            [given.get(e.key) or CacheRow(old, places[e.key], e.count) for e in rows],
-            self.slots.length,
-        )
+        old, length = self._cache, self.slots.length
+        for place, key in enumerate(self._places):
+            if key is not None:
+                found[key] = _Row(old, place, self._mask_of(place))
+        mask = np.ones((len(rows), length + BLOCK), np.bool_)
+        for place, entry in enumerate(rows):
+            mask[place, : length - entry.count] = False
+            own = found[entry.key].mask
+            mask[place, length - entry.count : length] = own[len(own) - entry.count :]
+        taken = [CacheRow(found[e.key].cache, found[e.key].place, e.count) for e in rows]
+        self._cache, self._mask = compose(taken, length), mask
         self._places = [e.key for e in rows]
         if old is not None:
             free_cache(old)
 
-    def _leave_reading(self, reading: PromptReading, key: Hashable) -> None:
-        rows = [(p, [k for k in keys if k != key]) for p, keys in reading.rows]
-        kept = [r for r, (_, keys) in enumerate(rows) if keys]
-        reading.rows = [rows[r] for r in kept]
-        end, old = reading.pad + reading.done, reading.cache
+    def _leave_reading(self, reading: PromptReading, key: Hashable, keep: bool) -> None:
+        end, old = reading.start + reading.done, reading.cache
+        for place, row in enumerate(reading.rows):
+            if key in row.keys and keep:
+                mask = reading.mask_of(row)[:end]
+                self._remember(key, old, place, row.prompt[: mask.sum()], mask)
+            row.keys = [k for k in row.keys if k != key]
+        kept = [place for place, row in enumerate(reading.rows) if row.keys]
+        if len(kept) == len(reading.rows):
+            return
+        reading.rows = [reading.rows[place] for place in kept]
         if not kept:
             self.reading = None
-        elif len(kept) == len(rows):
-            return
         elif end:
-            reading.cache = compose([CacheRow(old, r, end) for r in kept], end)
+            reading.cache = compose([CacheRow(old, place, end) for place in kept], end)
         else:
             reading.cache = blank_like(old, len(kept), 0)
         free_cache(old)
 
-    def _call(self, cache: Any, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Logits:
+    def _call(self, cache: Any, ids: NDArray[np.int64], columns: Mask) -> Logits:
+        mask = columns.astype(np.int64)
         inputs: dict[str, Any] = {
             "input_ids": torch.from_numpy(np.ascontiguousarray(ids)),
-            "attention_mask": torch.from_numpy(np.ascontiguousarray(mask)),
+            "attention_mask": torch.from_numpy(mask),
         }
         if "position_ids" in self.takes:
             positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]

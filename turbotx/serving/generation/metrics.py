@@ -23,6 +23,9 @@ class GenerationMetrics(MetricsRegistry):
         self.prompt_tokens = counter(
             "turbotx_prompt_tokens", "tokens of prompts read, filling included"
         )
+        self.prefix_hits = counter(
+            "turbotx_prefix_hit_tokens", "tokens of prompts whose keys and values were known"
+        )
         self.made_tokens = counter("turbotx_generated_tokens", "tokens made")
         self.cancelled = counter("turbotx_cancelled", "requests whose client left")
         self.first_token = histogram(

@@ -31,6 +31,7 @@ from turbotx.serving.generation.schemas import (
     CompletionRequest,
     CompletionResponse,
     GenerationRequest,
+    PromptTokensDetails,
     Said,
     TokenLogprob,
     TokenUsage,
@@ -56,6 +57,7 @@ class _Text:
     picked: list[Picked] = field(default_factory=list)
     finish: Literal["stop", "length"] | None = None
     made: int = 0
+    cached: int = 0
 
 
 class Answering(ABC):
@@ -109,13 +111,18 @@ class Answering(ABC):
     def _note(self, index: int, piece: Piece) -> _Text:
         text = self._texts[index]
         text.made += piece.picked is not None
+        text.cached = piece.cached
         return text
 
     def _usage(self) -> TokenUsage:
         n = self._body.n or 1
         prompt = sum(len(t.prompt) for t in self._texts[::n])
         made = sum(t.made for t in self._texts)
-        return TokenUsage(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
+        cached = PromptTokensDetails(cached_tokens=sum(t.cached for t in self._texts[::n]))
+        return TokenUsage(
+            prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made,
+            prompt_tokens_details=cached,
+        )  # fmt: skip
 
     def _show(self, token: int) -> str:
         """Return the text of one token; U+FFFD for a part of a character."""

@@ -4,7 +4,8 @@ In: sequences that arrive, and how many blocks of the cache are taken. Out: one 
 piece of prompts to read and whether the running sequences take a step; it has no clock, no model
 and no HTTP in it::
 
-    scheduler.submit(sequence); scheduler.next(blocks)  ->  SchedulerTurn(read=[...], step=True)
+    scheduler.submit([sequence])
+    scheduler.next(blocks)          ->  SchedulerTurn(begin=PromptReading(...), read=True)
 
 Iterations are scheduled as in Orca (Yu et al., OSDI'22, section 3.1), prompts in pieces beside the
 steps as in Sarathi-Serve (Agrawal et al., OSDI'24, section 4): no step waits longer than one piece.
@@ -16,27 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from turbotx.serving.generation.reading import Prompted, PromptReading
 from turbotx.serving.generation.slots import BLOCK
 from turbotx.serving.refusals import Busy, TooLarge
 
 
-class Sequenced(Protocol):
+class Sequenced(Prompted, Protocol):
     """What the scheduler knows of a sequence."""
-
-    def __hash__(self) -> int:
-        """Two are equal only if they are one."""
 
     @property
     def priority(self) -> int:
         """Its class: -1, 0 or 1, the highest first."""
-
-    @property
-    def prompt(self) -> Sequence[int]:
-        """The tokens to be read before the next one is made: after it gave way, also its own."""
-
-    @property
-    def most(self) -> int:
-        """Positions that it takes at its end."""
 
 
 class Blocks(Protocol):
@@ -44,31 +35,32 @@ class Blocks(Protocol):
 
     @property
     def used(self) -> int:
-        """Blocks that are taken."""
+        """Blocks that sequences have; others can be evicted."""
 
     def needed(self) -> int:
         """Return how many more the next turn takes at the most."""
 
-    def count_prompt(self, length: int) -> int:
-        """Return how many a prompt takes that is read beside others of up to `length` tokens."""
+    def lay_out(self, sequences: Sequence[Prompted]) -> PromptReading:
+        """Return how prompts would be read together."""
 
 
 @dataclass(frozen=True)
 class GenerationLimits:
-    """Of one server, in sequences, and blocks of the cache: 64 positions of every layer."""
+    """Of one server, in sequences, tokens, and blocks of the cache: 64 positions of every layer."""
 
     max_sequences: int = 16  # that decode together
     max_blocks: int = 1_024  # of all that decode or are read
     prefill_tokens: int = 256  # of prompts between two steps
     max_waiting: int = 128
     context: int = 2_048  # positions that the model has
+    prefix_cache: bool = True  # whether blocks of earlier texts are kept and found again
 
 
 @dataclass(frozen=True)
 class SchedulerTurn:
-    """What to do now: begin to read these together, read on, take a step."""
+    """What to do now: begin this reading, read on, take a step."""
 
-    begin: Sequence[Sequenced] = ()
+    begin: PromptReading | None = None
     read: bool = False
     step: bool = False
 
@@ -142,10 +134,7 @@ class GenerationScheduler:
 
     def next(self, blocks: Blocks) -> SchedulerTurn:
         """Return what to do now, and note that it is being done."""
-        begin: list[Sequenced] = []
-        if not self.reading:
-            begin = self._admit(blocks)
-            self.reading = begin
+        begin = self._admit(blocks) if self.waiting and not self.reading else None
         return SchedulerTurn(begin, bool(self.reading), bool(self.running))
 
     def have_read(self) -> None:
@@ -160,20 +149,20 @@ class GenerationScheduler:
                  (not behind and s.priority == rank)]  # fmt: skip
         self.waiting.insert(above[0] if above else len(self.waiting), sequence)
 
-    def _admit(self, blocks: Blocks) -> list[Sequenced]:
+    def _admit(self, blocks: Blocks) -> PromptReading | None:
         """Take the first that waits, and others behind it that can be read in the same piece, equal
         prompts as one; every sequence is left one block more, for its next steps."""
-        limits = self.limits
-        free, prompts = limits.max_blocks - blocks.used, set[tuple[int, ...]]()
-        taken: list[Sequenced] = []
+        limits, begin = self.limits, None
+        free = limits.max_blocks - blocks.used
         while self.waiting:
-            widest = max(len(s.prompt) for s in (*taken, self.waiting[0]))
-            prompts.add(tuple(self.waiting[0].prompt))
-            count, rows = len(prompts), len(self.running) + len(taken) + 1
-            wanted = count * blocks.count_prompt(widest) + rows
-            if rows > 1 and (rows > limits.max_sequences or wanted > free):
+            rows = len(self.running) + len(self.reading) + 1
+            if rows > max(1, limits.max_sequences):
                 break
-            if count > 1 and widest * count > limits.prefill_tokens:
+            found = blocks.lay_out([*self.reading, self.waiting[0]])
+            if rows > 1 and found.blocks + rows > free:
                 break
-            taken.append(self.waiting.pop(0))
-        return taken
+            if len(found.rows) > 1 and found.length * len(found.rows) > limits.prefill_tokens:
+                break
+            self.reading.append(self.waiting.pop(0))
+            begin = found
+        return begin

@@ -90,12 +90,19 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     metadata: dict[str, str] | None = None
 
 
+class PromptTokensDetails(msgspec.Struct, kw_only=True):
+    """cached_tokens: that were not read, since their keys and values were known."""
+
+    cached_tokens: int
+
+
 class TokenUsage(msgspec.Struct, kw_only=True):
     """What is charged by others."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):

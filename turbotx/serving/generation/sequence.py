@@ -30,11 +30,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step added to a text. picked: None where only held back text is handed out."""
+    """What one step added to a text. picked: None where only held back text is handed out. cached:
+    tokens of the text's prompt that were not read, since their keys and values were known."""
 
     text: str
     picked: Picked | None
     finish: Finish | None = None
+    cached: int = 0
 
 
 class GeneratedSequence:
@@ -50,6 +52,7 @@ class GeneratedSequence:
         self.ids, self.asked, self.tell, self.priority = list(ids), asked, tell, priority
         self.tokens: list[int] = []
         self.finished = False
+        self._cached: int | None = None
         self._sampler = Sampler(asked.sampling)
         self._text = TextStream(tokenizer, asked.stops)
 
@@ -62,6 +65,11 @@ class GeneratedSequence:
     def most(self) -> int:
         """Positions that it takes at its end."""
         return len(self.ids) + self.asked.max_tokens
+
+    def note_cached(self, tokens: int) -> None:
+        """Note how much of the prompt was not read; when it is read again, that does not count."""
+        if self._cached is None:
+            self._cached = tokens
 
     def take(self, logits: Logits) -> None:
         """Draw the next token and tell of it; `finished` says whether it is the last.
@@ -79,7 +87,7 @@ class GeneratedSequence:
         elif len(self.tokens) >= self.asked.max_tokens:
             self._tell(text + self._text.finish(), picked, "length")
         else:
-            self.tell(Piece(text, picked))
+            self.tell(Piece(text, picked, None, self._cached or 0))
 
     def fail(self, error: Exception) -> None:
         """End it by an error."""
@@ -88,4 +96,5 @@ class GeneratedSequence:
 
     def _tell(self, text: str, picked: Picked | None, finish: Finish) -> None:
         self.finished = True
-        self.tell(Piece(text if picked else self._text.finish(), picked, finish))
+        text = text if picked else self._text.finish()
+        self.tell(Piece(text, picked, finish, self._cached or 0))

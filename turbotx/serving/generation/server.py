@@ -27,6 +27,7 @@ class GenerationSettings:
     max_cache_nbytes: int = 2 << 30  # of keys and values, room to grow included
     prefill_tokens: int = 256  # of prompts between two steps of decoding
     max_waiting: int = 128  # sequences; beyond it 429
+    prefix_cache: bool = True  # whether blocks of earlier texts are kept and found again
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_cache_nbytes", "prefill_tokens", "max_waiting"):
@@ -48,6 +49,7 @@ def serve_generation(
         max_sequences=generation.max_sequences,
         prefill_tokens=generation.prefill_tokens,
         max_waiting=generation.max_waiting,
+        prefix_cache=generation.prefix_cache,
     )
     service = GenerationService(generator, settings, limits, generation.max_cache_nbytes)
     listen(service, create_generation_app(service), host=host, port=port, listener=listener)

@@ -56,16 +56,21 @@ class GenerationService(Served):
         generator, piece = self.generator, self._limits.prefill_tokens
         batch = DecodeBatch.of(generator.model, generator.module, generator.device, piece)
         token = min(generator.vocabulary, 100) - 1
-        await self.prepare(lambda: batch.prepare(token))
-        blocks = batch.count_room(self._nbytes)
-        limits = replace(self._limits, max_blocks=blocks, context=generator.context)
+        reach = generator.context if self._limits.prefix_cache else 0
+        await self.prepare(lambda: batch.prepare(token, reach))
+        blocks = batch.most_blocks = batch.count_room(self._nbytes)
+        limits = replace(
+            self._limits, max_blocks=blocks, context=generator.context,
+            prefix_cache=batch.no_prefixes is None,
+        )  # fmt: skip
         self.scheduler = GenerationScheduler(limits)
         self._worker = DecodeWorker(batch, self.scheduler, self.metrics)
         self._worker.start()
         self.state = "ready"
         log.info(
-            "ready: %s by turbotx in %s on %s, room for %d blocks of %d positions%s",
+            "ready: %s by turbotx in %s on %s, room for %d blocks of %d positions, %s%s",
             generator.name, generator.dtype, generator.device, blocks, BLOCK,
+            f"no prefix cache: {batch.no_prefixes}" if batch.no_prefixes else "prefix cache",
             f", {self.url}" if self.url else "",
         )  # fmt: skip
 

@@ -60,6 +60,7 @@ class DecodeWorker:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
+        self.batch.close()
 
     def figures(self) -> dict[str, float]:
         """Gauges for the metrics."""
@@ -72,6 +73,8 @@ class DecodeWorker:
                 "cache_positions_used": float(sum(e.count for e in batch.slots.rows)),
                 "cache_blocks_used": float(batch.layer_blocks),
                 "cache_blocks_most": float(scheduler.limits.max_blocks * batch.layers),
+                "cache_blocks_cached": float(batch.prefixes.idle * batch.layers),
+                "cache_blocks_evicted": float(batch.prefixes.evicted * batch.layers),
                 "cache_nbytes": float(batch.nbytes()),
             }
 
@@ -93,8 +96,13 @@ class DecodeWorker:
                 for sequence in gone:
                     self.batch.leave(sequence)
             turn = self._scheduler.next(self.batch)
-        if turn.begin:
-            self.batch.begin({sequence: sequence.prompt for sequence in turn.begin})
+        if turn.begin is not None:
+            self.batch.begin(turn.begin)
+            for row in turn.begin.rows:
+                self._metrics.prefix_hits.inc(row.cached)
+                for key in row.keys:
+                    assert isinstance(key, GeneratedSequence)
+                    key.note_cached(row.cached)
         for work, concerned in ((self._read, turn.read), (self._step, turn.step)):
             try:
                 if concerned:
@@ -134,12 +142,14 @@ class DecodeWorker:
 
     def _take(self, sequence: GeneratedSequence, logits: Logits) -> bool:
         """Let a sequence draw its next token; tell whether it goes on."""
+        right = True
         try:
             sequence.take(logits)
         except ValueError as error:
             sequence.fail(BackendFailed(str(error)))
+            right = False
         if sequence.finished:
-            self.batch.leave(sequence)
+            self.batch.leave(sequence, right)
             with self._changed:
                 self._scheduler.drop(sequence)
         return not sequence.finished
@@ -163,5 +173,5 @@ class DecodeWorker:
             for sequence in list(queue):
                 assert isinstance(sequence, GeneratedSequence)
                 self._scheduler.drop(sequence)
-                self.batch.leave(sequence)
+                self.batch.leave(sequence, keep=False)
                 sequence.fail(refusal)
