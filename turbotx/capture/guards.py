@@ -69,14 +69,27 @@ def find_replaced(
 def guard_sizes(
     graph_module: fx.GraphModule, symbols: Mapping[sympy.Symbol, sympy.Symbol]
 ) -> tuple[Guard, ...]:
-    """Return guards against negative sizes: the traced graph of x[:, 2:] needs two positions."""
-    fakes = [node.meta.get("val") for node in graph_module.graph.nodes]
-    raw = {expr(n) for fake in fakes if isinstance(fake, torch.Tensor) for n in fake.shape}
-    sizes = {s.xreplace(dict(symbols)) for s in raw if not (s.is_Symbol or s.is_Integer)}
-    sizes = {s for s in sizes if s.free_symbols <= set(symbols.values())}
-    short = sorted((s for s in sizes if not is_nonnegative(s)), key=str)
+    """Return guards against negative sizes, and against positions outside of a dim: the traced
+    graph of x[:, 2:] needs two positions, that of x[:, n] more than n."""
+    nodes = list(graph_module.graph.nodes)
+    fakes = [node.meta.get("val") for node in nodes]
+    sizes = {expr(n) for fake in fakes if isinstance(fake, torch.Tensor) for n in fake.shape}
+    least = {s for s in sizes if not (s.is_Symbol or s.is_Integer)}
+    for node in nodes:
+        if node.op == "call_function" and node.target is aten.select.int:
+            at, extent = _selected(node)
+            least |= {(extent - 1 - at).expand(), (extent + at).expand()}
+    least = {s.xreplace(dict(symbols)) for s in least}
+    least = {s for s in least if s.free_symbols <= set(symbols.values())}
+    short = sorted((s for s in least if not is_nonnegative(s)), key=str)
     guards = (Guard(sympy.Ge(s, 0), f"{s} >= 0") for s in short)
     return tuple(guard for guard in guards if guard.condition != True)  # noqa: E712
+
+
+def _selected(node: Any) -> tuple[Expr, Expr]:
+    """Return the position that a select takes, and the size of its dim."""
+    source, d, at = node.args[0].meta["val"], *node.args[1:3]
+    return expr(at.meta["val"] if isinstance(at, fx.Node) else at), expr(source.shape[d])
 
 
 def find_squeezed(graph: fx.Graph) -> set[Expr]:

@@ -13,7 +13,7 @@ import operator
 import os
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
+from turbotx.errors import CaptureError
 from turbotx.ir.expr import ONE, Expr, cancel_rounding, expr, name_functions
 from turbotx.ir.fake_results import fake_result
 
@@ -158,15 +159,32 @@ def size(value: Any, of: torch.Tensor | None = None) -> Expr:
 def is_negative(value: Any) -> bool:
     """Return whether a position (an int or a node with such a value) counts from the end.
 
-    Tracing has decided this wherever it matters, as for 32 - seq.
+    Tracing has decided this wherever it matters, as for 32 - seq. Raises CaptureError where it has
+    not: a guess would read other elements.
     """
     if isinstance(value, fx.Node):
         value = value.meta["val"]
-    if isinstance(value, torch.SymInt):
-        if statically_known_true(value >= 0) or statically_known_true(value < 0):
-            return statically_known_true(value < 0)
-        return bool(expr(value).could_extract_minus_sign())
-    return value is not None and bool(value < 0)
+    if not isinstance(value, torch.SymInt):
+        return value is not None and bool(value < 0)
+    for known, answer in ((value < 0, True), (value >= 0, False)):
+        if statically_known_true(known):
+            return answer
+    whole = value.node.expr.expand()
+    for fact in _assumptions(value.node.shape_env):
+        if isinstance(fact, (sympy.Gt, sympy.Le)):  # in the other direction
+            fact = fact.reversed
+        if isinstance(fact, (sympy.Lt, sympy.Ge)) and (fact.lhs - fact.rhs).expand() == whole:
+            return isinstance(fact, sympy.Lt)
+    raise CaptureError(
+        f"whether the position {expr(value)} counts from the end depends on the sizes of a call, "
+        "and the trace has not asked: write max(..., 0) or min(..., -1) around it"
+    )
+
+
+def _assumptions(shape_env: ShapeEnv) -> Iterator[Any]:
+    """Yield what the trace has assumed of sizes, one relation at a time."""
+    for guard in shape_env.guards:
+        yield from sympy.And.make_args(guard.expr)
 
 
 def _is_one(value: torch.SymInt) -> bool:
@@ -179,8 +197,8 @@ def _is_one(value: torch.SymInt) -> bool:
         return bool(whole == 1)
     known = _ones.setdefault(shape_env, {})
     if whole not in known:
-        assumed = any(guard.expr in (sympy.Eq(whole, 1), sympy.Eq(1, whole))
-                      for guard in shape_env.guards)  # fmt: skip
+        equal = sympy.Eq(whole, 1), sympy.Eq(1, whole)
+        assumed = any(fact in equal for fact in _assumptions(shape_env))
         known[whole] = assumed or statically_known_true(value == 1)
     return known[whole]
 

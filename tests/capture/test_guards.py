@@ -1,0 +1,57 @@
+"""Guards on positions: a size that says where to read is checked against the dim it reads from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import turbotx
+
+SHAPES = ((7, 3), (3, 7), (5, 5), (9, 8), (4, 9), (8, 1), (1, 6))
+
+
+def difference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x[:, len(y) - len(x) :] * 2
+
+
+def difference_of_a_table(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    table = torch.arange(160.0)
+    return table[len(x) - len(y) : len(x)].sum() + x.sum() + y.sum()
+
+
+@pytest.mark.parametrize("function", [difference, difference_of_a_table])
+@pytest.mark.parametrize("shapes", [SHAPES, SHAPES[::-1]])
+def test_a_slice_that_begins_at_a_difference_of_sizes(
+    function: Callable[..., torch.Tensor], shapes: tuple[tuple[int, int], ...]
+) -> None:
+    """Whether it counts from the end differs from call to call, and no name of a size tells."""
+    fast = turbotx.optimize(function)
+    for a, b in shapes:
+        x, y = torch.randn(a, 20), torch.randn(b)
+        torch.testing.assert_close(fast(x, y), function(x, y))
+
+
+def nth(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x[len(y)] * 2
+
+
+def nth_from_the_end(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x[-len(y)] * 2
+
+
+@pytest.mark.parametrize("function", [nth, nth_from_the_end])
+def test_a_position_outside_of_its_dim_is_refused_as_in_eager(
+    function: Callable[..., torch.Tensor],
+) -> None:
+    fast = turbotx.optimize(function)
+    for a, b in ((9, 4), (5, 5), (4, 9), (7, 3), (2, 1), (1, 3), (6, 6)):
+        x, y = torch.randn(a, 20), torch.randn(b)
+        try:
+            expected = function(x, y)
+        except IndexError:
+            with pytest.raises(turbotx.TurbotxError, match=r"out of range|out of bounds"):
+                fast(x, y)
+        else:
+            assert torch.equal(fast(x, y), expected)
