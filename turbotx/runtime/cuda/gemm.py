@@ -72,7 +72,7 @@ def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate 
         flipped=along != 1 and k != 1,
         experts=int(weight.shape[0]) if grouped else 0,
         expert_step=int(weight.strides[0]) if grouped else 0,
-        int8=int8 is not None,
+        narrow=None if int8 is None else weight.dtype,
         quantizes=int8 is not None and int8.x_peaks is not None,
         peaks=int8 is not None and int8.peaks is not None,
     )
@@ -105,7 +105,7 @@ class GemmFamily:
             sizes["residual_row"] = launch.width
         self._sizes = {name: table.value(e) for name, e in sizes.items()}
         operands = {"x_ptr": x, "w_ptr": weight, "bias_ptr": launch.bias, "residual_ptr": residual}
-        if self.template is not None and self.template.int8:
+        if self.template is not None and self.template.narrow is not None:
             operands |= zip(INT8_POINTERS[5:], launch.operands[5:], strict=False)
         self._shifts = table.shifts(operands)
         self._chosen: dict[tuple[GemmTemplate, int], GemmSchedule | None] = {}
@@ -244,7 +244,7 @@ class GemmFamily:
 
 def with_settings(template: GemmTemplate) -> GemmTemplate:
     """Return a template under PyTorch's settings as they are now."""
-    exact = template.dtype is torch.float32 and not template.int8
+    exact = template.dtype is torch.float32 and template.narrow is None
     return replace(template, tf32=uses_tf32()) if exact else template
 
 

@@ -23,8 +23,11 @@ from turbotx.kernels.triton.templates.statistics import (
 N = tl.constexpr(None)  # outputs, K of x, the dtype of the outputs
 K = tl.constexpr(None)
 STORED = tl.constexpr(None)
-INT8 = tl.constexpr(None)  # x and the weight are int8, x with a scale a row, the weight a column
-QUANTIZES = tl.constexpr(None)  # x is floats, and becomes int8 as it is read
+NARROW = tl.constexpr(None)  # x and the weight, scaled by row and column: "int8", "fp8" or "none"
+LEVELS = tl.constexpr(None)  # the largest of its numbers
+QUANTIZES = tl.constexpr(None)  # x is floats, and becomes narrow as it is read
+WIDENED = tl.constexpr(None)  # fp8 is multiplied as float16, whose sums are float32's
+IMPRECISE = tl.constexpr(None)  # or so many products are added in fewer bits, at most
 SUMS = tl.constexpr(None)  # the dtype of the sums over k: int32 of int8, else float32
 PRECISION = tl.constexpr(None)  # "ieee" or "tf32" for float32, or None
 N_TILES = tl.constexpr(None)
@@ -139,8 +142,8 @@ def load_weight(
 @triton.jit
 def merge_x(x_stats_ptr, x_scale_ptr, m, m_ok, tokens, M_TILE: tl.constexpr):
     if QUANTIZES:  # the mean is what rows are multiplied by
-        mean, rstd = merge_peaks(x_scale_ptr, m, m_ok, M_TILE, X_PARTS, X_STEP)
-    elif INT8:
+        mean, rstd = merge_peaks(x_scale_ptr, m, m_ok, M_TILE, X_PARTS, X_STEP, LEVELS)
+    elif NARROW != "none":
         mean = 0.0
         rstd = tl.load(x_scale_ptr + m, mask=m_ok, other=0.0)
     elif X_NORM == "none":
@@ -156,8 +159,12 @@ def merge_x(x_stats_ptr, x_scale_ptr, m, m_ok, tokens, M_TILE: tl.constexpr):
 
 @triton.jit
 def add_product(x, w, sums):
-    if INT8:
+    if NARROW == "int8":
         sums = tl.dot(x, w, sums, out_dtype=tl.int32)
+    elif WIDENED:
+        sums = tl.dot(x.to(tl.float16), w.to(tl.float16), sums)
+    elif NARROW == "fp8":
+        sums = tl.dot(x, w, sums, max_num_imprecise_acc=IMPRECISE)
     else:
         sums = tl.dot(x, w, sums, input_precision=PRECISION)
     return sums
@@ -184,7 +191,7 @@ def multiply(
             # A masked x would be -mean: the weight is zero there.
             x = x - x_mean
         if QUANTIZES:
-            x = quantize(x, x_mean)
+            x = quantize(x, x_mean, NARROW)
         sums = add_product(x, w, sums)
         if GATED:
             gate_w = load_weight(w_ptr, w_row, start, k, n_tile, n, n_ok, N, N_TILE, K_TILE)
@@ -202,7 +209,7 @@ def load_column(ptr, n, ok, FIRST: tl.constexpr):
 
 @triton.jit
 def load_columns(scales_ptr, sums_ptr, bias_ptr, n, ok, FIRST: tl.constexpr):
-    scales = load_column(scales_ptr, n, ok, FIRST) if SCALED or INT8 else 1.0
+    scales = load_column(scales_ptr, n, ok, FIRST) if SCALED or NARROW != "none" else 1.0
     w_sums = load_column(sums_ptr, n, ok, FIRST) if X_NORM == "layer" and not CENTERED else 0.0
     bias = load_column(bias_ptr, n, ok, FIRST) if HAS_BIAS else 0.0
     return scales, w_sums, bias
@@ -211,7 +218,7 @@ def load_columns(scales_ptr, sums_ptr, bias_ptr, n, ok, FIRST: tl.constexpr):
 # scales, w_sums and bias are values where LATE, and pointers to them elsewhere.
 @triton.jit
 def apply_columns(sums, scales, w_sums, bias, n, ok, x_mean, x_rstd, FIRST: tl.constexpr):
-    if INT8:
+    if NARROW != "none":
         factor = scales if LATE else load_column(scales, n, ok, FIRST)
         sums = sums.to(tl.float32) * (x_rstd * factor)
     elif SCALED:
