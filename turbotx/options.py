@@ -79,7 +79,7 @@ class Options:
         and all else is float as ever; "fp8" does so in e4m3, on NVIDIA GPUs from sm_89 on, with
         sums of float32. "int8-weights" quantises the weights alone, for few tokens,
         as in decoding, where the bytes of weights are what a product waits for; "int4-weights" has
-        half as many, at a scale a group of 32 inputs, and keeps less; both on CPUs only so far.
+        half as many, at a scale a group of 32 inputs, and keeps less.
         Results differ from the float model's by what `turbotx verify --quantize int8` says.
     keep_float: which products stay float all the same: patterns of modules' dotted names, as
         "encoder.layer.0.*", and "@head" for products whose result the call returns (logits, say).

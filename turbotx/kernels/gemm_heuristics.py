@@ -89,7 +89,7 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
     are split until all processors have work. For many, tiles are as large as registers allow.
     """
     device, bucket = device_class(target), bucket_of(tokens)
-    size = template.item_nbytes
+    size = template.factor_nbytes
     if size == 4 and not template.tf32:
         return _on_ordinary_units(template, bucket, device)
     if FEW_TOKENS < bucket <= device.few_tokens:
@@ -136,7 +136,7 @@ def _keep_busy(
         held = min(blocks, together) * steps * s.n_tile * s.k_tile * row_nbytes
         if held >= wanted:
             return s
-        if s.k_tile * t.item_nbytes < 256:
+        if s.k_tile * t.factor_nbytes < 256:
             splits = _splits(t, bucket, s.m_tile, s.n_tile, 2 * s.k_tile, device)
             more = replace(s, k_tile=2 * s.k_tile, splits=splits)
         else:
@@ -168,7 +168,7 @@ def _widest_that_fills(
 
 def _in_two_tiles(template: GemmTemplate, bucket: int, device: DeviceClass) -> GemmSchedule:
     """Two or four tiles of 64 tokens, which read the weight from L2 in turn: see `gemm_tiles`."""
-    t, k_tile = template, 64 * 2 // template.item_nbytes
+    t, k_tile = template, 64 * 2 // template.factor_nbytes
     tiles = -(-bucket // 64) * -(-t.n // 64)
     n_tile = 64 if 2 * tiles >= device.processors or t.k >= 2048 else 32
     splits = _splits(t, bucket, 64, n_tile, k_tile, device)
@@ -185,8 +185,10 @@ def _on_ordinary_units(template: GemmTemplate, bucket: int, device: DeviceClass)
 
 
 def _held_nbytes(template: GemmTemplate, m: int, n: int, k: int, stages: int) -> int:
-    x, w = m * template.x_nbytes, n * (1 + template.gated) * template.item_nbytes
-    return (x + w) * k * stages
+    t, wide = template, n * (1 + template.gated)
+    unpacked = wide * t.factor_nbytes * k if t.float_rows else 0
+    packed = wide * t.item_nbytes * k // (2 if t.group else 1)
+    return (m * t.x_nbytes * k + packed) * stages + unpacked
 
 
 def shared_nbytes(template: GemmTemplate, schedule: GemmSchedule) -> int:
@@ -295,7 +297,7 @@ def prefers_quantizing(folded: Iterable[GemmTemplate], tokens: int, target: str)
 
 
 def _is_exact(template: GemmTemplate) -> bool:
-    return template.item_nbytes == 4 and not template.tf32
+    return template.factor_nbytes == 4 and not template.tf32
 
 
 def expected_us(template: GemmTemplate, tokens: int, target: str) -> tuple[float, float]:

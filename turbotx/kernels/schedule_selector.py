@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
+from turbotx.ir.quantized_ops import KIND_NAMES
 from turbotx.kernels.device_classes import device_class
 from turbotx.kernels.gemm_heuristics import (
     BUCKETS,
@@ -46,6 +47,11 @@ MOST_SUMS = 128
 FEWEST_NARROW = 32
 
 
+def fewest_inputs(template: GemmTemplate) -> int:
+    """Return how many columns of k a template takes at a time at least."""
+    return max(FEWEST_NARROW * (template.narrow is not None), template.group)
+
+
 def structure_of(
     made: GemmTemplate | AttentionKernel | ProductKernel | tuple[GemmTemplate, ...],
 ) -> str:
@@ -53,8 +59,16 @@ def structure_of(
     if isinstance(made, GemmTemplate) and made.experts:
         return f"{structure_of(replace(made, experts=0))}x{made.experts}"
     if isinstance(made, GemmTemplate) and made.narrow is not None:
-        plain = replace(made, narrow=None, quantizes=False, peaks=False)
-        return f"{structure_of(plain)}{made.kind}{'q' * made.quantizes}{'p' * made.peaks}"
+        own: dict[str, Any] = {
+            "narrow": None,
+            "float_rows": False,
+            "group": 0,
+            "quantizes": False,
+            "peaks": False,
+        }
+        how = f"{KIND_NAMES[made.narrow]}{'w' * made.float_rows}{made.group or ''}"
+        plain = structure_of(replace(made, **own))
+        return f"{plain}{how}{'q' * made.quantizes}{'p' * made.peaks}"
     return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
 
 
@@ -89,7 +103,7 @@ class Tiles:
         for tag in asked:
             schedule = with_tag(schedule, tag)
         if template.narrow is not None:
-            schedule = replace(schedule, k_tile=max(schedule.k_tile, FEWEST_NARROW))
+            schedule = replace(schedule, k_tile=max(schedule.k_tile, fewest_inputs(template)))
         while not fits_scratch(template, schedule, bucket):
             schedule = replace(schedule, splits=schedule.splits // 2)
         return schedule
@@ -160,7 +174,7 @@ def gemm_neighbours(
         if (
             sums <= MOST_SUMS * 32 * other.num_warps
             and other.m_tile <= max(16, BUCKETS[-1] if bucket == BUCKETS[-1] else bucket)
-            and other.k_tile >= FEWEST_NARROW * (template.narrow is not None)
+            and other.k_tile >= fewest_inputs(template)
             and other.splits * other.k_tile <= max(template.k, other.k_tile)
             and shared_nbytes(template, other) <= device.shared_nbytes
             and fits_scratch(template, other, bucket)

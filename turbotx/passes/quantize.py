@@ -89,10 +89,10 @@ def check_target(quantize: str, given: Mapping[str, Scheme], target: str) -> Non
             f"quantize='fp8' multiplies e4m3 numbers, which NVIDIA GPUs from sm_89 on do, and "
             f"{target} does not: take quantize='int8' (docs/quantization.md)"
         )
-    if (quantize.endswith("-weights") or given) and target != "cpu":
-        what = "a model of quantised weights" if given else f"quantize={quantize!r}"
+    if given and target != "cpu":
         raise OptionsError(
-            f"{what} runs on CPUs so far, not on {target}: leave it out (docs/quantization.md)"
+            f"a model of weights that are quantised already runs on CPUs so far, not on {target} "
+            "(docs/quantization.md)"
         )
 
 

@@ -49,6 +49,7 @@ def interpreting() -> Iterator[None]:
         patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", _multiply)
         patch.setattr(interpreter, "_convert_float", _convert_float)
+        patch.setattr(interpreter.InterpreterBuilder, "create_si_to_fp", _from_integers)
         patch.setattr(interpreter.ReduceOps, "generic_reduce", _reduce_in_halves)
         with np.errstate(all="ignore"):  # infinities and NaN are as ordinary as on a GPU
             yield
@@ -71,6 +72,14 @@ def _convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
             return floats.view(np.uint32)
         values, source = floats, tl.float32
     return _own_conversion(values, source, target, rounding)
+
+
+def _from_integers(self: Any, values: Any, target: Any) -> Any:
+    """Integers as floats; the interpreter's own makes bfloat16's bits of the number itself."""
+    if target.scalar.name != "bf16":
+        return self.cast_impl(values, target)
+    floats = interpreter.TensorHandle(values.data.astype(np.float32), tl.float32)
+    return self.cast_impl(floats, target)
 
 
 def _multiply(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:

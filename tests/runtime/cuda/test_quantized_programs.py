@@ -45,7 +45,7 @@ def kernels(device: InterpretedDevice, run: Callable[[], Any]) -> list[str]:
     return device.names("launch")
 
 
-@pytest.mark.parametrize("how", ["int8", "fp8"])
+@pytest.mark.parametrize("how", ["int8", "fp8", "int8-weights", "int4-weights"])
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [(torch.float32, {}), (torch.float16, {"schedules": SPLIT}), (torch.bfloat16, {})],
@@ -58,7 +58,7 @@ def test_every_launch_keeps_the_rule(
     fast = bind_to(InterpretedDevice(), model, monkeypatch, **given)
     numerics = turbotx.explain(fast, x).numerics(fast, x)
     assert all(e.holds for e in numerics.launches), [e for e in numerics.launches if not e.holds]
-    assert any(how in e.name for e in numerics.launches) and not numerics.outputs
+    assert any(how.replace("-", "_") in e.name for e in numerics.launches) and not numerics.outputs
     assert numerics.likenesses[0].worst > 0.999
 
 
@@ -204,6 +204,21 @@ def test_what_does_not_go_together_is_refused(
         fast(torch.randn(2, 5, 24))
 
 
+def test_weights_alone_take_the_launches_of_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel quantises, and each product is one launch."""
+    found = []
+    for options in ({"norms": "store"}, {"quantize": "int8-weights"}, {"quantize": "int4-weights"}):
+        model, device = made(torch.float16), RecordingDevice()
+        fast: Any = bind_to(device, model, monkeypatch, **options)
+        device.log.clear()
+        fast(torch.randn(2, 5, 24).half())
+        found.append(device.names("launch"))
+    floats, *quantised = found
+    for names in quantised:
+        assert [re.sub("_int[48]_weights", "", n) for n in names] == floats
+        assert sum("weights" in n for n in names) == 4, "the head stays float"
+
+
 def test_one_capture_serves_cpus_and_gpus() -> None:
     model: nn.Module = made()
     fast, x = turbotx.optimize(model, **INT8), torch.randn(2, 5, 24)
@@ -231,9 +246,10 @@ def test_a_file_for_cpus_and_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert loaded.stats()["kernel_builds"] == 0
 
 
-def test_a_decoder_with_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["int8", "int8-weights", "int4-weights"])
+def test_a_decoder_with_a_cache(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_small("gpt2")
-    fast = bind_to(InterpretedDevice(), model, monkeypatch, **INT8, keep_float=())
+    fast = bind_to(InterpretedDevice(), model, monkeypatch, quantize=how, keep_float=())
     cache, rows = new_cache(model), []
     for k in range(4):
         rows.append(step(fast, cache, *((3, 9, 4) if k == 0 else (5 + k,)))[:, -1])

@@ -46,7 +46,8 @@ def print_triton_gemm(
 
 def _header(t: GemmTemplate, s: GemmSchedule, name: str) -> list[str]:
     x = {"none": "x", "layer": "layer_norm(x)", "rms": "rms_norm(x)"}[t.norm]
-    x = "x_scale * scales * x" if t.narrow is not None else x
+    x = "x_scale * scales * x" if t.kind != "none" else x
+    x = f"scales * {x}" if t.float_rows else x
     x = x.replace("* x", "* quantized(x)") if t.quantizes else x
     inner = f"{x} w^T" + " + bias" * t.bias
     formula = inner if t.activation == "none" else f"{t.activation}({inner})"
@@ -83,10 +84,13 @@ def _flags(t: GemmTemplate, s: GemmSchedule) -> dict[str, Flag]:
         "K": t.k,
         "STORED": TYPES[t.dtype],
         "NARROW": t.kind,
-        "LEVELS": 1.0 if t.narrow is None else LEVELS[t.narrow],
+        "LEVELS": 1.0 if t.narrow is None else LEVELS.get(t.narrow, 1.0),
         "QUANTIZES": t.quantizes,
         "WIDENED": t.widened,
         "IMPRECISE": min(MOST_IMPRECISE, s.k_tile),
+        "UNPACKED": t.float_rows and not t.group,
+        "GROUP_SIZE": t.group,
+        "GROUPS": -(-t.k // t.group) if t.group else 0,
         "SUMS": "tl.int32" if t.kind == "int8" else "tl.float32",
         "PRECISION": precision if t.dtype is torch.float32 else None,
         "N_TILES": -(-t.n // s.n_tile),
@@ -103,7 +107,7 @@ def _flags(t: GemmTemplate, s: GemmSchedule) -> dict[str, Flag]:
         "HAS_BIAS": t.bias,
         "ACTIVATION": t.activation,
         "LIGHT_GELU": t.light_gelu,
-        "SCALED": t.scaled,
+        "SCALED": t.scaled or (t.float_rows and not t.group),
         "HAS_RESIDUAL": t.residual,
         "HAS_STATS": t.stats,
         "HAS_PEAKS": t.peaks,

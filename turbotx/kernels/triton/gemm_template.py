@@ -30,7 +30,8 @@ class GemmTemplate:
     residual over n. stats: leave the row statistics of out behind. tf32: float32 factors may be
     rounded to TF32. experts: unless 0, there are so many weights, `expert_step` elements apart,
     each for some of the rows. narrow: the weight is of this kind, as x is, both with scales
-    (`ir.quantized_ops`), and `dtype` is that of all else. quantizes: x is floats of `dtype` all the
+    (`ir.quantized_ops`), and `dtype` is that of all else. float_rows: the weight alone is; group:
+    of int4, how many inputs share a scale. quantizes: x is floats of `dtype` all the
     same, and becomes narrow as it is read, by the largest magnitudes of its rows' parts; peaks:
     leave those of out.
     """
@@ -53,23 +54,30 @@ class GemmTemplate:
     experts: int = field(default=0, repr=False)  # what was tuned goes by the text of the others
     expert_step: int = field(default=0, repr=False)
     narrow: torch.dtype | None = field(default=None, repr=False)
+    float_rows: bool = field(default=False, repr=False)
+    group: int = field(default=0, repr=False)
     quantizes: bool = field(default=False, repr=False)
     peaks: bool = field(default=False, repr=False)
 
     @property
     def item_nbytes(self) -> int:
-        """Bytes of an element of the weight, and of x unless it is quantised as it is read."""
+        """Bytes of an element of the weight, of int4 those of two."""
         return (self.narrow or self.dtype).itemsize
+
+    @property
+    def factor_nbytes(self) -> int:
+        """Bytes of an element of the weight as it is multiplied."""
+        return self.dtype.itemsize if self.float_rows else self.item_nbytes
 
     @property
     def x_nbytes(self) -> int:
         """Bytes of an element of x."""
-        return self.dtype.itemsize if self.quantizes else self.item_nbytes
+        return self.dtype.itemsize if self.quantizes else self.factor_nbytes
 
     @property
     def kind(self) -> str:
-        """What x and the weight are multiplied as: "int8", "fp8", or "none" for their own dtype."""
-        return "none" if self.narrow is None else KIND_NAMES[self.narrow]
+        """What x and the weight are multiplied as: "int8", "fp8", or "none" for `dtype`."""
+        return "none" if self.narrow is None or self.float_rows else KIND_NAMES[self.narrow]
 
     @property
     def widened(self) -> bool:
@@ -101,7 +109,8 @@ class GemmTemplate:
         """A name that tells dtype, weight's sizes and epilogue: "gemm_float16_768x768_bias"."""
         kind = TYPES[self.dtype].removeprefix("tl.")
         sizes = f"{self.experts}x" * (self.experts > 0) + f"{self.n}x{self.k}"
-        narrow = "" if self.narrow is None else self.kind
+        narrow = "" if self.narrow is None else KIND_NAMES[self.narrow]
+        narrow += "_weights" * self.float_rows
         parts = ["grouped" * (self.experts > 0), "gemm", narrow, f"{kind}_{sizes}"]
         parts += [f"{self.norm}_norm" * (self.norm != "none")]
         parts += ["flipped" * self.flipped, "bias" * self.bias]
@@ -149,12 +158,13 @@ def gemm_arguments(template: GemmTemplate, schedule: GemmSchedule) -> list[tuple
     t = template
     bias = "fp32" if t.norm != "none" else "storage"
     factor = "storage" if t.narrow is None else "narrow"
-    sums = "i32" if t.narrow is torch.int8 else "fp32"
-    pointers = [("x_ptr", "storage" if t.quantizes else factor), ("w_ptr", factor)]
+    sums = "i32" if t.kind == "int8" else "fp32"
+    of_floats = t.quantizes or t.float_rows
+    pointers = [("x_ptr", "storage" if of_floats else factor), ("w_ptr", factor)]
     pointers += [("bias_ptr", bias)] * t.bias
     pointers += [("sums_ptr", "fp32")] * (t.norm == "layer" and not t.centered)
     pointers += [("scales_ptr", "fp32")] * (t.scaled or t.narrow is not None)
-    pointers += [("x_scale_ptr", "i32" if t.quantizes else "fp32")] * (t.narrow is not None)
+    pointers += [("x_scale_ptr", "i32" if t.quantizes else "fp32")] * (t.kind != "none")
     pointers += [("x_stats_ptr", "fp32")] * (t.norm != "none")
     pointers += [("residual_ptr", "storage")] * t.residual
     normed = ("residual_norm_ptr", "residual_stats_ptr")
