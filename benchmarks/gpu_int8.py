@@ -1,8 +1,8 @@
-"""The stages of `gpu.py` over products in int8: right, how fast beside the float program.
+"""The stages of `gpu.py` over quantised products: right, how fast beside the float program.
 
 In: `emit(name, numbers)` and a stage's arguments. Out: rows such as::
 
-    right/int8-minilm/fp16             {"holds": true, "worst": 0.6, "mean_cosine": 0.9991, ...}
+    right/fp8-minilm/fp16              {"holds": true, "worst": 0.6, "mean_cosine": 0.9991, ...}
     int8/bert-base/fp16/32x128/int8    {"latency_us": ..., "replay_us": ..., "kernels": {...}}
 """
 
@@ -18,13 +18,16 @@ from gpu_timing import kernel_times, time_call, time_replay
 
 import turbotx
 
-WAYS: dict[str, dict[str, Any]] = {"float": {}, "int8": {"quantize": "int8"}}
+KINDS = ("int8", "fp8")
+WAYS: dict[str, dict[str, Any]] = {"float": {}, **{kind: {"quantize": kind} for kind in KINDS}}
 
 
-def int8_right(emit: Emit, name: str, dtype: str, layers: int | None = None) -> None:
-    """Every launch against the same integers in float64, and the outputs beside the float model's;
+def int8_right(
+    emit: Emit, name: str, dtype: str, layers: int | None = None, kind: str = "int8"
+) -> None:
+    """Every launch against the same numbers in float64, and the outputs beside the float model's;
     plain, captured and replayed calls give the same bits."""
-    session = Session(name, dtype, layers, quantize="int8")
+    session = Session(name, dtype, layers, quantize=kind)
     rows: dict[str, Any] = {}
     for shape in ALTERNATING:
         inputs = session.inputs(shape, padded=True)
@@ -42,7 +45,7 @@ def int8_right(emit: Emit, name: str, dtype: str, layers: int | None = None) -> 
         }  # fmt: skip
     stats = session.fast.stats()
     emit(
-        f"right/int8-{name}/{dtype}",
+        f"right/{kind}-{name}/{dtype}",
         {
             "holds": all(row["repeats"] for row in rows.values()) and stats["captures"] == 1,
             "worst": max(row.get("worst", 0.0) for row in rows.values()),
@@ -55,7 +58,7 @@ def int8_right(emit: Emit, name: str, dtype: str, layers: int | None = None) -> 
 def int8_times(
     emit: Emit, name: str, dtype: str, shapes: tuple[Shape, ...] = FEWER
 ) -> None:  # fmt: skip
-    """Calls and bare replays of both programs; what each kernel takes, of few and many tokens."""
+    """Calls and bare replays of all programs; what each kernel takes, of few and many tokens."""
     sessions = {way: Session(name, dtype, **options) for way, options in WAYS.items()}
     for shape in shapes[:2] if DRY else shapes:
         for way, session in sessions.items():  # side by side

@@ -194,12 +194,15 @@ def packed() -> list[list[Stage]]:
 
 
 def int8() -> list[list[Stage]]:
-    """Products in int8: right, how fast beside the float program."""
+    """Products in int8 and fp8: right, how fast beside the float program."""
     models = [(name, "fp16") for name in ("bert-base", "minilm", "bert-large")]
     return [
         [
-            *(stage(f"right/int8-{m[0]}", 110, "int8_right", *m, 3) for m in models[:2]),
-            stage("right/int8-llama", 110, "int8_right", "llama", "bf16", 2),
+            *(
+                stage(f"right/{kind}-{m[0]}", 110, "int8_right", *m, kind)
+                for kind in ("int8", "fp8")
+                for m in (*((*m, 3) for m in models[:2]), ("llama", "bf16", 2))
+            ),
         ],
         *([stage(f"int8/{m[0]}", 70, "int8_times", *m)] for m in models),
     ]

@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gemms": ("auto", "cublas", "triton"),
     "norms": ("auto", "fold", "store"),
     "padding": ("padded", "packed"),
-    "quantize": ("none", "int8", "int8-weights", "int4-weights"),
+    "quantize": ("none", "int8", "fp8", "int8-weights", "int4-weights"),
 }
 HEAD = "@head"
 """In `keep_float`: the products whose result the call returns as it is, such as logits."""
@@ -76,9 +76,10 @@ class Options:
         apart. Rows of padding are zeros in what the call returns.
     quantize: "int8" runs products by weights in int8 (docs/quantization.md): weights with a scale
         an output column, activations with one a token, found anew in every call; sums are exact,
-        and all else is float as ever. "int8-weights" quantises the weights alone, for few tokens,
+        and all else is float as ever; "fp8" does so in e4m3, on NVIDIA GPUs from sm_89 on, with
+        sums of float32. "int8-weights" quantises the weights alone, for few tokens,
         as in decoding, where the bytes of weights are what a product waits for; "int4-weights" has
-        half as many, at a scale a group of 32 inputs, and keeps less; both on CPUs only so far.
+        half as many, at a scale a group of 32 inputs, and keeps less.
         Results differ from the float model's by what `turbotx verify --quantize int8` says.
     keep_float: which products stay float all the same: patterns of modules' dotted names, as
         "encoder.layer.0.*", and "@head" for products whose result the call returns (logits, say).
@@ -187,7 +188,7 @@ class OptionArguments(TypedDict, total=False):
     cuda_graphs: bool
     max_graphs: int
     padding: Literal["padded", "packed"]
-    quantize: Literal["none", "int8", "int8-weights", "int4-weights"]
+    quantize: Literal["none", "int8", "fp8", "int8-weights", "int4-weights"]
     keep_float: Sequence[str]
     launch_ranges: bool
     schedules: Mapping[str, str]

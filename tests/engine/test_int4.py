@@ -13,8 +13,7 @@ import turbotx
 from benchmarks.int8_fidelity import sentences
 from tests.engine.test_quantized import launches, made
 from tests.kernels.cpp.cpp_probe import needs_compiler
-from turbotx.engine.optimize import engine_of
-from turbotx.errors import OptionsError, WeightsReleasedError
+from turbotx.errors import WeightsReleasedError
 
 pytestmark = needs_compiler
 HOW: Any = "int4-weights"
@@ -89,13 +88,6 @@ def test_floats_given_up_for_int4_are_not_quantised_otherwise() -> None:
     turbotx.optimize(model, quantize=HOW, keep_weights=False)(x)
     with pytest.raises(WeightsReleasedError, match="quantised otherwise"):
         turbotx.optimize(model, quantize="int8")(x)
-
-
-def test_int4_weights_are_refused_on_a_gpu_by_name() -> None:
-    engine = engine_of(turbotx.optimize(made(), quantize=HOW))
-    captured = engine.capture((torch.randn(2, 4, 24),), {})
-    with pytest.raises(OptionsError, match="'int4-weights' runs on CPUs so far, not on sm_90"):
-        engine.compile(captured, "sm_90")
 
 
 def test_minilm_keeps_its_embeddings(minilm_path: str) -> None:

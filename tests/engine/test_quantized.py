@@ -15,7 +15,6 @@ import turbotx
 from benchmarks.int8_fidelity import sentences
 from tests.kernels.cpp.cpp_probe import needs_compiler
 from turbotx import ir
-from turbotx.engine.optimize import engine_of
 from turbotx.errors import OptionsError
 
 pytestmark = needs_compiler
@@ -151,14 +150,6 @@ def test_nothing_is_quantised_unasked_and_a_capture_serves_one_option() -> None:
 def test_refusals(options: dict[str, Any], says: str) -> None:
     with pytest.raises(OptionsError, match=says):
         turbotx.optimize(made(), **options)
-
-
-def test_int8_weights_are_refused_on_a_gpu_by_name() -> None:
-    fast: Any = turbotx.optimize(made(), quantize="int8-weights")
-    engine = engine_of(fast)
-    captured = engine.capture((torch.randn(2, 4, 24),), {})
-    with pytest.raises(OptionsError, match="runs on CPUs so far, not on sm_90"):
-        engine.compile(captured, "sm_90")
 
 
 @pytest.mark.parametrize(

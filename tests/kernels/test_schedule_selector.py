@@ -14,11 +14,11 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from turbotx.errors import OptionsError
 from turbotx.ir.matmul_kernels import AttentionKernel
+from turbotx.kernels.device_classes import device_class
 from turbotx.kernels.gemm_heuristics import (
     BUCKETS,
     choose_by_rule,
     choose_tiles,
-    device_class,
     fits_scratch,
     shared_nbytes,
 )

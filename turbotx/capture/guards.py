@@ -88,8 +88,9 @@ def guard_sizes(
 
 def _selected(node: Any) -> tuple[Expr, Expr]:
     """Return the position that a select takes, and the size of its dim."""
-    source, d, at = node.args[0].meta["val"], *node.args[1:3]
-    return expr(at.meta["val"] if isinstance(at, fx.Node) else at), expr(source.shape[d])
+    source, dim, at = node.args
+    extent = source.meta["val"].shape[dim]
+    return expr(at.meta["val"] if isinstance(at, fx.Node) else at), expr(extent)
 
 
 def find_squeezed(graph: fx.Graph) -> set[Expr]:

@@ -62,7 +62,7 @@ Targets = Annotated[
 ]
 Quantize = Annotated[
     str,
-    typer.Option(metavar="int8|int8-weights|int4-weights", help="Integers (docs/quantization.md)."),
+    typer.Option(metavar="int8|fp8|int8-weights|int4-weights", help="See docs/quantization.md."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 

@@ -58,8 +58,8 @@ Backend = Annotated[
 Device = Annotated[str, _option(MODEL, "PyTorch's name of it: cpu, cuda, cuda:1.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], _option(MODEL, "Of the weights.")]
 Quantize = Annotated[
-    Literal["none", "int8", "int8-weights", "int4-weights"],
-    _option(MODEL, "Products in int8, or by int8 or int4 weights alone."),
+    Literal["none", "int8", "fp8", "int8-weights", "int4-weights"],
+    _option(MODEL, "Products in int8 or fp8, or by int8 or int4 weights alone."),
 ]
 Weights = Annotated[
     Path | None,

@@ -218,7 +218,7 @@ class GemmLaunch(Launch):
         """x, weight, bias, out, residual, int8 scales or operands of folded norms; some None."""
         own, n, q = (self.x, self.weight, self.bias, self.out, self.residual), self.norm, self.int8
         if q is not None:
-            scales = None if q.group else q.weight_scale, q.x_scale or q.x_peaks
+            scales = q.weight_scale, q.x_scale or q.x_peaks
             return (*own, *scales) if q.peaks is None else (*own, *scales, q.peaks)
         if n is None:
             return own

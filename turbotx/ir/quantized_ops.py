@@ -1,11 +1,13 @@
-"""Quantized ops: written by `passes.quantize`; int8 with one scale per row, symmetric.
+"""Quantized ops: written by `passes.quantize`; int8 or fp8 with one scale per row, symmetric.
 
-In: rows of floats. Out: rows of int8 with a float32 scale each, x ~ q * scale; and products of them
-with exact sums. Scales and rounding are computed in float32 whatever x's dtype, so that equal rows
-give the same integers on every path and in every reference::
+In: rows of floats. Out: rows of int8, or of another kind of `LEVELS`, with a float32 scale each,
+x ~ q * scale; and products of them, of int8 with exact sums. Scales and rounding are computed in
+float32 whatever x's dtype, so that equal rows give equal numbers on every path and in every
+reference::
 
     scale = row_scale(x)              # (.., 1): the row's largest magnitude / 127
     q = quantize_rows(x, scale)       # int8: round(x * (1 / scale)), halves to even
+    q = quantize_rows(x, row_scale(x, kind), kind)   # kind: torch.float8_e4m3fn
     quantized_linear(q, weight, bias, weight_scale, scale, torch.float32)
     weight_only_linear(x, weight, bias, weight_scale)   # rows stay in floating point
 
@@ -29,13 +31,16 @@ from turbotx.ir.int4_ops import (
     quantize_groups,
 )
 
-LEVELS = 127
-MAX_DEPTH = (2**31 - 1) // LEVELS**2
+LEVELS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Kinds of quantised rows: what the largest magnitude of a row becomes."""
+KIND_NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.uint8: "int4"}
+"""Of weights; bytes are two numbers of int4 each."""
+MAX_DEPTH = int((2**31 - 1) // LEVELS[torch.int8] ** 2)
 """Largest number of int8 products whose sum always fits in int32."""
 
 _library = torch.library.Library("turbotx", "FRAGMENT")
-_library.define("row_scale(Tensor x) -> Tensor")
-_library.define("quantize_rows(Tensor x, Tensor scale) -> Tensor")
+_library.define("row_scale(Tensor x, ScalarType kind=int8) -> Tensor")
+_library.define("quantize_rows(Tensor x, Tensor scale, ScalarType kind=int8) -> Tensor")
 _library.define("if_zeros(Tensor x, Tensor zeros) -> Tensor")
 _library.define("quantize_affine(Tensor x, float inverse, int shift, int low, int high) -> Tensor")
 _library.define(
@@ -55,20 +60,26 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype is torch.float64 else x.float()
 
 
-def _row_scale(x: torch.Tensor) -> torch.Tensor:
-    """Return (.., 1): each row's largest magnitude over 127, in float32, or float64 for float64."""
+def _row_scale(x: torch.Tensor, kind: torch.dtype = torch.int8) -> torch.Tensor:
+    """Return (.., 1): each row's largest magnitude over the largest of `kind`, in float32, or
+    float64 for float64."""
     peak = _wide(x).abs().amax(-1, keepdim=True)
-    return torch.where(peak < torch.inf, peak.clamp_min(SMALLEST) / LEVELS, torch.nan)
+    return torch.where(peak < torch.inf, peak.clamp_min(SMALLEST) / LEVELS[kind], torch.nan)
 
 
-def unrounded_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def unrounded_rows(
+    x: torch.Tensor, scale: torch.Tensor, kind: torch.dtype = torch.int8
+) -> torch.Tensor:
     """Return x / scale before rounding; 0 in rows without a valid scale."""
     value = _wide(x) * (1 / scale)
-    return torch.where(value.abs() <= LEVELS + 0.5, value, 0.0)
+    return torch.where(value.abs() <= LEVELS[kind] + 0.5, value, 0.0)
 
 
-def _quantize_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return unrounded_rows(x, scale).round().to(torch.int8)
+def _quantize_rows(
+    x: torch.Tensor, scale: torch.Tensor, kind: torch.dtype = torch.int8
+) -> torch.Tensor:
+    value = unrounded_rows(x, scale, kind)
+    return (value if kind.is_floating_point else value.round()).to(kind)
 
 
 def unrounded_affine(
@@ -111,20 +122,24 @@ def _quantized_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor,
     x_scale: torch.Tensor | None, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """Return x_scale * weight_scale * (x weight^T) + bias in `dtype`, with exact sums.
+    """Return x_scale * weight_scale * (x weight^T) + bias in `dtype`, with exact sums of int8;
+    those of fp8 in float32, or float64 for that.
 
-    x: int8 (.., k) with x_scale (.., 1), None for ones, or floats to be quantised first, in
-    float32. weight: int8 (n, k), weight_scale: (n,).
+    x: of weight's kind, (.., k), with x_scale (.., 1), None for ones, or floats to be quantised
+    first, in float32. weight: int8 or fp8 (n, k), weight_scale: (n,).
     """
-    if x.dtype is torch.int8:
+    kind = weight.dtype
+    if x.dtype is kind:
         x_scale = weight_scale.new_ones(1) if x_scale is None else x_scale
     else:
         narrow = x.float()  # of float64 too: a reference is to have the same integers
-        x_scale = _row_scale(narrow)
-        x = _quantize_rows(narrow, x_scale)
+        x_scale = _row_scale(narrow, kind)
+        x = _quantize_rows(narrow, x_scale, kind)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] and hasattr(torch, "_int_mm") and rows.device.type == "cpu":
+    if kind.is_floating_point:
+        sums = rows.to(wide) @ weight.t().to(wide)
+    elif rows.shape[0] and hasattr(torch, "_int_mm") and rows.device.type == "cpu":
         sums = torch._int_mm(rows.contiguous(), weight.t())  # private API; exact, like float64
     else:
         sums = rows.double() @ weight.t().double()
@@ -148,12 +163,14 @@ def _weight_only_linear(
     return (made if bias is None else made + bias.to(wide.dtype)).to(x.dtype)
 
 
-def _fake_row_scale(x: torch.Tensor) -> torch.Tensor:
+def _fake_row_scale(x: torch.Tensor, kind: torch.dtype = torch.int8) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], 1, dtype=_wide(x).dtype)
 
 
-def _fake_quantize_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape, dtype=torch.int8)
+def _fake_quantize_rows(
+    x: torch.Tensor, scale: torch.Tensor, kind: torch.dtype = torch.int8
+) -> torch.Tensor:
+    return x.new_empty(x.shape, dtype=kind)
 
 
 def _fake_quantize_affine(
@@ -213,27 +230,29 @@ QUANTIZES = (quantize_rows, quantize_groups)
 @dataclass(frozen=True)
 class Scheme:
     """How a product is quantised. float_rows: its weight alone is. group: how many inputs share a
-    scale of int4, 0: int8, of which a whole row does. shifted: groups have offsets too."""
+    scale of int4, 0: `kind`, of which a whole row does. shifted: groups have offsets too."""
 
     float_rows: bool = False
     group: int = 0
     shifted: bool = False
+    kind: torch.dtype = torch.int8
 
     def scale_of(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the scales of a weight, (n, 1), (n, groups) or (n, groups, 2)."""
         if not self.group:
-            return row_scale(rows)
+            return row_scale(rows, self.kind)
         return group_scale(rows, self.group, self.shifted)
 
     def integers_of(self, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Return a weight's integers by its scales, int8 or two of int4 to a byte."""
+        """Return a weight's numbers by its scales, of `kind` or two of int4 to a byte."""
         if not self.group:
-            return quantize_rows(rows, scale)
+            return quantize_rows(rows, scale, self.kind)
         return quantize_groups(rows, scale, self.group)
 
 
 SCHEMES = {
     "int8": Scheme(),
+    "fp8": Scheme(kind=torch.float8_e4m3fn),
     "int8-weights": Scheme(float_rows=True),
     "int4-weights": Scheme(float_rows=True, group=GROUP),
 }

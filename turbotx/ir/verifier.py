@@ -20,6 +20,7 @@ from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import Expr, product
 from turbotx.ir.memory_order import by_order
 from turbotx.ir.primitives import PRIMITIVES, REDUCTIONS, SCANS
+from turbotx.ir.quantized_ops import LEVELS
 from turbotx.ir.strides import contiguous_strides
 from turbotx.ir.views import SPLITS, is_view
 
@@ -239,7 +240,9 @@ def _check_int8(launch: ir.GemmLaunch, int8: ir.Int8Operands) -> None:
     narrow = [launch.weight, *((launch.x,) if int8.x_scale is not None else ())]
     floats = (int8.weight_scale, int8.x_scale)
     bits = (int8.x_peaks, int8.peaks)
-    whole = torch.uint8 if int8.group else torch.int8
+    whole = torch.uint8 if int8.group else launch.weight.dtype
+    if not int8.group and whole not in LEVELS:
+        raise VerifyError(f"{launch.name} multiplies by {launch.weight.tensor!r} of {whole}")
     given = ((narrow, whole), (floats, torch.float32), (bits, torch.int32))
     for operands, dtype in given:
         for operand in operands:
@@ -262,7 +265,7 @@ def _of_one_dtype(launch: ir.Launch) -> tuple[ir.Operand | None, ...]:
         # With a folded norm, the bias is float32.
         bias = launch.bias if launch.norm is None else None
         if launch.int8 is not None:
-            x = None if launch.x.dtype is torch.int8 else launch.x
+            x = None if launch.x.dtype in LEVELS else launch.x
             return x, bias, launch.out, launch.residual
         return launch.x, launch.weight, bias, launch.out, launch.residual
     if isinstance(launch, ir.GroupedGemmLaunch):

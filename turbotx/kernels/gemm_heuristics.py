@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from turbotx.kernels.device_classes import DeviceClass, class_name, device_class
 from turbotx.kernels.job import Job
 from turbotx.kernels.triton.compiler import POINTEES, fit_warps
 from turbotx.kernels.triton.gemm import print_triton_gemm
@@ -38,45 +39,6 @@ MOST_TURNS = 512
 STRIDES = ("x_row", "w_row", "out_row", "residual_row")
 
 
-@dataclass(frozen=True)
-class DeviceClass:
-    """What the choice of tiles depends on: processors, shared memory for one program, stages that
-    pay. widest: the largest m and n tile whose float32 sums stay in registers, with 8 warps.
-    tflops, tflops_fp32, tb_per_s: dense 16-bit products, ordinary float32 ones, memory.
-    in_flight_nbytes: what must be on its way to keep memory busy; 0: what those stages hold.
-    few_tokens: up to here a library has nothing to win. most_folded: up to here norms are folded;
-    0: expected times decide. widest_int8: as `widest`, of int32 sums."""
-
-    processors: int
-    shared_nbytes: int
-    stages: int
-    widest: tuple[int, int] = (128, 128)
-    tflops: float = 300.0
-    tflops_fp32: float = 19.0
-    tb_per_s: float = 2.0
-    in_flight_nbytes: int = 0
-    few_tokens: int = 64
-    most_folded: int = 0
-    widest_int8: tuple[int, int] = (128, 128)
-
-    def widest_of(self, template: GemmTemplate) -> tuple[int, int]:
-        """Return the largest m and n tile of a template's sums."""
-        return self.widest_int8 if template.int8 else self.widest
-
-
-# From the vendors' data sheets: A100, H100 SXM, B200, MI300X. In flight: bandwidth times a latency
-# of 650 ns, which is assumed.
-DEVICES = {
-    "sm_80": DeviceClass(108, 160 * 1024, 4, tflops=312.0, tflops_fp32=19.5, tb_per_s=2.0),
-    # H200, BERT-base float16, whole calls in us: 192 tokens 367 by templates and 462 by cuBLAS, 384
-    # the same by either; norms folded and stored 312 and 321 at 128 tokens, 382 and 367 at 192.
-    "sm_90": DeviceClass(
-        132, 224 * 1024, 4, (128, 256), 990.0, 67.0, 3.35, 2_200_000, 256, 128, (128, 256)
-    ),
-    # Triton multiplies int8 there by the instructions of sm_80: 128 x 256 spilled 4 to 80 bytes.
-    "sm_100": DeviceClass(148, 224 * 1024, 4, (128, 256), 2250.0, 75.0, 8.0),
-    "gfx942": DeviceClass(304, 64 * 1024, 2, tflops=1307.0, tflops_fp32=163.0, tb_per_s=5.3),
-}
 # What a template reaches of a library's rate where arithmetic is the limit, and what a launch
 # costs inside a CUDA graph. Assumptions, not measured: `turbotx tune` replaces them.
 TEMPLATE_RATE = {2: 0.75, 4: 0.3}
@@ -105,20 +67,6 @@ class GemmChoice:
     turns_nbytes: int
 
 
-def class_name(target: str) -> str:
-    """Return the class of a target; an NVIDIA GPU of another kind counts as the next older one."""
-    if target in DEVICES:
-        return target
-    number = int(target.removeprefix("sm_")) if target.removeprefix("sm_").isdigit() else 0
-    older = [n for n in DEVICES if n.startswith("sm_") and int(n[3:]) <= number]
-    return older[-1] if older else "sm_80"
-
-
-def device_class(target: str) -> DeviceClass:
-    """Return the numbers of a target's class."""
-    return DEVICES[class_name(target)]
-
-
 def bucket_of(tokens: int) -> int:
     """Return the bucket of a number of tokens; the last one holds all larger numbers."""
     return next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
@@ -141,7 +89,7 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
     are split until all processors have work. For many, tiles are as large as registers allow.
     """
     device, bucket = device_class(target), bucket_of(tokens)
-    size = template.item_nbytes
+    size = template.factor_nbytes
     if size == 4 and not template.tf32:
         return _on_ordinary_units(template, bucket, device)
     if FEW_TOKENS < bucket <= device.few_tokens:
@@ -165,8 +113,9 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
     # Row statistics of 128 x 32 x 64 spilled 12 words there, at 72 registers, and a gate 6; 8 warps
     # take 56.
     few = (template.stats or template.gated) and (m_tile, n_tile, k_tile) == (128, 32, 64)
+    held = template.widened or template.gated
     if template.quantizes and m_tile == 128:  # x is in registers: 4 to 31 words spilled beyond
-        few, k_tile = True, min(k_tile, 64 if n_tile == 32 else 128)
+        few, k_tile = True, min(k_tile, 64 if n_tile == 32 or held else 128)
     warps = 8 if m_tile * n_tile * (1 + template.gated) >= most or few else 4
     splits = _splits(template, bucket, m_tile, n_tile, k_tile, device)
     schedule = GemmSchedule(m_tile, n_tile, k_tile, warps, stages, splits)
@@ -187,7 +136,7 @@ def _keep_busy(
         held = min(blocks, together) * steps * s.n_tile * s.k_tile * row_nbytes
         if held >= wanted:
             return s
-        if s.k_tile * t.item_nbytes < 256:
+        if s.k_tile * t.factor_nbytes < 256:
             splits = _splits(t, bucket, s.m_tile, s.n_tile, 2 * s.k_tile, device)
             more = replace(s, k_tile=2 * s.k_tile, splits=splits)
         else:
@@ -207,6 +156,9 @@ def _widest_that_fills(
     fits = template.activation == "none" or template.light_gelu
     if m_tile <= 32 or not fits or template.folds or template.quantizes:
         widest = min(widest, 128)
+    held = template.widened or (template.gated and template.x_nbytes == 4)
+    if template.quantizes and held:  # x in registers: 128 x 128 spilled 14 to 1107 words
+        widest = min(widest, 128 // (1 + template.gated))
     for n_tile in (256, 128, 64):
         tiles = -(-bucket // m_tile) * -(-template.n // n_tile)
         if n_tile <= widest and tiles >= device.processors:
@@ -216,7 +168,7 @@ def _widest_that_fills(
 
 def _in_two_tiles(template: GemmTemplate, bucket: int, device: DeviceClass) -> GemmSchedule:
     """Two or four tiles of 64 tokens, which read the weight from L2 in turn: see `gemm_tiles`."""
-    t, k_tile = template, 64 * 2 // template.item_nbytes
+    t, k_tile = template, 64 * 2 // template.factor_nbytes
     tiles = -(-bucket // 64) * -(-t.n // 64)
     n_tile = 64 if 2 * tiles >= device.processors or t.k >= 2048 else 32
     splits = _splits(t, bucket, 64, n_tile, k_tile, device)
@@ -233,8 +185,10 @@ def _on_ordinary_units(template: GemmTemplate, bucket: int, device: DeviceClass)
 
 
 def _held_nbytes(template: GemmTemplate, m: int, n: int, k: int, stages: int) -> int:
-    x, w = m * template.x_nbytes, n * (1 + template.gated) * template.item_nbytes
-    return (x + w) * k * stages
+    t, wide = template, n * (1 + template.gated)
+    unpacked = wide * t.factor_nbytes * k if t.float_rows else 0
+    packed = wide * t.item_nbytes * k // (2 if t.group else 1)
+    return (m * t.x_nbytes * k + packed) * stages + unpacked
 
 
 def shared_nbytes(template: GemmTemplate, schedule: GemmSchedule) -> int:
@@ -302,7 +256,7 @@ def prefers_template(template: GemmTemplate, tokens: int, target: str) -> bool:
     library's higher rate against the bytes that the separate epilogue moves.
     """
     bucket = bucket_of(tokens)  # one answer for all that belong to it
-    if template.int8:
+    if template.narrow is not None:
         return True  # no library scales sums by row and column and goes on with them
     if bucket <= device_class(target).few_tokens and not _is_exact(template):
         return True
@@ -343,7 +297,7 @@ def prefers_quantizing(folded: Iterable[GemmTemplate], tokens: int, target: str)
 
 
 def _is_exact(template: GemmTemplate) -> bool:
-    return template.item_nbytes == 4 and not template.tf32
+    return template.factor_nbytes == 4 and not template.tf32
 
 
 def expected_us(template: GemmTemplate, tokens: int, target: str) -> tuple[float, float]:
@@ -378,7 +332,8 @@ def gemm_job(
     bytes.
     """
     storage = f"*{POINTEES[template.dtype]}"
-    kinds = {"storage": storage, "fp32": "*fp32", "i32": "*i32", "i8": "*i8"}
+    kinds = {"storage": storage, "fp32": "*fp32", "i32": "*i32"}
+    kinds["narrow"] = f"*{POINTEES[template.narrow or template.dtype]}"
     given = gemm_arguments(template, schedule)
     tiles = (("M_TILE", schedule.m_tile), ("N_TILE", schedule.n_tile), ("K_TILE", schedule.k_tile))
     apart = {"status_ptr", *unaligned}  # the first: one of many words

@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
+from turbotx.ir.quantized_ops import KIND_NAMES
+from turbotx.kernels.device_classes import device_class
 from turbotx.kernels.gemm_heuristics import (
     BUCKETS,
     bucket_of,
     choose_tiles,
-    device_class,
     fits_scratch,
     prefers_folding,
     prefers_quantizing,
@@ -42,8 +43,13 @@ from turbotx.kernels.tuned import Tuned
 FOLDED, STORED = "folded", "stored"
 # Float32 sums of a tile that a thread may hold.
 MOST_SUMS = 128
-# How many columns of k a product of int8 tiles takes at least.
-FEWEST_INT8 = 32
+# How many columns of k a product of int8 or fp8 tiles takes at least.
+FEWEST_NARROW = 32
+
+
+def fewest_inputs(template: GemmTemplate) -> int:
+    """Return how many columns of k a template takes at a time at least."""
+    return max(FEWEST_NARROW * (template.narrow is not None), template.group)
 
 
 def structure_of(
@@ -52,9 +58,17 @@ def structure_of(
     """Return a digest under which tuning keeps what it finds."""
     if isinstance(made, GemmTemplate) and made.experts:
         return f"{structure_of(replace(made, experts=0))}x{made.experts}"
-    if isinstance(made, GemmTemplate) and made.int8:
-        plain = replace(made, int8=False, quantizes=False, peaks=False)
-        return f"{structure_of(plain)}int8{'q' * made.quantizes}{'p' * made.peaks}"
+    if isinstance(made, GemmTemplate) and made.narrow is not None:
+        own: dict[str, Any] = {
+            "narrow": None,
+            "float_rows": False,
+            "group": 0,
+            "quantizes": False,
+            "peaks": False,
+        }
+        how = f"{KIND_NAMES[made.narrow]}{'w' * made.float_rows}{made.group or ''}"
+        plain = structure_of(replace(made, **own))
+        return f"{plain}{how}{'q' * made.quantizes}{'p' * made.peaks}"
     return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
 
 
@@ -72,7 +86,8 @@ class Tiles:
         """Return the tiles for the bucket of `tokens`, or None: the library runs it.
 
         Sums are split no further than a program's scratch has room for at the bucket. What has a
-        part in a folded norm has no alternative: `folds` has answered for all of it. Nor has int8.
+        part in a folded norm has no alternative: `folds` has answered for all of it. Nor has int8
+        or fp8.
         """
         bucket = bucket_of(tokens)
         tags = self._tags(template.name, template, bucket)
@@ -87,8 +102,8 @@ class Tiles:
         schedule = choose_tiles(template, bucket, self.target)
         for tag in asked:
             schedule = with_tag(schedule, tag)
-        if template.int8:
-            schedule = replace(schedule, k_tile=max(schedule.k_tile, FEWEST_INT8))
+        if template.narrow is not None:
+            schedule = replace(schedule, k_tile=max(schedule.k_tile, fewest_inputs(template)))
         while not fits_scratch(template, schedule, bucket):
             schedule = replace(schedule, splits=schedule.splits // 2)
         return schedule
@@ -159,7 +174,7 @@ def gemm_neighbours(
         if (
             sums <= MOST_SUMS * 32 * other.num_warps
             and other.m_tile <= max(16, BUCKETS[-1] if bucket == BUCKETS[-1] else bucket)
-            and other.k_tile >= FEWEST_INT8 * template.int8
+            and other.k_tile >= fewest_inputs(template)
             and other.splits * other.k_tile <= max(template.k, other.k_tile)
             and shared_nbytes(template, other) <= device.shared_nbytes
             and fits_scratch(template, other, bucket)

@@ -1,4 +1,4 @@
-"""Rows of the op table that quantise: a row's scale, and its elements as int8.
+"""Rows of the op table that quantise: a row's scale, and its elements as int8 or fp8.
 
 In: a node and an index into its result. Out: the element there, with the arithmetic of
 `ir.quantized_ops`. After a norm both are fused into its kernel, and the row is read once::
@@ -23,12 +23,18 @@ from turbotx.ir.quantized_ops import LEVELS
 from turbotx.ops.table import indexed
 
 
+def _kind(node: Any) -> torch.dtype:
+    """Return what kind of numbers `row_scale` or `quantize_rows` is for."""
+    made = {a for a in node.args if isinstance(a, torch.dtype)}
+    return made.pop() if made else torch.int8
+
+
 def _row_scale(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     x, last = node.args[0], len(index) - 1
     (peak,), _ = m.reduce_dims(
         "max", x, (last,), index, torch.float32, before=lambda v: m.call("abs", v)
     )
-    scale = m.call("div_rn", m.call("maximum", peak, SMALLEST), float(LEVELS))
+    scale = m.call("div_rn", m.call("maximum", peak, SMALLEST), LEVELS[_kind(node)])
     return m.where(peak < math.inf, scale, math.nan)
 
 
@@ -36,8 +42,10 @@ def _quantize_rows(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     x, scale = (g.operand(node, k) for k in range(2))
     value = m.cast(m.element(x, index), torch.float32)
     value = value * m.call("div_rn", 1.0, m.element(scale, (*index[:-1], ZERO)))
-    inside = m.call("abs", value) <= LEVELS + 0.5  # 0 in rows whose scale is NaN
-    return m.call("round", m.where(inside, value, 0.0))
+    kind = _kind(node)
+    inside = m.call("abs", value) <= LEVELS[kind] + 0.5  # 0 in rows whose scale is NaN
+    value = m.where(inside, value, 0.0)
+    return value if kind.is_floating_point else m.call("round", value)  # stored, a float is rounded
 
 
 def _quantize_affine(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:

@@ -84,11 +84,23 @@ class Quantization:
 def check_target(quantize: str, given: Mapping[str, Scheme], target: str) -> None:
     """Raise OptionsError for an option, or weights that are quantised already, that a target's
     kernels do not multiply by."""
-    if (quantize.endswith("-weights") or given) and target != "cpu":
-        what = "a model of quantised weights" if given else f"quantize={quantize!r}"
+    if quantize == "fp8" and not has_fp8(target):
         raise OptionsError(
-            f"{what} runs on CPUs so far, not on {target}: leave it out (docs/quantization.md)"
+            f"quantize='fp8' multiplies e4m3 numbers, which NVIDIA GPUs from sm_89 on do, and "
+            f"{target} does not: take quantize='int8' (docs/quantization.md)"
         )
+    if given and target != "cpu":
+        raise OptionsError(
+            f"a model of weights that are quantised already runs on CPUs so far, not on {target} "
+            "(docs/quantization.md)"
+        )
+
+
+def has_fp8(target: str) -> bool:
+    """Tell whether a target multiplies e4m3 as `torch.float8_e4m3fn` has it; an AMD gfx942's has
+    another bias."""
+    number = target.removeprefix("sm_").rstrip("af")
+    return target.startswith("sm_") and number.isdigit() and int(number) >= 89
 
 
 def quantize_linears(graph: fx.Graph, asked: Quantization) -> dict[str, str]:
@@ -144,14 +156,15 @@ def _why_float(node: fx.Node, names: Sequence[str], asked: Quantization) -> str:
         return f"keep_float={found!r} was asked for"
     if given is not None and not _is_plain(weight):
         return "its weight is quantised already, and not multiplied by as it is"
-    float_rows = (given or asked.scheme).float_rows
+    scheme = given or asked.scheme
+    exact = scheme.kind is torch.int8 and not scheme.float_rows
     most = MAX_DEPTH if given is None else MOST_GIVEN
     shape = g.shape(weight)
     if g.dtype(x) not in FLOATS or g.dtype(weight) != g.dtype(x):
         return f"it is of {g.dtype(x)}"
     if len(shape) != 2 or not all(e.is_Integer for e in shape) or 0 in shape:
         return f"its weight is of {shape}"
-    if int(shape[1]) > most and not float_rows:
+    if int(shape[1]) > most and exact:
         return f"sums of {shape[1]} products overflow int32"
     if given is None and HEAD in asked.keep_float and _is_returned(node):
         return "the call returns its result (keep_float=('@head',))"
@@ -174,8 +187,9 @@ def _quantize(node: fx.Node, scheme: Scheme, made: dict[fx.Node, tuple[fx.Node, 
             scale = g.emit(node, group_scale, weight, scheme.group, scheme.shifted)
             made[weight] = g.emit(node, quantize_groups, weight, scale, scheme.group), scale
         elif weight not in made:
-            scale = g.emit(node, row_scale, weight)
-            narrow = g.emit(node, quantize_rows, weight, scale)
+            kind = () if scheme.kind is torch.int8 else (scheme.kind,)
+            scale = g.emit(node, row_scale, weight, *kind)
+            narrow = g.emit(node, quantize_rows, weight, scale, *kind)
             made[weight] = narrow, g.emit(node, aten.squeeze.dim, scale, -1)
         narrow, flat = made[weight]
         bias = g.optional(node, 2)

@@ -1,8 +1,8 @@
 """Quantize check: checks that the operands of every quantised product are consistent.
 
-In: a rewritten graph. Out: nothing, or a VerifyError that names the node. Weights must be int8 with
-the scales of their own rows, and depend on parameters alone; int8 rows come with the scales that
-quantised them, and no other op reads int8::
+In: a rewritten graph. Out: nothing, or a VerifyError that names the node. Weights must be quantised
+with the scales of their own rows, and depend on parameters alone; quantised rows are of the same
+kind and come with their own scales, and no other op reads them::
 
     quantized_linear(quantize_rows(x, s), ..., t, float32)  ->  VerifyError: scaled by t, not by s
 """
@@ -17,6 +17,7 @@ from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import ONE
 from turbotx.ir.int4_ops import group_scale, quantize_groups
 from turbotx.ir.quantized_ops import (
+    LEVELS,
     MAX_DEPTH,
     QUANTIZED_LINEARS,
     QUANTIZES,
@@ -49,7 +50,7 @@ def check_quantized(graph: fx.Graph) -> None:
 def _check_product(node: fx.Node) -> None:
     x, weight, scale = (g.operand(node, k) for k in (0, 1, 3))
     width, depth = g.shape(weight)
-    given = weight.op == "get_attr" and g.dtype(weight) is torch.int8
+    given = weight.op == "get_attr" and g.dtype(weight) in LEVELS
     if not (given or g.is_call(weight, *QUANTIZES)) or not _is_constant(weight):
         raise VerifyError(f"the weight of {node.name}, {weight.name}, is no quantised parameter")
     shown = scale
@@ -65,7 +66,8 @@ def _check_product(node: fx.Node) -> None:
     exact = g.is_call(node, quantized_linear)
     if exact and grouped:
         raise VerifyError(f"{node.name} multiplies int8 rows by int4, which no product does")
-    if g.shape(x)[-1] != depth or (exact and int(depth) > MAX_DEPTH):
+    overflows = exact and g.dtype(weight) is torch.int8 and int(depth) > MAX_DEPTH
+    if g.shape(x)[-1] != depth or overflows:
         raise VerifyError(f"{node.name} sums {g.shape(x)[-1]} products over weights of {depth}")
     own = g.optional(node, 4)
     if own is None and g.is_call(x, quantize_affine, quantize_affine_by):
@@ -74,7 +76,7 @@ def _check_product(node: fx.Node) -> None:
         if not g.dtype(x).is_floating_point:
             raise VerifyError(f"{node.name} takes {x.name} for floats, of {g.dtype(x)}")
         return
-    if g.dtype(x) is not torch.int8 or not g.is_call(x, quantize_rows) or x.args[1] is not own:
+    if g.dtype(x) is not g.dtype(weight) or not g.is_call(x, quantize_rows) or x.args[1] is not own:
         raise VerifyError(f"{node.name} scales its rows by {own.name}, not by {x.name}'s scale")
     if g.shape(own)[-1] != ONE:
         raise VerifyError(f"{own.name} holds {g.shape(own)}, not a number a row")

@@ -27,13 +27,13 @@ def scale(p: Packer, node: fx.Node) -> ByToken:
     """Find each token's scale. Raises Refused where the row is one of tokens."""
     x = p.operand(node)
     p.apart(node, x, -1)
-    return p.token(p.emit(node, row_scale, x.node), (*x.dims[:-1], ()))
+    return p.token(p.emit(node, row_scale, x.node, *node.args[1:]), (*x.dims[:-1], ()))
 
 
 def narrow(p: Packer, node: fx.Node) -> ByToken:
     """Quantise each token's row by its own scale."""
     x, own = p.operand(node), p.operand(node, 1)
-    return p.token(p.emit(node, quantize_rows, x.node, own.node), x.dims)
+    return p.token(p.emit(node, quantize_rows, x.node, own.node, *node.args[2:]), x.dims)
 
 
 def multiply(p: Packer, node: fx.Node) -> ByToken:

@@ -28,6 +28,8 @@ from turbotx.engine.engine import Engine
 from turbotx.ir.expr import compile_evaluator
 from turbotx.ir.fx_nodes import draws
 from turbotx.ir.quantized_ops import (
+    KIND_NAMES,
+    LEVELS,
     quantize_affine,
     quantize_affine_by,
     quantize_rows,
@@ -147,7 +149,7 @@ def measure_outputs(
     found = enumerate(zip(ours, eager, exact, strict=False))
     pairs = [(f"output {k}", x) for k, x in found if isinstance(x[1], torch.Tensor)]
     # Of a saved program, launches alone tell.
-    kinds = ("linear_int8", "linear_int4")
+    kinds = tuple(f"linear_{name}" for name in KIND_NAMES.values())
     quantized = any(launch.name.startswith(kinds) for launch in program.executable.launches)
     if engine.options.quantize != "none" or quantized:
         floats = [(name, x) for name, x in pairs if _is_float(x[1])]
@@ -241,9 +243,9 @@ def _without_dtypes(target: Any) -> Callable[..., Any]:
 
 
 def _widen(value: Any) -> Any:
-    """Replace every floating-point dtype among arguments by float64."""
+    """Replace every floating-point dtype among arguments by float64, but for quantised ones."""
     return fx.node.map_aggregate(
-        value, lambda v: torch.float64 if isinstance(v, torch.dtype) and v.is_floating_point else v
+        value, lambda v: torch.float64 if isinstance(v, torch.dtype) and _is_wide(v) else v
     )
 
 
@@ -318,6 +320,11 @@ def compare(
     """
     rounds = exact.is_floating_point() and not ours.is_floating_point()
     exact = exact.double().reshape(ours.shape)
+    if ours.dtype in LEVELS and ours.is_floating_point():
+        own, mine = (_beyond_rounding(t, exact) for t in (eager, ours))
+        largest = exact.abs().max().item()
+        past = FACTOR * own + ULPS * torch.finfo(torch.float32).eps * largest
+        return Error(name, kernel, module, own, mine, largest, past)
     if ours.is_floating_point():
         # Where float32 itself overflows, or has other NaNs, eager is no reference.
         unlike = (eager.isfinite() != exact.isfinite()) | (eager.isnan() != exact.isnan())
@@ -347,7 +354,20 @@ def liken(name: str, ours: torch.Tensor, exact: torch.Tensor) -> Likeness:
 
 
 def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    return isinstance(value, torch.Tensor) and _is_wide(value.dtype)
+
+
+def _is_wide(dtype: torch.dtype) -> bool:
+    """Tell whether it is of floats that are no quantised ones."""
+    return dtype.is_floating_point and dtype not in LEVELS
+
+
+def _beyond_rounding(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return by how much numbers of fp8 are farther from float64 than half a step, at most."""
+    kind = torch.finfo(found.dtype)
+    octave = torch.frexp(exact.abs().clamp_min(kind.tiny)).exponent - 1
+    half = torch.ldexp(torch.full_like(exact, kind.eps / 2), octave)
+    return ((found.double() - exact).abs() - half).clamp_min(0.0).max().item()
 
 
 def pool(errors: Sequence[tuple[Hashable, Error]]) -> list[Error]:

@@ -18,15 +18,14 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.kernels.triton.triton_runner import interpreting, load_function
+from turbotx.kernels.device_classes import DEVICES, device_class
 from turbotx.kernels.gemm_heuristics import (
     BUCKETS,
-    DEVICES,
     MOST_TURNS,
     SPLIT_SUMS_NBYTES,
     bucket_of,
     choose_gemm,
     choose_tiles,
-    device_class,
     gemm_job,
     prefers_template,
 )
@@ -70,7 +69,7 @@ def run(template: GemmTemplate, schedule: GemmSchedule, **given: torch.Tensor) -
         if template.peaks
         else torch.full((2, tokens, tiles), float("nan")),
         "partial": torch.full(
-            (partial,), -1, dtype=torch.int32 if template.int8 else torch.float32
+            (partial,), -1, dtype=torch.int32 if template.kind == "int8" else torch.float32
         ),
         "turns": torch.zeros(turns, dtype=torch.int32),
     }

@@ -10,11 +10,11 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from benchmarks.gpu_tiles import PRODUCTS, SWEPT, candidates, template_of
+from turbotx.kernels.device_classes import device_class
 from turbotx.kernels.gemm_heuristics import (
     choose_by_rule,
     choose_gemm,
     choose_tiles,
-    device_class,
     fits_scratch,
     shared_nbytes,
 )

@@ -16,13 +16,13 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.kernels.triton import attention_runner
 from tests.kernels.triton.test_gemm import check_built, run
-from tests.kernels.triton.test_quantized_gemm import SHAPES, operands
+from tests.kernels.triton.test_quantized_gemm import SHAPES, TARGETS, operands
 from turbotx.ir.matmul_kernels import AttentionKernel
-from turbotx.ir.quantized_ops import quantize_rows, row_scale
+from turbotx.ir.quantized_ops import LEVELS, quantize_rows, row_scale
 from turbotx.kernels.attention_jobs import attention_job
+from turbotx.kernels.device_classes import DEVICES
 from turbotx.kernels.gemm_heuristics import (
     BUCKETS,
-    DEVICES,
     choose_gemm,
     choose_tiles,
     prefers_quantizing,
@@ -44,7 +44,7 @@ def peaks_of(rows: torch.Tensor, part: int) -> torch.Tensor:
 def test_a_product_leaves_the_largest_magnitudes_of_what_it_stores(
     dtype: torch.dtype, n: int, gated: bool
 ) -> None:
-    template = GemmTemplate(dtype, n, 33, True, "gelu", gated, int8=True, peaks=True)
+    template = GemmTemplate(dtype, n, 33, True, "gelu", gated, narrow=torch.int8, peaks=True)
     for splits in (1, 2):
         given = operands(template, 19)
         given["x_scale"][4] = torch.nan  # a row that held an infinity
@@ -61,15 +61,17 @@ def rows_of(dtype: torch.dtype, k: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("narrow", LEVELS, ids=str)
 @pytest.mark.parametrize(("splits", "late", "gated"), [(1, 1, False), (1, 0, True), (3, 1, False)])
 def test_rows_quantised_as_they_are_read_give_the_same_bits(
-    dtype: torch.dtype, splits: int, late: int, gated: bool
+    dtype: torch.dtype, narrow: torch.dtype, splits: int, late: int, gated: bool
 ) -> None:
-    template = GemmTemplate(dtype, 24, 100, True, gated=gated, residual=True, int8=True)
+    template = GemmTemplate(dtype, 24, 100, True, gated=gated, residual=True, narrow=narrow)
     schedule, x = replace(SMALL, splits=splits, late=late), rows_of(dtype, 100)
     given = operands(template, 21)
-    scale = row_scale(x)
-    before = run(template, schedule, **given | {"x": quantize_rows(x, scale), "x_scale": scale})
+    scale = row_scale(x, narrow)
+    rows = quantize_rows(x, scale, narrow)
+    before = run(template, schedule, **given | {"x": rows, "x_scale": scale})
     for part in (16, 100):
         reading = replace(template, quantizes=True)
         own = {"x": x, "x_scale": peaks_of(x, part)}
@@ -100,7 +102,7 @@ def test_attention_leaves_them_by_head(
 def test_bytes_decide() -> None:
     """Few tokens wait for launches, many for bytes, of wide rows above all."""
     narrow, wide = (
-        [GemmTemplate(torch.float16, n, k, int8=True, quantizes=True) for n, k in shapes]
+        [GemmTemplate(torch.float16, n, k, narrow=torch.int8, quantizes=True) for n, k in shapes]
         for shapes in ([(768, 768), (768, 3072)], [(4096, 4096), (4096, 11008)])
     )
     for templates, most in ((narrow, 256), (wide, 16)):
@@ -110,7 +112,7 @@ def test_bytes_decide() -> None:
 
 def test_tiles_fit_the_device() -> None:
     for target, (n, k), gated in itertools.product(DEVICES, SHAPES, (False, True)):
-        template = GemmTemplate(torch.float32, n, k, gated=gated, int8=True, quantizes=True)
+        template = GemmTemplate(torch.float32, n, k, gated=gated, narrow=torch.int8, quantizes=True)
         for tokens in (1, 40, 500, 100000):
             s = choose_tiles(template, tokens, target)
             held = 4 * s.m_tile * s.k_tile + s.n_tile * (1 + gated) * s.k_tile
@@ -118,14 +120,14 @@ def test_tiles_fit_the_device() -> None:
 
 
 TEMPLATES = [
-    GemmTemplate(torch.float16, 768, 3072, True, residual=True, int8=True, quantizes=True),
-    GemmTemplate(torch.bfloat16, 768, 768, True, residual=True, int8=True, quantizes=True),
-    GemmTemplate(torch.float32, 768, 768, True, residual=True, int8=True, quantizes=True),
-    GemmTemplate(torch.float16, 3072, 768, True, "gelu", int8=True, peaks=True),
-    GemmTemplate(torch.float32, 1536, 384, True, "gelu", int8=True, peaks=True),
-    GemmTemplate(torch.float16, 11008, 4096, False, "silu", True, int8=True, peaks=True),
-    GemmTemplate(torch.float16, 384, 1536, True, residual=True, int8=True, quantizes=True),
-    GemmTemplate(torch.float16, 4096, 11008, residual=True, int8=True, quantizes=True),
+    GemmTemplate(torch.float16, 768, 3072, True, residual=True, narrow=torch.int8, quantizes=True),
+    GemmTemplate(torch.bfloat16, 768, 768, True, residual=True, narrow=torch.int8, quantizes=True),
+    GemmTemplate(torch.float32, 768, 768, True, residual=True, narrow=torch.int8, quantizes=True),
+    GemmTemplate(torch.float16, 3072, 768, True, "gelu", narrow=torch.int8, peaks=True),
+    GemmTemplate(torch.float32, 1536, 384, True, "gelu", narrow=torch.int8, peaks=True),
+    GemmTemplate(torch.float16, 11008, 4096, False, "silu", True, narrow=torch.int8, peaks=True),
+    GemmTemplate(torch.float16, 384, 1536, True, residual=True, narrow=torch.int8, quantizes=True),
+    GemmTemplate(torch.float16, 4096, 11008, residual=True, narrow=torch.int8, quantizes=True),
 ]
 
 
@@ -136,14 +138,18 @@ def job_of(template: GemmTemplate, bucket: int, target: str):
 
 def test_builds_without_spills() -> None:
     """Each template once, over the buckets and the targets; the next test has all of them."""
-    built = zip(TEMPLATES, BUCKETS, itertools.cycle(DEVICES), strict=False)
-    check_built(job_of(*each) for each in built)
+    for narrow, targets in TARGETS.items():
+        built = zip(TEMPLATES, BUCKETS, itertools.cycle(targets), strict=False)
+        check_built(job_of(replace(t, narrow=narrow), *where) for t, *where in built)
     kernel = AttentionKernel(torch.float16, 64, 0.125, False, keys="mask", peaks=True)
     check_built(attention_job(kernel, target) for target in DEVICES)
 
 
 @pytest.mark.sweep
+@pytest.mark.parametrize("narrow", LEVELS, ids=str)
 @pytest.mark.parametrize("tokens", BUCKETS)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.name)
-def test_every_bucket_builds_for_every_target(template: GemmTemplate, tokens: int) -> None:
-    check_built(job_of(template, tokens, t) for t in DEVICES)
+def test_every_bucket_builds_for_every_target(
+    template: GemmTemplate, tokens: int, narrow: torch.dtype
+) -> None:
+    check_built(job_of(replace(template, narrow=narrow), tokens, t) for t in TARGETS[narrow])

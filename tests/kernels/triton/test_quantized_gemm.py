@@ -1,6 +1,6 @@
-"""Triton GEMMs of int8 in the interpreter, against the same integers in float64; compiled.
+"""Triton GEMMs of int8 and fp8 in the interpreter, against the same numbers in float64; compiled.
 
-In: small rows of int8 with their scales. Out: differences from the exact product of these integers,
+In: small quantised rows with their scales. Out: differences from the exact product of the numbers,
 bounded by what PyTorch's ops give; how sums in parts repeat; spills of what is compiled.
 """
 
@@ -15,12 +15,15 @@ import torch
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.kernels.triton.test_gemm import ACTIVATIONS, check_built, run
-from turbotx.ir.quantized_ops import quantize_rows, quantized_linear, row_scale
-from turbotx.kernels.gemm_heuristics import BUCKETS, DEVICES, choose_gemm, choose_tiles
+from turbotx.ir.quantized_ops import LEVELS, quantize_rows, quantized_linear, row_scale
+from turbotx.kernels.device_classes import DEVICES
+from turbotx.kernels.gemm_heuristics import BUCKETS, choose_gemm, choose_tiles
 from turbotx.kernels.schedule_selector import Tiles, structure_of
 from turbotx.kernels.triton.gemm_template import GemmSchedule, GemmTemplate
+from turbotx.passes.quantize import has_fp8
 
 SMALL = GemmSchedule(16, 16, 32)
+FP8 = torch.float8_e4m3fn
 
 
 def operands(template: GemmTemplate, tokens: int) -> dict[str, torch.Tensor]:
@@ -29,8 +32,8 @@ def operands(template: GemmTemplate, tokens: int) -> dict[str, torch.Tensor]:
     rows[1:2] *= 1e4  # a row of its own size
     given = {}
     for name, scale, x in (("x", "x_scale", rows), ("w", "scales", weight)):
-        given[scale] = row_scale(x)
-        given[name] = quantize_rows(x, given[scale])
+        given[scale] = row_scale(x, template.narrow)
+        given[name] = quantize_rows(x, given[scale], template.narrow)
     if template.bias:
         given["bias"] = torch.randn(width).to(template.dtype)
     if template.residual:
@@ -42,7 +45,10 @@ def meaning(
     template: GemmTemplate, given: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
     float64 = dtype is torch.float64
-    floats = {k: t.double() if float64 and t.is_floating_point() else t for k, t in given.items()}
+    floats = {
+        k: t.double() if float64 and t.is_floating_point() and t.dtype not in LEVELS else t
+        for k, t in given.items()
+    }
     sums = quantized_linear(
         given["x"], given["w"], floats.get("bias"), floats["scales"][:, 0], floats["x_scale"], dtype
     )
@@ -62,25 +68,35 @@ def check(template: GemmTemplate, tokens: int, schedule: GemmSchedule = SMALL) -
     return made
 
 
+@pytest.mark.parametrize("narrow", LEVELS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("tokens", "n", "k"), [(1, 16, 32), (5, 40, 33), (33, 16, 96)], ids=lambda v: str(v)
 )
-def test_sums_of_any_size(dtype: torch.dtype, tokens: int, n: int, k: int) -> None:
-    check(GemmTemplate(dtype, n, k, bias=True, int8=True), tokens)
+def test_sums_of_any_size(
+    narrow: torch.dtype, dtype: torch.dtype, tokens: int, n: int, k: int
+) -> None:
+    check(GemmTemplate(dtype, n, k, bias=True, narrow=narrow), tokens)
 
 
+@pytest.mark.parametrize("narrow", LEVELS, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("gated", "late"), [(False, 1), (True, 0)])
-def test_epilogue(activation: str, gated: bool, late: int) -> None:
+def test_epilogue(narrow: torch.dtype, activation: str, gated: bool, late: int) -> None:
     more = {"activation": activation, "gated": gated, "residual": True}
-    template = GemmTemplate(torch.float32, 24, 40, bias=True, int8=True, **more)
+    template = GemmTemplate(torch.float32, 24, 40, bias=True, narrow=narrow, **more)
     check(template, 3, replace(SMALL, late=late))
+
+
+def test_sums_of_fp8_in_parts() -> None:
+    template = GemmTemplate(torch.float16, 24, 300, gated=True, residual=True, narrow=FP8)
+    for splits, late in ((2, 1), (3, 0)):
+        check(template, 18, replace(SMALL, splits=splits, late=late))
 
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_sums_in_parts_are_the_same_integers(gated: bool) -> None:
-    template = GemmTemplate(torch.float16, 24, 300, gated=gated, residual=True, int8=True)
+    template = GemmTemplate(torch.float16, 24, 300, gated=gated, residual=True, narrow=torch.int8)
     made = []
     for splits, late in ((1, 1), (2, 1), (3, 0), (8, 1)):
         torch.manual_seed(3)
@@ -89,19 +105,20 @@ def test_sums_in_parts_are_the_same_integers(gated: bool) -> None:
 
 
 def test_the_largest_sums_are_exact() -> None:
-    template = GemmTemplate(torch.float32, 16, 2048, int8=True)
+    template = GemmTemplate(torch.float32, 16, 2048, narrow=torch.int8)
     full = {"x": torch.full((2, 2048), -127).to(torch.int8), "x_scale": torch.ones(2, 1)}
     w = {"w": torch.full((16, 2048), 127).to(torch.int8), "scales": torch.ones(16, 1)}
     assert (run(template, SMALL, **full, **w)["out"] == -(127**2) * 2048).all()
 
 
-def test_a_row_without_a_scale_is_nan_and_a_row_of_zeros_the_bias() -> None:
-    template = GemmTemplate(torch.float16, 16, 32, bias=True, int8=True)
+@pytest.mark.parametrize("narrow", LEVELS, ids=str)
+def test_a_row_without_a_scale_is_nan_and_a_row_of_zeros_the_bias(narrow: torch.dtype) -> None:
+    template = GemmTemplate(torch.float16, 16, 32, bias=True, narrow=narrow)
     x = torch.randn(4, 32)
     x[1, 3], x[2] = torch.inf, 0.0
     given = operands(template, 4)
-    given["x_scale"] = row_scale(x)
-    given["x"] = quantize_rows(x, given["x_scale"])
+    given["x_scale"] = row_scale(x, narrow)
+    given["x"] = quantize_rows(x, given["x_scale"], narrow)
     out = run(template, SMALL, **given)["out"]
     assert out[1].isnan().all()
     assert torch.equal(out[2], given["bias"])
@@ -118,7 +135,7 @@ def test_tiles_fit_the_device(target: str) -> None:
     for (n, k), gated, dtype in itertools.product(
         SHAPES, (False, True), (torch.float16, torch.float32)
     ):
-        template = GemmTemplate(dtype, n, k, gated=gated, int8=True)
+        template = GemmTemplate(dtype, n, k, gated=gated, narrow=torch.int8)
         for tokens in (1, 16, 40, 128, 500, 4096, 100000):
             s = choose_tiles(template, tokens, target)
             assert s.k_tile >= 32
@@ -127,10 +144,10 @@ def test_tiles_fit_the_device(target: str) -> None:
 
 
 def test_no_library_stands_for_it_and_it_is_tuned_apart() -> None:
-    template = GemmTemplate(torch.float16, 768, 768, int8=True)
+    template = GemmTemplate(torch.float16, 768, 768, narrow=torch.int8)
     for tokens in (16, 4096):
         assert Tiles((("gemm_*", "cublas"),), "sm_90", {}).gemm(template, tokens) is not None
-    assert structure_of(template) != structure_of(replace(template, int8=False))
+    assert structure_of(template) != structure_of(replace(template, narrow=None))
     narrow = Tiles((("gemm_*", "k16"),), "sm_90", {}).gemm(template, 16)
     assert narrow is not None and narrow.k_tile == 32, "a product of int8 takes 32 of k at a time"
 
@@ -138,25 +155,40 @@ def test_no_library_stands_for_it_and_it_is_tuned_apart() -> None:
 # --- compiled ---
 
 TEMPLATES = [
-    GemmTemplate(torch.float16, 768, 3072, bias=True, residual=True, int8=True),
-    GemmTemplate(torch.bfloat16, 3072, 768, bias=True, activation="gelu", int8=True),
-    GemmTemplate(torch.float16, 11008, 4096, activation="silu", gated=True, int8=True),
-    GemmTemplate(torch.float32, 768, 768, bias=True, residual=True, int8=True),
-    GemmTemplate(torch.float32, 1536, 384, bias=True, activation="gelu", int8=True),
-    GemmTemplate(torch.float16, 2304, 768, bias=True, int8=True),
-    GemmTemplate(torch.bfloat16, 2816, 1024, activation="gelu_tanh", gated=True, int8=True),
-    GemmTemplate(torch.float16, 1152, 384, bias=True, int8=True),
+    GemmTemplate(torch.float16, 768, 3072, bias=True, residual=True, narrow=torch.int8),
+    GemmTemplate(torch.bfloat16, 3072, 768, bias=True, activation="gelu", narrow=torch.int8),
+    GemmTemplate(torch.float16, 11008, 4096, activation="silu", gated=True, narrow=torch.int8),
+    GemmTemplate(torch.float32, 768, 768, bias=True, residual=True, narrow=torch.int8),
+    GemmTemplate(torch.float32, 1536, 384, bias=True, activation="gelu", narrow=torch.int8),
+    GemmTemplate(torch.float16, 2304, 768, bias=True, narrow=torch.int8),
+    GemmTemplate(torch.bfloat16, 2816, 1024, activation="gelu_tanh", gated=True, narrow=torch.int8),
+    GemmTemplate(torch.float16, 1152, 384, bias=True, narrow=torch.int8),
 ]
 
 
-def test_builds_without_spills() -> None:
+# sm_89 is of the class of sm_80, but multiplies fp8.
+TARGETS = {torch.int8: list(DEVICES), FP8: [t for t in ("sm_89", *DEVICES) if has_fp8(t)]}
+
+
+@pytest.mark.parametrize("narrow", LEVELS, ids=str)
+def test_builds_without_spills(narrow: torch.dtype) -> None:
     """Each template once, over the buckets and the targets; the next test has all of them."""
-    built = zip(TEMPLATES, BUCKETS, itertools.cycle(DEVICES), strict=False)
-    check_built(choose_gemm(template, bucket, target).job for template, bucket, target in built)
+    built = zip(TEMPLATES, BUCKETS, itertools.cycle(TARGETS[narrow]), strict=False)
+    check_built(choose_gemm(replace(t, narrow=narrow), bucket, target).job
+                for t, bucket, target in built)  # fmt: skip
 
 
 @pytest.mark.sweep
+@pytest.mark.parametrize("narrow", LEVELS, ids=str)
 @pytest.mark.parametrize("tokens", BUCKETS)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.name)
-def test_every_bucket_builds_for_every_target(template: GemmTemplate, tokens: int) -> None:
-    check_built(choose_gemm(template, tokens, t).job for t in DEVICES)
+def test_every_bucket_builds_for_every_target(
+    template: GemmTemplate, tokens: int, narrow: torch.dtype
+) -> None:
+    template = replace(template, narrow=narrow)
+    check_built(choose_gemm(template, tokens, t).job for t in TARGETS[narrow])
+
+
+def test_which_targets_have_fp8() -> None:
+    assert TARGETS[FP8] == ["sm_89", "sm_90", "sm_100"]
+    assert not has_fp8("cpu") and has_fp8("sm_120") and has_fp8("sm_90a")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
@@ -27,6 +28,8 @@ from turbotx import ir
 from turbotx.ir.expr import evaluate
 from turbotx.kernels.schedule import Schedule, choose_schedule, grid
 from turbotx.kernels.triton.compiler import kernel_job
+
+FP8 = torch.float8_e4m3fn
 
 
 @contextmanager
@@ -45,9 +48,38 @@ def interpreting() -> Iterator[None]:
 
         patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", _multiply)
+        patch.setattr(interpreter, "_convert_float", _convert_float)
+        patch.setattr(interpreter.InterpreterBuilder, "create_si_to_fp", _from_integers)
         patch.setattr(interpreter.ReduceOps, "generic_reduce", _reduce_in_halves)
         with np.errstate(all="ignore"):  # infinities and NaN are as ordinary as on a GPU
             yield
+
+
+_own_conversion: Any = interpreter._convert_float  # private API
+
+
+def _convert_float(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+    """A conversion of floats, to and from fp8 as GPUs do it.
+
+    The interpreter's own rounds halves away from zero and not to even, loses the carry where a
+    rounded mantissa overflows, cuts subnormals off, and takes NaN for a number.
+    """
+    if target.name == "fp8e4nv" and source.name == "fp32":
+        return torch.from_numpy(np.ascontiguousarray(values)).to(FP8).view(torch.uint8).numpy()
+    if source.name == "fp8e4nv":
+        floats = torch.from_numpy(np.ascontiguousarray(values)).view(FP8).float().numpy()
+        if target.name == "fp32":
+            return floats.view(np.uint32)
+        values, source = floats, tl.float32
+    return _own_conversion(values, source, target, rounding)
+
+
+def _from_integers(self: Any, values: Any, target: Any) -> Any:
+    """Integers as floats; the interpreter's own makes bfloat16's bits of the number itself."""
+    if target.scalar.name != "bf16":
+        return self.cast_impl(values, target)
+    floats = interpreter.TensorHandle(values.data.astype(np.float32), tl.float32)
+    return self.cast_impl(floats, target)
 
 
 def _multiply(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
@@ -57,6 +89,8 @@ def _multiply(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
         bits = handle.data
         if handle.dtype.scalar.name == "bf16":
             bits = (bits.astype(np.uint32) << 16).view(np.float32)
+        if handle.dtype.scalar.name == "fp8e4nv":
+            bits = torch.from_numpy(np.ascontiguousarray(bits)).view(FP8).float().numpy()
         parts.append(bits.astype(d.data.dtype))
     return interpreter.TensorHandle(np.matmul(*parts) + d.data, d.dtype.scalar)
 

@@ -7,6 +7,7 @@ quantises which rows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tests.runtime.cuda.test_triton_programs import tiny
 from tests.saved.stand_in_cubins import Cubins
 from turbotx.engine.optimize import engine_of
 from turbotx.errors import OptionsError, SaveError
-from turbotx.ir.quantized_ops import quantize_rows, row_scale
+from turbotx.ir.quantized_ops import LEVELS, quantize_rows, row_scale
 from turbotx.report.report import explain_call
 
 INT8 = {"quantize": "int8"}
@@ -44,18 +45,20 @@ def kernels(device: InterpretedDevice, run: Callable[[], Any]) -> list[str]:
     return device.names("launch")
 
 
+@pytest.mark.parametrize("how", ["int8", "fp8", "int8-weights", "int4-weights"])
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [(torch.float32, {}), (torch.float16, {"schedules": SPLIT}), (torch.bfloat16, {})],
 )
 def test_every_launch_keeps_the_rule(
-    dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, how: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = made(dtype), torch.randn(2, 5, 24).to(dtype)
-    fast = bind_to(InterpretedDevice(), model, monkeypatch, **INT8, keep_float=(), **options)
+    given = {"quantize": how, "keep_float": (), **options}
+    fast = bind_to(InterpretedDevice(), model, monkeypatch, **given)
     numerics = turbotx.explain(fast, x).numerics(fast, x)
     assert all(e.holds for e in numerics.launches), [e for e in numerics.launches if not e.holds]
-    assert any("int8" in e.name for e in numerics.launches) and not numerics.outputs
+    assert any(how.replace("-", "_") in e.name for e in numerics.launches) and not numerics.outputs
     assert numerics.likenesses[0].worst > 0.999
 
 
@@ -91,13 +94,14 @@ def many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def short(names: list[str]) -> list[str]:
-    assert "int8" not in names[-1], "the head stays float"
-    return [n.replace("gemm_int8_float16_", "") for n in names[:-1]]
+    assert "int8" not in names[-1] and "fp8" not in names[-1], "the head stays float"
+    return [re.sub("gemm_(int8|fp8)_float16_", "", n) for n in names[:-1]]
 
 
-def test_who_quantises_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["int8", "fp8"])
+def test_who_quantises_few_tokens(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, device = made(torch.float16), InterpretedDevice()
-    fast, x = bind_to(device, model, monkeypatch, **INT8), torch.randn(2, 5, 24).half()
+    fast, x = bind_to(device, model, monkeypatch, quantize=how), torch.randn(2, 5, 24).half()
     assert short(kernels(device, lambda: fast(x))) == [
         "fused_layer_norm_row_scale_quantize_rows", "40x24_bias_gelu_peaks", "24x40_quantizes",
         "fused_add_layer_norm_row_scale_quantize_rows", "40x24_silu_gated_peaks",
@@ -146,7 +150,7 @@ def test_a_layer_has_as_many_launches_as_without(
 ) -> None:
     given = token_inputs(2, 7)
     counts = []
-    for options in (INT8, {"norms": "store"}):
+    for options in (INT8, {"quantize": "fp8"}, {"norms": "store"}):
         found = []
         for layers in (1, 2):
             model = tiny("bert", torch.float16)
@@ -157,22 +161,31 @@ def test_a_layer_has_as_many_launches_as_without(
             fast(**given)
             found.append(len(device.names("launch")))
         counts.append(found[1] - found[0])
-    assert counts == [7, 7]
+    assert counts == [7, 7, 7]
 
 
-def test_kernels_find_the_integers_of_the_reference() -> None:
+@pytest.mark.parametrize("kind", LEVELS, ids=str)
+def test_kernels_find_the_numbers_of_the_reference(kind: torch.dtype) -> None:
     x = torch.randn(9, 50) * torch.logspace(-40, 30, 9)[:, None]
     x[3, 7], x[5, 2], x[6] = torch.nan, torch.inf, 0.0
     x[0] = torch.linspace(-127, 127, 50)  # halves among them
     for given in (x, x.half(), x.bfloat16()):
 
         def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            scale = row_scale(x)
-            return scale, quantize_rows(x, scale)
+            scale = row_scale(x, kind)
+            return scale, quantize_rows(x, scale, kind)
 
         ours = compile_function(both, given).run((given,), TritonRunner())
         for mine, wanted in zip(ours, both(given), strict=True):
+            mine, wanted = mine.float(), wanted.float()
             torch.testing.assert_close(mine, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("target", ["cpu", "sm_80", "gfx942"])
+def test_fp8_is_refused_where_nothing_multiplies_it(target: str) -> None:
+    fast = turbotx.optimize(made(), quantize="fp8")
+    with pytest.raises(OptionsError, match=f"{target} does not: take quantize='int8'"):
+        explain_call(engine_of(fast), (torch.randn(2, 5, 24),), {}, target)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +202,21 @@ def test_what_does_not_go_together_is_refused(
     fast = bind_to(InterpretedDevice(), made(), monkeypatch, **INT8, **options)
     with pytest.raises(OptionsError, match=why):
         fast(torch.randn(2, 5, 24))
+
+
+def test_weights_alone_take_the_launches_of_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel quantises, and each product is one launch."""
+    found = []
+    for options in ({"norms": "store"}, {"quantize": "int8-weights"}, {"quantize": "int4-weights"}):
+        model, device = made(torch.float16), RecordingDevice()
+        fast: Any = bind_to(device, model, monkeypatch, **options)
+        device.log.clear()
+        fast(torch.randn(2, 5, 24).half())
+        found.append(device.names("launch"))
+    floats, *quantised = found
+    for names in quantised:
+        assert [re.sub("_int[48]_weights", "", n) for n in names] == floats
+        assert sum("weights" in n for n in names) == 4, "the head stays float"
 
 
 def test_one_capture_serves_cpus_and_gpus() -> None:
@@ -218,9 +246,10 @@ def test_a_file_for_cpus_and_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert loaded.stats()["kernel_builds"] == 0
 
 
-def test_a_decoder_with_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["int8", "int8-weights", "int4-weights"])
+def test_a_decoder_with_a_cache(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_small("gpt2")
-    fast = bind_to(InterpretedDevice(), model, monkeypatch, **INT8, keep_float=())
+    fast = bind_to(InterpretedDevice(), model, monkeypatch, quantize=how, keep_float=())
     cache, rows = new_cache(model), []
     for k in range(4):
         rows.append(step(fast, cache, *((3, 9, 4) if k == 0 else (5 + k,)))[:, -1])

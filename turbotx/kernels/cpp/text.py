@@ -23,6 +23,7 @@ STORAGE = {
     torch.float32: "float", torch.float64: "double", torch.bfloat16: "ttx::bf16",
     torch.float16: "ttx::f16", torch.int64: "int64_t", torch.int32: "int32_t",
     torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "uint8_t", torch.bool: "bool",
+    torch.float8_e4m3fn: "ttx::f8",  # in what reports print: `passes.quantize` refuses it on CPUs
 }  # fmt: skip
 _NAMED = """
     alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t

@@ -19,7 +19,12 @@ from torch import fx
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expert_ops import grouped_linear
 from turbotx.ir.expr import ONE, product
-from turbotx.ir.quantized_ops import QUANTIZED_LINEARS, quantized_linear, weight_only_linear
+from turbotx.ir.quantized_ops import (
+    KIND_NAMES,
+    QUANTIZED_LINEARS,
+    quantized_linear,
+    weight_only_linear,
+)
 from turbotx.ir.strides import (
     Layout,
     has_plain_rows,
@@ -76,8 +81,11 @@ class Epilogue:
     @property
     def name(self) -> str:
         """The launch's name: linear_gelu, linear_silu_mul, linear_add, ..."""
-        narrow = "int4" if g.dtype(g.operand(self.linear, 1)) is torch.uint8 else "int8"
-        names = {quantized_linear: "linear_int8", weight_only_linear: f"linear_{narrow}_weights"}
+        narrow = KIND_NAMES.get(g.dtype(g.operand(self.linear, 1)), "")
+        names = {
+            quantized_linear: f"linear_{narrow}",
+            weight_only_linear: f"linear_{narrow}_weights",
+        }
         parts = [names.get(self.linear.target) or op_name(self.linear)]
         parts.append(self.activation if self.activation != "none" else "")
         parts += ["mul" if self.gated else "", "add" if self.residual is not None else ""]

@@ -21,7 +21,7 @@ from torch import fx
 
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import product
-from turbotx.ir.quantized_ops import quantize_rows, quantized_linear, row_scale
+from turbotx.ir.quantized_ops import LEVELS, quantize_rows, quantized_linear, row_scale
 from turbotx.ir.strides import has_plain_rows, layout_with_copies
 from turbotx.kernels.fusion.epilogue import Epilogue, is_packable, match_epilogue
 from turbotx.kernels.heuristics import DEFAULT
@@ -53,7 +53,7 @@ def _find_rows(graph: fx.Graph) -> dict[fx.Node, Found]:
     products = [
         n for n in graph.nodes
         if g.is_call(n, quantized_linear) and n.args[4] is None
-        and g.dtype(g.operand(n, 0)) is not torch.int8
+        and g.dtype(g.operand(n, 0)) not in LEVELS
     ]  # fmt: skip
     if not products:
         return {}
@@ -100,9 +100,10 @@ def _keeps_epilogue(end: Epilogue) -> bool:
 def _quantize_apart(x: fx.Node, products: list[fx.Node], begins: bool = False) -> None:
     first = min(products)
     with x.graph.inserting_before(first):
-        scale = g.emit(first, row_scale, x)
-        rows = g.emit(first, quantize_rows, x, scale)
-    assert g.dtype(rows) is torch.int8
+        narrow = g.dtype(g.operand(first, 1))
+        kind = () if narrow is torch.int8 else (narrow,)
+        scale = g.emit(first, row_scale, x, *kind)
+        rows = g.emit(first, quantize_rows, x, scale, *kind)
     for node in (scale, rows) if begins else ():
         node.meta[BEGINS] = True
     for node in products:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+from turbotx.ir.quantized_ops import LEVELS
 from turbotx.kernels.schedule import power_above
 from turbotx.kernels.triton.functions import stand_alone
 from turbotx.kernels.triton.gemm_template import GemmSchedule, GemmTemplate, gemm_arguments
@@ -25,6 +26,8 @@ from turbotx.kernels.triton.statistics import RowStatistics
 
 # Registers a thread for parts of sums and statistics that it may have asked for at once.
 MOST_HELD = 160
+# Products of fp8 that sm_90 may add in fewer bits than float32's before it adds them to the sums.
+MOST_IMPRECISE = 128
 # Sums a thread up to which other operands are held in registers beside them.
 FEW_SUMS = 32
 
@@ -43,7 +46,8 @@ def print_triton_gemm(
 
 def _header(t: GemmTemplate, s: GemmSchedule, name: str) -> list[str]:
     x = {"none": "x", "layer": "layer_norm(x)", "rms": "rms_norm(x)"}[t.norm]
-    x = "x_scale * scales * x" if t.int8 else x
+    x = "x_scale * scales * x" if t.kind != "none" else x
+    x = f"scales * {x}" if t.float_rows else x
     x = x.replace("* x", "* quantized(x)") if t.quantizes else x
     inner = f"{x} w^T" + " + bias" * t.bias
     formula = inner if t.activation == "none" else f"{t.activation}({inner})"
@@ -73,16 +77,22 @@ def _flags(t: GemmTemplate, s: GemmSchedule) -> dict[str, Flag]:
     held = sums * s.splits
     held += (2 * s.m_tile * x.step) * x_waits
     held += (2 * s.m_tile * added.step) * (added.norm != "none")
-    asked = t.bias or t.scaled or t.int8 or t.residual or t.norm != "none"
+    asked = t.bias or t.scaled or t.narrow is not None or t.residual or t.norm != "none"
     precision = "tf32" if t.tf32 else "ieee"
     return {
         "N": t.n,
         "K": t.k,
         "STORED": TYPES[t.dtype],
-        "INT8": t.int8,
+        "NARROW": t.kind,
+        "LEVELS": 1.0 if t.narrow is None else LEVELS.get(t.narrow, 1.0),
         "QUANTIZES": t.quantizes,
-        "SUMS": "tl.int32" if t.int8 else "tl.float32",
-        "PRECISION": None if t.int8 or t.dtype is not torch.float32 else precision,
+        "WIDENED": t.widened,
+        "IMPRECISE": min(MOST_IMPRECISE, s.k_tile),
+        "UNPACKED": t.float_rows and not t.group,
+        "GROUP_SIZE": t.group,
+        "GROUPS": -(-t.k // t.group) if t.group else 0,
+        "SUMS": "tl.int32" if t.kind == "int8" else "tl.float32",
+        "PRECISION": precision if t.dtype is torch.float32 else None,
         "N_TILES": -(-t.n // s.n_tile),
         "N_MASKED": t.n % s.n_tile != 0,
         "K_MASKED": t.k % s.k_tile != 0,
@@ -97,7 +107,7 @@ def _flags(t: GemmTemplate, s: GemmSchedule) -> dict[str, Flag]:
         "HAS_BIAS": t.bias,
         "ACTIVATION": t.activation,
         "LIGHT_GELU": t.light_gelu,
-        "SCALED": t.scaled,
+        "SCALED": t.scaled or (t.float_rows and not t.group),
         "HAS_RESIDUAL": t.residual,
         "HAS_STATS": t.stats,
         "HAS_PEAKS": t.peaks,

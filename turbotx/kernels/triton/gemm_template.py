@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from turbotx.ir.quantized_ops import KIND_NAMES
 from turbotx.kernels.triton.reduce import TYPES
 
 # The narrowest tile of outputs: no row has more statistics than one for each of these.
@@ -28,9 +29,11 @@ class GemmTemplate:
     weight with gamma in it is stored times a power of two a row. residual_norm: likewise, of the
     residual over n. stats: leave the row statistics of out behind. tf32: float32 factors may be
     rounded to TF32. experts: unless 0, there are so many weights, `expert_step` elements apart,
-    each for some of the rows. int8: x and the weight are int8, with scales (`ir.quantized_ops`),
-    and `dtype` is that of all else. quantizes: x is floats of `dtype` all the same, and becomes
-    int8 as it is read, by the largest magnitudes of its rows' parts; peaks: leave those of out.
+    each for some of the rows. narrow: the weight is of this kind, as x is, both with scales
+    (`ir.quantized_ops`), and `dtype` is that of all else. float_rows: the weight alone is; group:
+    of int4, how many inputs share a scale. quantizes: x is floats of `dtype` all the
+    same, and becomes narrow as it is read, by the largest magnitudes of its rows' parts; peaks:
+    leave those of out.
     """
 
     dtype: torch.dtype
@@ -50,19 +53,36 @@ class GemmTemplate:
     tf32: bool = False
     experts: int = field(default=0, repr=False)  # what was tuned goes by the text of the others
     expert_step: int = field(default=0, repr=False)
-    int8: bool = field(default=False, repr=False)
+    narrow: torch.dtype | None = field(default=None, repr=False)
+    float_rows: bool = field(default=False, repr=False)
+    group: int = field(default=0, repr=False)
     quantizes: bool = field(default=False, repr=False)
     peaks: bool = field(default=False, repr=False)
 
     @property
     def item_nbytes(self) -> int:
-        """Bytes of an element of the weight, and of x unless it is quantised as it is read."""
-        return 1 if self.int8 else self.dtype.itemsize
+        """Bytes of an element of the weight, of int4 those of two."""
+        return (self.narrow or self.dtype).itemsize
+
+    @property
+    def factor_nbytes(self) -> int:
+        """Bytes of an element of the weight as it is multiplied."""
+        return self.dtype.itemsize if self.float_rows else self.item_nbytes
 
     @property
     def x_nbytes(self) -> int:
         """Bytes of an element of x."""
-        return self.dtype.itemsize if self.quantizes else self.item_nbytes
+        return self.dtype.itemsize if self.quantizes else self.factor_nbytes
+
+    @property
+    def kind(self) -> str:
+        """What x and the weight are multiplied as: "int8", "fp8", or "none" for `dtype`."""
+        return "none" if self.narrow is None or self.float_rows else KIND_NAMES[self.narrow]
+
+    @property
+    def widened(self) -> bool:
+        """Whether fp8 is multiplied as float16, since float32 rows are to have float32's sums."""
+        return self.kind == "fp8" and self.dtype is torch.float32
 
     @property
     def centered(self) -> bool:
@@ -82,14 +102,16 @@ class GemmTemplate:
     @property
     def alone(self) -> bool:
         """Whether no library's GEMM can do the same."""
-        return self.int8 or self.folds
+        return self.narrow is not None or self.folds
 
     @property
     def name(self) -> str:
         """A name that tells dtype, weight's sizes and epilogue: "gemm_float16_768x768_bias"."""
         kind = TYPES[self.dtype].removeprefix("tl.")
         sizes = f"{self.experts}x" * (self.experts > 0) + f"{self.n}x{self.k}"
-        parts = ["grouped" * (self.experts > 0), "gemm" + "_int8" * self.int8, f"{kind}_{sizes}"]
+        narrow = "" if self.narrow is None else KIND_NAMES[self.narrow]
+        narrow += "_weights" * self.float_rows
+        parts = ["grouped" * (self.experts > 0), "gemm", narrow, f"{kind}_{sizes}"]
         parts += [f"{self.norm}_norm" * (self.norm != "none")]
         parts += ["flipped" * self.flipped, "bias" * self.bias]
         parts += [self.activation * (self.activation != "none"), "gated" * self.gated]
@@ -124,8 +146,8 @@ class GemmSchedule:
 
 
 def gemm_arguments(template: GemmTemplate, schedule: GemmSchedule) -> list[tuple[str, str]]:
-    """Return the arguments before the tiles and what they are: "storage", "fp32", "i32", "i8" or
-    "size".
+    """Return the arguments before the tiles and what they are: "storage", "fp32", "i32", "size", or
+    "narrow" for the weight's.
 
     bias is float32 where a norm is folded into it, as are sums and scales of the weight's rows.
     residual_norm: float32 (2, n), gamma and beta. Statistics: float32 (2, tokens, tiles), means and
@@ -135,12 +157,14 @@ def gemm_arguments(template: GemmTemplate, schedule: GemmSchedule) -> list[tuple
     """
     t = template
     bias = "fp32" if t.norm != "none" else "storage"
-    factor, sums = ("i8", "i32") if t.int8 else ("storage", "fp32")
-    pointers = [("x_ptr", "storage" if t.quantizes else factor), ("w_ptr", factor)]
+    factor = "storage" if t.narrow is None else "narrow"
+    sums = "i32" if t.kind == "int8" else "fp32"
+    of_floats = t.quantizes or t.float_rows
+    pointers = [("x_ptr", "storage" if of_floats else factor), ("w_ptr", factor)]
     pointers += [("bias_ptr", bias)] * t.bias
     pointers += [("sums_ptr", "fp32")] * (t.norm == "layer" and not t.centered)
-    pointers += [("scales_ptr", "fp32")] * (t.scaled or t.int8)
-    pointers += [("x_scale_ptr", "i32" if t.quantizes else "fp32")] * t.int8
+    pointers += [("scales_ptr", "fp32")] * (t.scaled or t.narrow is not None)
+    pointers += [("x_scale_ptr", "i32" if t.quantizes else "fp32")] * (t.kind != "none")
     pointers += [("x_stats_ptr", "fp32")] * (t.norm != "none")
     pointers += [("residual_ptr", "storage")] * t.residual
     normed = ("residual_norm_ptr", "residual_stats_ptr")

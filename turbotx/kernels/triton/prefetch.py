@@ -8,6 +8,8 @@ for, by the first tile of tokens, and no more than `MOST_NBYTES` of it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from turbotx.kernels.schedule import power_above
 from turbotx.kernels.triton.gemm_template import GemmSchedule, GemmTemplate
 from turbotx.kernels.triton.specialize import Flag, specialize_body
@@ -28,6 +30,9 @@ def print_prefetch(template: GemmTemplate, schedule: GemmSchedule, aligned: bool
     t, s = template, schedule
     if not s.prefetch:
         return []
+    if t.group:  # bytes are what is stored, each of two inputs
+        depth = -(-t.k // t.group) * t.group
+        t, s = replace(t, k=depth // 2, group=0), replace(s, k_tile=s.k_tile // 2)
     span = _span(t, s)
     bulk = s.prefetch == BULK and aligned and not t.flipped and _even(t, s, span)
     line = LINE_NBYTES // t.item_nbytes

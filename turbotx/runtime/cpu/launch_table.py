@@ -165,9 +165,7 @@ def lay_out_launches(
             if isinstance(launch, PackedGemm):
                 packing = _pack(launch, table, assembly)
                 packings[packing.slot] = packing
-                operands = tuple(a for a in operands if a is not launch.weight)
-        elif isinstance(launch, ir.GemmLaunch) and launch.int8 is not None:
-            operands += (launch.int8.weight_scale,)
+                operands = tuple(a for a in operands if not _is_packed(launch, a))
         read.update(a.tensor for a in operands if a is not None)
         if native and i - 1 in table.launches:
             segments[-1] = (segments[-1][0], i + 1)
@@ -199,6 +197,8 @@ def _link(launch: ir.Launch, table: LaunchLayout, names: dict[object, str]) -> N
         if isinstance(launch, PackedGemm) and arg is launch.weight:
             slot = table.slots.setdefault(_packed_name(launch), len(table.slots))
             shift = ZERO
+        elif isinstance(launch, PackedGemm) and _is_packed(launch, arg):
+            slot, shift = -1, ZERO
         else:
             slot = -1 if arg is None else table.slots[arg.tensor]
         slots.append(slot)
@@ -213,6 +213,13 @@ def _link(launch: ir.Launch, table: LaunchLayout, names: dict[object, str]) -> N
         offsets=tuple(offsets),
         sizes=tuple(table.value(e) for e in launch.sizes),
     )
+
+
+def _is_packed(launch: ir.GemmLaunch | ir.GroupedGemmLaunch, operand: ir.Operand | None) -> bool:
+    """Tell whether it is in the packed weight: the weight, and the scales of groups."""
+    int8 = launch.int8 if isinstance(launch, ir.GemmLaunch) else None
+    of_groups = int8 is not None and int8.group > 0 and operand is int8.weight_scale
+    return operand is launch.weight or of_groups
 
 
 def _packed_name(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> str:

@@ -45,14 +45,14 @@ def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate 
     """Return what a Triton kernel for a gemm launch is made from; None where its weight has no
     rows or columns of adjacent elements."""
     weight, kind = launch.weight, launch.gemm
-    k = int(weight.shape[-1])
+    k = int(launch.x.shape[-1])
     down, along = weight.strides[-2:]
     grouped = isinstance(launch, ir.GroupedGemmLaunch)
     none = RowNorm("none", 1e-5)
     norm, added = kind.norm or none, kind.residual_norm or none
     int8 = launch.int8 if isinstance(launch, ir.GemmLaunch) else None
-    scaled = int8 is None or int8.x_scale is not None or int8.x_peaks is not None
-    assert scaled, f"{launch.name} is given rows of floats, and nothing to quantise them by"
+    by = None if int8 is None else int8.float_rows or int8.x_scale or int8.x_peaks
+    assert int8 is None or by, f"{launch.name} is given rows, and nothing to quantise them by"
     if along != 1 and down != 1 and k != 1:
         return None
     return GemmTemplate(
@@ -72,7 +72,9 @@ def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate 
         flipped=along != 1 and k != 1,
         experts=int(weight.shape[0]) if grouped else 0,
         expert_step=int(weight.strides[0]) if grouped else 0,
-        int8=int8 is not None,
+        narrow=None if int8 is None else weight.dtype,
+        float_rows=int8 is not None and int8.float_rows,
+        group=0 if int8 is None else int8.group,
         quantizes=int8 is not None and int8.x_peaks is not None,
         peaks=int8 is not None and int8.peaks is not None,
     )
@@ -105,7 +107,7 @@ class GemmFamily:
             sizes["residual_row"] = launch.width
         self._sizes = {name: table.value(e) for name, e in sizes.items()}
         operands = {"x_ptr": x, "w_ptr": weight, "bias_ptr": launch.bias, "residual_ptr": residual}
-        if self.template is not None and self.template.int8:
+        if self.template is not None and self.template.narrow is not None:
             operands |= zip(INT8_POINTERS[5:], launch.operands[5:], strict=False)
         self._shifts = table.shifts(operands)
         self._chosen: dict[tuple[GemmTemplate, int], GemmSchedule | None] = {}
@@ -244,7 +246,7 @@ class GemmFamily:
 
 def with_settings(template: GemmTemplate) -> GemmTemplate:
     """Return a template under PyTorch's settings as they are now."""
-    exact = template.dtype is torch.float32 and not template.int8
+    exact = template.dtype is torch.float32 and template.kind == "none"
     return replace(template, tf32=uses_tf32()) if exact else template
 
 

@@ -10,8 +10,8 @@ LeVeque 1979.
 import triton
 import triton.language as tl
 
+from turbotx.kernels.triton.templates.activation import activate
 from turbotx.kernels.triton.templates.experts import find_expert_tile
-from turbotx.kernels.triton.templates.functions import gelu, tanh
 from turbotx.kernels.triton.templates.peaks import leave_peaks, merge_peaks, quantize
 from turbotx.kernels.triton.templates.split_sums import add_parts, leave_part
 from turbotx.kernels.triton.templates.statistics import (
@@ -19,12 +19,19 @@ from turbotx.kernels.triton.templates.statistics import (
     merge_in_steps,
     merge_loaded,
 )
+from turbotx.kernels.triton.templates.weights import load_int4
 
 N = tl.constexpr(None)  # outputs, K of x, the dtype of the outputs
 K = tl.constexpr(None)
 STORED = tl.constexpr(None)
-INT8 = tl.constexpr(None)  # x and the weight are int8, x with a scale a row, the weight a column
-QUANTIZES = tl.constexpr(None)  # x is floats, and becomes int8 as it is read
+NARROW = tl.constexpr(None)  # x and the weight, scaled by row and column: "int8", "fp8" or "none"
+LEVELS = tl.constexpr(None)  # the largest of its numbers
+QUANTIZES = tl.constexpr(None)  # x is floats, and becomes narrow as it is read
+WIDENED = tl.constexpr(None)  # fp8 is multiplied as float16, whose sums are float32's
+IMPRECISE = tl.constexpr(None)  # or so many products are added in fewer bits, at most
+UNPACKED = tl.constexpr(None)  # the weight alone is int8, and becomes STORED as it is read
+GROUP_SIZE = tl.constexpr(None)  # or int4, with a scale for so many inputs; 0: it is not
+GROUPS = tl.constexpr(None)
 SUMS = tl.constexpr(None)  # the dtype of the sums over k: int32 of int8, else float32
 PRECISION = tl.constexpr(None)  # "ieee" or "tf32" for float32, or None
 N_TILES = tl.constexpr(None)
@@ -41,7 +48,7 @@ GATED = tl.constexpr(None)  # it has 2 n outputs, of which the second half are f
 HAS_BIAS = tl.constexpr(None)
 ACTIVATION = tl.constexpr(None)  # its name, or "none"
 LIGHT_GELU = tl.constexpr(None)  # "gelu" to 16 bits
-SCALED = tl.constexpr(None)  # the weight is stored times a power of two a row
+SCALED = tl.constexpr(None)  # sums are multiplied by a number a column
 HAS_RESIDUAL = tl.constexpr(None)
 HAS_STATS = tl.constexpr(None)  # whether it leaves statistics of its rows
 HAS_PEAKS = tl.constexpr(None)  # or their largest magnitudes
@@ -121,26 +128,35 @@ def begin_asking():
 
 @triton.jit
 def load_weight(
-    w_ptr, w_row, start, k, n_tile, n, n_ok, FIRST: tl.constexpr, N_TILE: tl.constexpr,
-    K_TILE: tl.constexpr,
+    w_ptr, w_row, scales_ptr, start, k, n_tile, n, n_ok, FIRST: tl.constexpr,
+    N_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
-    if FLIPPED:
+    if not FLIPPED:
+        down = n_tile * N_TILE + tl.arange(0, N_TILE)[:, None]
+        down_ok = down < N if N_MASKED else True
+    if GROUP_SIZE > 0:
+        w = load_int4(
+            w_ptr, w_row, scales_ptr, start, down + FIRST, down_ok, STORED, GROUP_SIZE, GROUPS,
+            K_MASKED, N_TILE, K_TILE,
+        )  # fmt: skip
+        w = tl.trans(w)
+    elif FLIPPED:
         k_down = start + tl.arange(0, K_TILE)[:, None]
         ok = n_ok & (k_down < K) if K_MASKED else n_ok
         w = tl.load(w_ptr + k_down.to(tl.int64) * w_row + n + FIRST, mask=ok, other=0.0)
     else:
-        down = n_tile * N_TILE + tl.arange(0, N_TILE)[:, None]
-        down_ok = down < N if N_MASKED else True
         ok = down_ok & (k < K) if K_MASKED else down_ok
         w = tl.trans(tl.load(w_ptr + (down + FIRST).to(tl.int64) * w_row + k, mask=ok, other=0.0))
+    if UNPACKED:
+        w = w.to(STORED)
     return w
 
 
 @triton.jit
 def merge_x(x_stats_ptr, x_scale_ptr, m, m_ok, tokens, M_TILE: tl.constexpr):
     if QUANTIZES:  # the mean is what rows are multiplied by
-        mean, rstd = merge_peaks(x_scale_ptr, m, m_ok, M_TILE, X_PARTS, X_STEP)
-    elif INT8:
+        mean, rstd = merge_peaks(x_scale_ptr, m, m_ok, M_TILE, X_PARTS, X_STEP, LEVELS)
+    elif NARROW != "none":
         mean = 0.0
         rstd = tl.load(x_scale_ptr + m, mask=m_ok, other=0.0)
     elif X_NORM == "none":
@@ -156,8 +172,12 @@ def merge_x(x_stats_ptr, x_scale_ptr, m, m_ok, tokens, M_TILE: tl.constexpr):
 
 @triton.jit
 def add_product(x, w, sums):
-    if INT8:
+    if NARROW == "int8":
         sums = tl.dot(x, w, sums, out_dtype=tl.int32)
+    elif WIDENED:
+        sums = tl.dot(x.to(tl.float16), w.to(tl.float16), sums)
+    elif NARROW == "fp8":
+        sums = tl.dot(x, w, sums, max_num_imprecise_acc=IMPRECISE)
     else:
         sums = tl.dot(x, w, sums, input_precision=PRECISION)
     return sums
@@ -165,7 +185,7 @@ def add_product(x, w, sums):
 
 @triton.jit
 def multiply(
-    x_ptr, x_row, x_mean, w_ptr, w_row, m, m_ok, n_tile, n, n_ok, begin, end,
+    x_ptr, x_row, x_mean, w_ptr, w_row, scales_ptr, m, m_ok, n_tile, n, n_ok, begin, end,
     M_TILE: tl.constexpr, N_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     """The sums over k."""
@@ -177,17 +197,19 @@ def multiply(
     for start in range(begin, end, K_TILE):
         k = start + tl.arange(0, K_TILE)[None, :]
         x_ok = m_ok & (k < K) if K_MASKED else m_ok
-        w = load_weight(w_ptr, w_row, start, k, n_tile, n, n_ok, 0, N_TILE, K_TILE)
+        w = load_weight(w_ptr, w_row, scales_ptr, start, k, n_tile, n, n_ok, 0, N_TILE, K_TILE)
         # Behind the weight, which comes from farther away.
         x = tl.load(x_ptr + m.to(tl.int64) * x_row + k, mask=x_ok, other=0.0)
         if CENTERED:
             # A masked x would be -mean: the weight is zero there.
             x = x - x_mean
         if QUANTIZES:
-            x = quantize(x, x_mean)
+            x = quantize(x, x_mean, NARROW)
         sums = add_product(x, w, sums)
         if GATED:
-            gate_w = load_weight(w_ptr, w_row, start, k, n_tile, n, n_ok, N, N_TILE, K_TILE)
+            gate_w = load_weight(
+                w_ptr, w_row, scales_ptr, start, k, n_tile, n, n_ok, N, N_TILE, K_TILE
+            )
             gate = add_product(x, gate_w, gate)
     return sums, gate
 
@@ -202,7 +224,7 @@ def load_column(ptr, n, ok, FIRST: tl.constexpr):
 
 @triton.jit
 def load_columns(scales_ptr, sums_ptr, bias_ptr, n, ok, FIRST: tl.constexpr):
-    scales = load_column(scales_ptr, n, ok, FIRST) if SCALED or INT8 else 1.0
+    scales = load_column(scales_ptr, n, ok, FIRST) if SCALED or NARROW != "none" else 1.0
     w_sums = load_column(sums_ptr, n, ok, FIRST) if X_NORM == "layer" and not CENTERED else 0.0
     bias = load_column(bias_ptr, n, ok, FIRST) if HAS_BIAS else 0.0
     return scales, w_sums, bias
@@ -211,7 +233,7 @@ def load_columns(scales_ptr, sums_ptr, bias_ptr, n, ok, FIRST: tl.constexpr):
 # scales, w_sums and bias are values where LATE, and pointers to them elsewhere.
 @triton.jit
 def apply_columns(sums, scales, w_sums, bias, n, ok, x_mean, x_rstd, FIRST: tl.constexpr):
-    if INT8:
+    if NARROW != "none":
         factor = scales if LATE else load_column(scales, n, ok, FIRST)
         sums = sums.to(tl.float32) * (x_rstd * factor)
     elif SCALED:
@@ -226,26 +248,6 @@ def apply_columns(sums, scales, w_sums, bias, n, ok, x_mean, x_rstd, FIRST: tl.c
         shift = bias if LATE else load_column(bias, n, ok, FIRST)
         sums += shift
     return sums
-
-
-@triton.jit
-def activate(x, gate):
-    if ACTIVATION == "relu":
-        x = tl.where(x > 0.0, x, x * 0.0)  # NaN stays
-    elif ACTIVATION == "gelu":
-        x = gelu(x) if LIGHT_GELU else 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        # x/2 (1 + tanh(y)) = x / (1 + exp(-2 y)), which loses nothing where tanh(y) is near -1.
-        x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    elif ACTIVATION == "silu":
-        x = x / (1.0 + tl.exp(-x))
-    elif ACTIVATION == "tanh":
-        x = tanh(x)
-    elif ACTIVATION != "none":
-        tl.static_assert(False, "no such activation")
-    if GATED:
-        x = x * gate
-    return x
 
 
 @triton.jit
@@ -330,8 +332,8 @@ def gemm(
         if not X_WAITS:
             x_mean, x_rstd = merge_x(x_stats_ptr, x_scale_ptr, m, m_ok, tokens, M_TILE)
         part, gate_part = multiply(
-            x_ptr, x_row, 0.0 if X_WAITS else x_mean, w_ptr, w_row, m, m_ok, n_tile, n, n_ok,
-            begin, end, M_TILE, N_TILE, K_TILE,
+            x_ptr, x_row, 0.0 if X_WAITS else x_mean, w_ptr, w_row, scales_ptr, m, m_ok, n_tile,
+            n, n_ok, begin, end, M_TILE, N_TILE, K_TILE,
         )  # fmt: skip
         turn, parts, inside = leave_part(
             part, gate_part, partial_ptr, turns_ptr, SPLITS, GATED, M_TILE, N_TILE
@@ -359,8 +361,8 @@ def gemm(
             if not X_WAITS:
                 x_mean, x_rstd = merge_x(x_stats_ptr, x_scale_ptr, m, m_ok, tokens, M_TILE)
             sums, gate = multiply(
-                x_ptr, x_row, 0.0 if X_WAITS else x_mean, w_ptr, w_row, m, m_ok, n_tile, n, n_ok,
-                begin, end, M_TILE, N_TILE, K_TILE,
+                x_ptr, x_row, 0.0 if X_WAITS else x_mean, w_ptr, w_row, scales_ptr, m, m_ok,
+                n_tile, n, n_ok, begin, end, M_TILE, N_TILE, K_TILE,
             )  # fmt: skip
         else:
             sums, gate = add_parts(parts, inside, SPLITS, UNROLLED, GATED, SUMS, M_TILE, N_TILE)
@@ -376,7 +378,7 @@ def gemm(
                 gate, gate_scales if LATE else scales, gate_w_sums if LATE else w_sums,
                 gate_bias if LATE else bias, n, n_ok, x_mean, x_rstd, N,
             )  # fmt: skip
-        sums = activate(sums, gate)
+        sums = activate(sums, gate, ACTIVATION, LIGHT_GELU, GATED)
         if HAS_RESIDUAL:
             residual_mean, residual_rstd = merge_residual(
                 residual_means, residual_m2s, residual_stats_ptr, m, m_ok, tokens, M_TILE

@@ -22,7 +22,10 @@ def leave_peaks(
 
 
 @triton.jit
-def merge_peaks(peaks_ptr, m, m_ok, M_TILE: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr):
+def merge_peaks(
+    peaks_ptr, m, m_ok, M_TILE: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
+    LEVELS: tl.constexpr,
+):  # fmt: skip
     """What each row is multiplied by to be quantised, and its scale."""
     peak = tl.zeros((M_TILE, 1), tl.int32)
     for first in range(0, PARTS, STEP):
@@ -33,17 +36,21 @@ def merge_peaks(peaks_ptr, m, m_ok, M_TILE: tl.constexpr, PARTS: tl.constexpr, S
     finite = peak < 0x7F800000
     # 2^-100: rows of smaller numbers are quantised as if it were one.
     largest = tl.maximum(peak.to(tl.float32, bitcast=True), 7.888609052210118e-31)
-    scale = tl.div_rn(largest, 127.0)
+    scale = tl.div_rn(largest, LEVELS)
     inverse = tl.where(finite, tl.div_rn(1.0, scale), 0.0)
     scale = tl.where(finite, scale, float("nan"))
     return inverse, scale
 
 
 @triton.jit
-def quantize(x, inverse):
+def quantize(x, inverse, KIND: tl.constexpr):
     """Rounded by what float32 has room for above 2^23, since conversions of floats are slow."""
-    # The maximum keeps product and sum apart, which one rounding of both would not be equal to; it
-    # changes NaN alone, in a row whose scale is NaN.
-    scaled = tl.maximum(x.to(tl.float32) * inverse, -128.0)
-    narrow = (scaled + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    scaled = x.to(tl.float32) * inverse
+    if KIND == "int8":
+        # The maximum keeps product and sum apart, which one rounding of both would not be equal to;
+        # it changes NaN alone, in a row whose scale is NaN.
+        scaled = tl.maximum(scaled, -128.0)
+        narrow = (scaled + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        narrow = scaled.to(tl.float8e4nv)
     return narrow
