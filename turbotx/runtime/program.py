@@ -282,12 +282,12 @@ class Program:
             table[slot] = tensor.data_ptr()
         for (slot, _, _), tensor in zip(binding.outputs, outputs, strict=True):
             table[slot] = tensor.data_ptr()
-        watches = [*([] if watch is None else [watch]), *self._own_watches(table, binding)]
+        watches = [*([] if watch is None else [watch]), *self._debug_watches(table, binding)]
         failed = self.runtime.run(table, binding.sizes, state, ticks, watches)
         if failed:
             self._explain_failure(failed)
 
-    def _own_watches(self, table: Any, binding: Binding) -> Sequence[Watch]:
+    def _debug_watches(self, table: Any, binding: Binding) -> Sequence[Watch]:
         """Return the debugging watches of a run over an address table; empty unless TURBOTX_POISON
         is set."""
         if not poison_enabled():

@@ -28,6 +28,7 @@ from turbotx.capture.module_state.values import (
     Look,
     describe_own_tensor,
     describe_table,
+    dict_of,
     is_watchable,
 )
 
@@ -310,12 +311,3 @@ def _class_dicts(cls: type, name: str | None = None) -> list[dict[str, Any]]:
 
 def _is_data_descriptor(value: Any) -> bool:
     return hasattr(type(value), "__set__") or hasattr(type(value), "__delete__")
-
-
-def dict_of(owner: Any) -> dict[str, Any] | None:
-    """Return an object's own attributes; None if it has only slots."""
-    try:
-        found: dict[str, Any] = object.__getattribute__(owner, "__dict__")
-        return found
-    except AttributeError:
-        return None

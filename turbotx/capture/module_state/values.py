@@ -60,11 +60,27 @@ unwatchable: set[type] = set()
 """Classes whose attribute methods cannot be replaced: their objects are compared as a whole."""
 
 
+def dict_of(owner: Any) -> dict[str, Any] | None:
+    """Return an object's own attributes; None if it has only slots."""
+    try:
+        found: dict[str, Any] = object.__getattribute__(owner, "__dict__")
+        return found
+    except AttributeError:
+        return None
+
+
 @functools.cache
 def is_library(name: str | None) -> bool:
     """Return whether a module belongs to Python, PyTorch or turbotx, not to the user or a library
     of models."""
     return name is None or name.partition(".")[0] in _LIBRARIES
+
+
+@functools.cache
+def is_library_or_sympy(name: str | None) -> bool:
+    """Return whether a module is of a library, or of sympy, whose caches a trace writes to. Cached,
+    since a trace asks a million times."""
+    return is_library(name) or str(name).partition(".")[0] == "sympy"
 
 
 def is_watchable(cls: type) -> bool:
