@@ -26,6 +26,7 @@ from turbotx.capture.module_state.recorder import ALL, TABLES
 from turbotx.capture.module_state.values import (
     MISSING,
     Look,
+    content_of,
     describe_own_tensor,
     describe_table,
     dict_of,
@@ -80,8 +81,7 @@ class AttributePlace:
         """Return a comparable description; records in `look` the dicts that it depends on, and
         whether a slot, which has no version, is among them."""
         value, dicts = self._find()
-        for found in dicts:
-            look.dicts[id(found)] = found
+        look.watch(dicts)
         in_class = find_in_class(type(self.owner), self.name)
         look.unversioned |= isinstance(in_class, types.MemberDescriptorType)
         if isinstance(self.owner, nn.Module) and self._inside:
@@ -145,7 +145,7 @@ class ItemPlace:
 
     def describe(self, look: Look) -> Any:
         """Return a comparable description; records the dict in `look`."""
-        look.dicts[id(self.scope)] = self.scope
+        look.watch(self.dicts())
         return look(self.read())
 
 
@@ -166,8 +166,7 @@ class ClassPlace:
 
     def describe(self, look: Look) -> Any:
         """Return a comparable description; records the dicts of the classes in `look`."""
-        for found in self.dicts():
-            look.dicts[id(found)] = found
+        look.watch(self.dicts())
         return look(self.read())
 
 
@@ -207,10 +206,7 @@ class CellPlace:
 
     def read(self) -> Any:
         """Return the contents of the closure cell, MISSING if it is empty."""
-        try:
-            return self.cell.cell_contents
-        except ValueError:
-            return MISSING
+        return content_of(self.cell)
 
     def dicts(self) -> list[dict[Any, Any]]:
         """Return no dict: a cell is compared by its contents."""
@@ -271,8 +267,7 @@ class TiedPlace:
 
     def describe(self, look: Look) -> Any:
         """Return the names of each tensor; records the dicts of the module in `look`."""
-        for found in self.dicts():
-            look.dicts[id(found)] = found
+        look.watch(self.dicts())
         return self._ties.look(self._mine)
 
 

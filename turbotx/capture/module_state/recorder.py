@@ -35,6 +35,7 @@ from turbotx.capture.module_state.values import (
     held_by,
     is_library,
     is_watchable,
+    set_in_class,
     unwatchable,
 )
 from turbotx.errors import CaptureError
@@ -385,7 +386,4 @@ def _release(cls: type) -> None:
             return
         del patched[cls]
         for name, value in saved_methods.pop(cls):
-            if value is MISSING:
-                type.__delattr__(cls, name)
-            else:
-                type.__setattr__(cls, name, value)
+            set_in_class(cls, name, value)

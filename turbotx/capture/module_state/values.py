@@ -69,6 +69,22 @@ def dict_of(owner: Any) -> dict[str, Any] | None:
         return None
 
 
+def content_of(cell: types.CellType) -> Any:
+    """Return what a closure's cell holds, MISSING if it is empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return MISSING
+
+
+def set_in_class(cls: type, name: str, value: Any) -> None:
+    """Set an attribute of a class, whatever its metaclass; MISSING deletes it."""
+    if value is MISSING:
+        type.__delattr__(cls, name)
+    else:
+        type.__setattr__(cls, name, value)
+
+
 @functools.cache
 def is_library(name: str | None) -> bool:
     """Return whether a module belongs to Python, PyTorch or turbotx, not to the user or a library
@@ -170,6 +186,10 @@ class Look:
         if id(value) in self._open:
             return "again", self._open[id(value)]
         return self._contents(cls, value, depth)
+
+    def watch(self, dicts: Iterable[dict[Any, Any]]) -> None:
+        """Add dicts to watch for changes."""
+        self.dicts |= {id(found): found for found in dicts}
 
     def _contents(self, cls: type, value: Any, depth: int) -> Any:
         """Describe a container, or an object that is treated as one."""

@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 
 from turbotx.capture.code import names_in
-from turbotx.capture.module_state.values import is_library_or_sympy
+from turbotx.capture.module_state.values import MISSING, content_of, dict_of, is_library_or_sympy
 from turbotx.capture.sandbox.leaks import find_leaks
 from turbotx.capture.sandbox.watched import CONTAINERS, Watched
 
@@ -183,11 +183,9 @@ class Reach:
         code = function.__code__
         names = self._names.setdefault(code, frozenset(names_in(code)))
         for cell, name in zip(function.__closure__ or (), code.co_freevars, strict=True):
-            try:
-                value = cell.cell_contents
-            except ValueError:
-                continue
-            self._visit(value, f"{name} around {function.__qualname__}", 0, names)
+            value = content_of(cell)
+            if value is not MISSING:
+                self._visit(value, f"{name} around {function.__qualname__}", 0, names)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._visit(value, f"a default of {function.__qualname__}", 0, names)
         self._visit_scope(function.__globals__, str(function.__module__), 0, names)
@@ -224,7 +222,4 @@ def _is_users_object(value: Any) -> bool:
     known = isinstance(value, nn.Module) or kind in _NAMESPACES
     if is_library_or_sympy(kind.__module__) and not known:
         return False
-    try:
-        return type(object.__getattribute__(value, "__dict__")) is dict
-    except AttributeError:
-        return False
+    return type(dict_of(value)) is dict
