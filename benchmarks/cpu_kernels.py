@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from turbotx.kernels.build import FLAGS, HEADERS, find_compiler
 from turbotx.kernels.processor import processor_name
-from turbotx.runtime.cpu.launch_table import load_runtime
+from turbotx.runtime.cpu.launch_table import load_library
 
 RESULTS = Path(__file__).parent / "results" / "cpu_kernels.json"
 SECTIONS = ("gemm_float32", "gemm_bfloat16", "attention", "vecmath")
@@ -55,7 +55,7 @@ def build_library() -> ctypes.CDLL:
         )
         subprocess.run([compiler, "-shared", unit, "-o", str(path)], check=True)
         library = ctypes.CDLL(str(path))
-    library.ttx_use_threads(load_runtime()[0].ttx_share)
+    library.ttx_use_threads(load_library("runtime")[0].ttx_share)
     for name in ("float", "bf16", "mkl"):
         getattr(library, f"pack_{name}").restype = ctypes.c_void_p
     return library

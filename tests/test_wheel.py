@@ -42,6 +42,7 @@ def test_the_wheel_holds_the_package_and_no_machine_code(wheel: Path) -> None:
     assert {
         "turbotx/py.typed",
         "turbotx/runtime/cpu/native.cpp",
+        "turbotx/runtime/cpu/quantized.cpp",
         "turbotx/runtime/tensor_watch.cpp",
     } <= set(names)
     assert any(n.startswith("turbotx/kernels/cpp/") and n.endswith(".h") for n in names)

@@ -51,7 +51,7 @@ def test_launches_find_their_tensors_in_one_table() -> None:
     native = [x for x in found.launches if isinstance(x, NativeLaunch)]
     (called,) = (x for x in found.launches if isinstance(x, CalledLaunch))
     assert called.call.target is torch.ops.aten.sort.default
-    assert {x.library for x in native} == {"kernels", "runtime"}
+    assert {x.library for x in native} == {"kernels", "products"}
     slots = {slot for x in native for slot in x.slots}
     assert slots - {-1} <= set(found.slots.values())
     assert all(0 <= k < len(found.values.texts) for x in native for k in x.sizes)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from turbotx.runtime import dict_watch
-from turbotx.runtime.cpu.launch_table import load_runtime
+from turbotx.runtime.cpu.launch_table import load_library
 from turbotx.runtime.dict_watch import DictWatch, find_mechanism
 from turbotx.runtime.tensor_watch import start_native_watch
 
 LIBRARIES: dict[str, Callable[[], Any]] = {
-    "runtime": lambda: load_runtime()[0],
+    "runtime": lambda: load_library("runtime")[0],
     "watch": lambda: start_native_watch().result(),
 }
 
@@ -66,7 +66,7 @@ def test_changes_are_seen(name: str, library: str) -> None:
 def test_a_mechanism_that_misses_changes_is_not_taken(
     mechanism: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    native = load_runtime()[0]
+    native = load_library("runtime")[0]
     monkeypatch.setattr(dict_watch, "_found", {})
     zero = (dict_watch.ctypes.c_uint64 * 1)()
     blind = dict_watch.ctypes.addressof(zero)
@@ -79,7 +79,7 @@ def test_a_mechanism_that_misses_changes_is_not_taken(
 
 
 def test_lists_are_accepted_while_others_look() -> None:
-    native = load_runtime()[0]
+    native = load_library("runtime")[0]
     locate = find_mechanism(native)
     assert locate is not None
     items: list[int] = []

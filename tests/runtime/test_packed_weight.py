@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turbotx.runtime.cpu.launch_table import load_runtime
+from turbotx.runtime.cpu.launch_table import load_library
 from turbotx.runtime.packed_weight import PackedWeight, PanelLayout, pack, unpack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
 def test_rows_come_back_bit_for_bit(dtype: torch.dtype, gated: bool) -> None:
-    native, _ = load_runtime()
+    native, _ = load_library("products")
     parts = [torch.randn(37, 19), torch.randn(19, 35).t(), torch.randn(2, 19)]
     parts = [p.to(dtype) for p in parts]
     whole = torch.cat(parts)
@@ -27,7 +27,7 @@ def test_rows_come_back_bit_for_bit(dtype: torch.dtype, gated: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
 def test_panels_are_those_of_the_runtime(dtype: torch.dtype, gated: bool) -> None:
-    native, _ = load_runtime()
+    native, _ = load_library("products")
     weight = torch.randn(70, 33).to(dtype)
     panels = pack(weight, PanelLayout.of(native, dtype), gated)
     assert torch.equal(panels, PackedWeight.of(native, [weight], gated).panels)

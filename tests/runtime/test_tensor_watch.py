@@ -14,7 +14,7 @@ from torch import nn
 import turbotx
 from turbotx.engine.optimize import engine_of
 from turbotx.runtime import tensor_watch
-from turbotx.runtime.cpu.launch_table import load_runtime
+from turbotx.runtime.cpu.launch_table import load_library
 from turbotx.runtime.tensor_watch import (
     PlainWatch,
     TensorWatch,
@@ -41,7 +41,7 @@ CHANGES = {
 
 
 LIBRARIES = {
-    "runtime": lambda: load_runtime()[0],
+    "runtime": lambda: load_library("runtime")[0],
     "watch": lambda: start_native_watch().result(),
     "none": lambda: None,
 }
@@ -95,7 +95,7 @@ def test_nan_is_like_itself_and_what_is_read_as_it_is_may_change(library: str) -
 
 def test_one_look_at_each_notices_a_change_of_all() -> None:
     given = [torch.rand(60, 60) for _ in range(300)]
-    watch = make_watch(load_runtime()[0], given, [True] * len(given))
+    watch = make_watch(load_library("runtime")[0], given, [True] * len(given))
     assert not any(watch.changed() for _ in range(3))
     for tensor in given:
         tensor.data.mul_(0.9999)
@@ -106,14 +106,14 @@ def test_a_tensor_without_a_version_is_not_watched() -> None:
     with torch.inference_mode():
         given = [torch.ones(2)]
     with pytest.raises(RuntimeError, match="version counter"):
-        make_watch(load_runtime()[0], given)
+        make_watch(load_library("runtime")[0], given)
 
 
 def test_a_first_call_may_be_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_watch, "_checked", {})
     given = tensors()
     with torch.inference_mode():
-        watch = make_watch(load_runtime()[0], given)
+        watch = make_watch(load_library("runtime")[0], given)
     assert isinstance(watch, TensorWatch)
     assert not watch.changed()
 
@@ -121,7 +121,7 @@ def test_a_first_call_may_be_in_inference_mode(monkeypatch: pytest.MonkeyPatch) 
 def test_nothing_is_kept_once_the_watch_is_gone() -> None:
     given = tensors()
     gone = weakref.ref(given[0])
-    watch = make_watch(load_runtime()[0], given)
+    watch = make_watch(load_library("runtime")[0], given)
     del given, watch
     gc.collect()
     assert gone() is None

@@ -56,7 +56,7 @@ from turbotx.errors import CaptureError, InputError, ModelChangedError, Training
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.runtime.binding import Binding
-from turbotx.runtime.cpu.launch_table import start_runtime
+from turbotx.runtime.cpu.launch_table import start_libraries
 from turbotx.runtime.cuda.absent_device import absent_device
 from turbotx.runtime.device import Device
 from turbotx.runtime.gc_pause import pause_gc
@@ -310,7 +310,7 @@ class Engine(EagerCalls):
             refuse_foreign_weights(self.model)
             _, device = self._open_device(flatten_call(args, kwargs)[0])
             if device is None and self.options.backend != "aten":
-                start_runtime()
+                start_libraries(("runtime", "products"))
             with turbotx_disabled(), pause_gc(), named_failures(type(self.model).__name__):
                 captured = capture_sizes(self.model, args, kwargs, outcomes, self.settles)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))

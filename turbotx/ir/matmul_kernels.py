@@ -16,7 +16,7 @@ from turbotx.ir.attention_ops import NO_WINDOW
 
 # In the order of `Activation` in epilogue.h.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh")
-# Of weights and outputs, as `ttx_pack_weight` and `ttx_linear_int8` in native.cpp take them;
+# Of weights and outputs, as `ttx_pack_weight` and `ttx_linear_quantized` of runtime/cpu take them;
 # bytes are two numbers of int4 each.
 DTYPE_CODES = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4,

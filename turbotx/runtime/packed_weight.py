@@ -1,9 +1,9 @@
-"""Packed weight: a GEMM weight in the C++ runtime's layout, and conversion back.
+"""Packed weight: a GEMM weight in the layout of the C++ products, and conversion back.
 
 In: the tensors whose rows make up the weight; or panels in memory, such as a mapped file. Out: its
 address for the runtime, and its rows, bitwise equal::
 
-    packed = PackedWeight.of(native, [q, k, v])
+    packed = PackedWeight.of(load_library("products")[0], [q, k, v])
     packed.address, packed.rows(0, 768)      # q again
 """
 
@@ -36,7 +36,7 @@ class PanelLayout:
 
     @classmethod
     def of(cls, native: ctypes.CDLL, dtype: torch.dtype) -> PanelLayout:
-        """Return the layout that a runtime uses."""
+        """Return the layout that a library of products uses."""
         found = native.ttx_panel_layout(DTYPE_CODES[dtype])
         return cls(found >> 8 & 255, found & 255, found >> 16 & 255, bool(found >> 24))
 
@@ -65,7 +65,7 @@ class PackedWeight:
         self, native: ctypes.CDLL, address: int, count: int, depth: int, dtype: torch.dtype,
         gated: bool, held: object = None,
     ) -> None:  # fmt: skip
-        """address: of the runtime's object, owned by this one. held: keeps the panels' memory
+        """address: of the library's object, owned by this one. held: keeps the panels' memory
         alive."""
         self._native, self.address, self._held = native, address, held
         self.count, self.depth, self.dtype, self.gated = count, depth, dtype, gated
@@ -173,7 +173,7 @@ class PackedExperts:
 
     def __del__(self) -> None:
         if getattr(self, "address", None):
-            self._native.ttx_free_weight(self.address)
+            self._native.ttx_free_experts(self.address)
 
 
 def _numbers_at(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch
 
 from turbotx.errors import TurbotxError
 from turbotx.kernels.build import build_library, cache_directory
-from turbotx.runtime.cpu.abi import RUNTIME_SOURCES, declare_watch
+from turbotx.runtime.cpu.abi import declare_watch, units_of
 
 VERSION_SYMBOL = "_ZNK2at10TensorBase8_versionEv"
 """Mangled name (GCC and Clang) of at::TensorBase::_version(), which PyTorch's C API lacks."""
@@ -131,8 +131,8 @@ def _start_native_watch(folder: Path) -> Future[ctypes.CDLL | None]:
 
 def _build_watch() -> ctypes.CDLL | None:
     try:
-        names = ("watch", "dict_watch")
-        library, _ = build_library({name: RUNTIME_SOURCES[name].read_text() for name in names})
+        units = units_of("runtime")
+        library, _ = build_library({name: units[name] for name in ("watch", "dict_watch")})
     except (TurbotxError, OSError):
         return None
     declare_watch(library)

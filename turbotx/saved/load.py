@@ -9,6 +9,7 @@ the file's machine code is for another processor and must be rebuilt::
 
 from __future__ import annotations
 
+import ctypes
 import json
 import threading
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.program.executable import Executable
+from turbotx.runtime.cpu.abi import products_of
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.cuda.packed_graphs import PackedGraphProgram
@@ -83,9 +85,13 @@ def load(
     held = _tensors(entries["held.safetensors"], place)
     own, held = ({n: _lay_out(t, laid[n]) for n, t in x.items()} for x in (own, held))
     if weights is None and "panels.json" in entries:  # such a file has CPU programs only
-        native = libraries.open(chosen[0][1]["libraries"]["runtime"])
+        names = {unit: name for _, x in chosen for unit, name in x["libraries"].items()}
         named = {one["name"]: one for one in state}
-        own |= open_panels(entries, json.loads(entries["panels.json"]), named, native, held)
+
+        def library_of(dtype: torch.dtype) -> ctypes.CDLL:
+            return libraries.open(names[products_of(dtype)])
+
+        own |= open_panels(entries, json.loads(entries["panels.json"]), named, library_of, held)
     if isinstance(weights, nn.Module):
         own = {k: v for k, v in weights.state_dict(keep_vars=True).items() if v is not None}
     model = SavedModule(manifest, state, own, held, place)

@@ -24,7 +24,7 @@ from turbotx.errors import BuildError, BuildWarning, SavedFileError
 from turbotx.kernels.build import HEADERS, build_library
 from turbotx.kernels.openmp import share_openmp
 from turbotx.kernels.processor import processor_flags
-from turbotx.runtime.cpu.abi import RUNTIME_SOURCES, declare_runtime, runtime_units
+from turbotx.runtime.cpu.abi import SOURCES, declare, units_of
 
 # Features that -march=native may use, as named in /proc/cpuinfo (x86 and ARM).
 INSTRUCTIONS = re.compile(
@@ -41,7 +41,8 @@ def cpu_features() -> frozenset[str]:
 @functools.cache
 def runtime_digest() -> str:
     """Return the digest of this turbotx's C++: a file made with another cannot run here."""
-    files = [*RUNTIME_SOURCES.values(), *sorted(HEADERS.glob("*.h"))]
+    own = (path for units in SOURCES.values() for path in units.values())
+    files = [*own, *sorted(HEADERS.glob("*.h"))]
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
 
 
@@ -63,8 +64,7 @@ class Libraries:
         """Return a library, rebuilt if its machine code is not for this processor."""
         if name not in self._opened:
             library = self._rebuild(name) if self._lacking else _load(self._entries[f"{name}.so"])
-            if name.startswith("runtime"):
-                declare_runtime(library)
+            declare(_kind_of(name), library)
             self._opened[name] = library
         return self._opened[name]
 
@@ -74,8 +74,8 @@ class Libraries:
             for entry, data in self._entries.items()
             if entry.startswith(f"{name}/") and entry.endswith(".cpp")
         }
-        if name.startswith("runtime"):
-            units = runtime_units()
+        if _kind_of(name) in SOURCES:
+            units = units_of(_kind_of(name))
         try:
             library, built = build_library(units)
         except BuildError as error:
@@ -91,6 +91,11 @@ class Libraries:
                 stacklevel=2,
             )
         return library
+
+
+def _kind_of(name: str) -> str:
+    """Return what a library of a file is: "kernels", or one of turbotx's own by its name."""
+    return name.rpartition("-")[0]
 
 
 def _find_lacking(manifest: Mapping[str, Any]) -> str:

@@ -5,12 +5,11 @@ parameters that they contain; their description as JSON, and a stream per instru
 weight in memory at a time::
 
     find_panels(programs, state, first_names)         ->  [Panels(("q.weight", ...), ...), ...]
-    describe_panels(panels, state, ["avx2"], native)  ->  [{...}, ...], {"avx2.panels": Stream(...)}
+    describe_panels(panels, state, ["avx2"])  ->  [{...}, ...], {"avx2.panels": Stream(...)}
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from math import prod
@@ -22,7 +21,9 @@ from turbotx.capture.torchao_weights import join_integers
 from turbotx.errors import SaveError
 from turbotx.ir.quantized_ops import Scheme
 from turbotx.program.executable import Packing
+from turbotx.runtime.cpu.abi import products_of
 from turbotx.runtime.cpu.executor import CpuExecutor
+from turbotx.runtime.cpu.launch_table import load_library
 from turbotx.runtime.packed_parameter import PackedParameter
 from turbotx.runtime.packed_sources import parameters_of, turning
 from turbotx.runtime.packed_weight import PackedWeight, PanelLayout, pack
@@ -108,7 +109,6 @@ def _panels_of(
 
 def describe_panels(
     panels: Sequence[Panels], state: Mapping[str, torch.Tensor], sets: Sequence[str],
-    native: ctypes.CDLL,
 ) -> tuple[list[dict[str, Any]], dict[str, Stream], dict[str, torch.Tensor]]:  # fmt: skip
     """Return what JSON says of panels, the entries that hold them, one an instruction set, and the
     scales of those of integers."""
@@ -126,7 +126,7 @@ def describe_panels(
             dtype, held = torch.uint8, -(-depth // group) * group // 2
         places = []
         for name in sets:
-            layout = _layout_of(name, dtype, native)
+            layout = _layout_of(name, dtype)
             nbytes = prod(layout.sizes(sum(rows), held, one.gated)) * dtype.itemsize
             places.append([f"{name}.panels", ends[name], nbytes, *astuple(layout)])
             ends[name] += -(-nbytes // PAGE) * PAGE
@@ -142,7 +142,7 @@ def describe_panels(
                 numbers = _rows(one, state)
             else:
                 numbers = _integers(one, one.scheme, state, scales[said["scale"]])
-            layout = _layout_of(name, numbers.dtype, native)
+            layout = _layout_of(name, numbers.dtype)
             made = bytes_of(pack(numbers, layout, one.gated))
             yield made
             yield bytes(-len(made) % PAGE)
@@ -208,9 +208,9 @@ def _dense(tensor: torch.Tensor, transposed: bool) -> torch.Tensor:
     return plain.t() if transposed else plain
 
 
-def _layout_of(name: str, dtype: torch.dtype, native: ctypes.CDLL) -> PanelLayout:
+def _layout_of(name: str, dtype: torch.dtype) -> PanelLayout:
     if name == "native":
-        return PanelLayout.of(native, dtype)
+        return PanelLayout.of(load_library(products_of(dtype))[0], dtype)
     width, step = INSTRUCTION_SETS[name]
     if dtype in (torch.int8, torch.uint8):
         return PanelLayout(width, 4, 4)

@@ -3,13 +3,13 @@
 In: a file's entries and the JSON description of its panels. Out: packed parameters over the mapped
 file; or plain ones, if the panels are for other processors::
 
-    open_panels(entries, described, state, native)["q.weight"]    ->  a PackedParameter
+    open_panels(entries, described, state, library_of, held)["q.weight"]    ->  a PackedParameter
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,23 +20,27 @@ from turbotx.runtime.packed_weight import PackedWeight, PanelLayout, unpack
 from turbotx.saved.tensor_file import DTYPES, tensor_over
 from turbotx.saved.values import decode_constant
 
+LibraryOf = Callable[[torch.dtype], ctypes.CDLL]
+
 
 def open_panels(
     entries: Mapping[str, Any], described: Sequence[Mapping[str, Any]],
-    state: Mapping[str, Mapping[str, Any]], native: ctypes.CDLL, held: Mapping[str, torch.Tensor],
+    state: Mapping[str, Mapping[str, Any]], library_of: LibraryOf, held: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Return the parameters that a file stores as panels, by their first names.
 
-    state: what JSON says of them. held: the file's tensors beside those, scales among them.
+    state: what JSON says of them. library_of: what multiplies weights of a dtype.
+    held: the file's tensors beside those, scales among them.
     Raises SavedFileError where the panels are not as they were written.
     """
     found: dict[str, torch.Tensor] = {}
     for one in described:
         try:
-            weight = _open(entries, one, native)
+            library = library_of(DTYPES[one["dtype"]])
+            weight = _open(entries, one, library)
             if one["scale"] is not None:  # integers have to stay what they are
                 if not isinstance(weight, PackedWeight):
-                    weight = PackedWeight.of(native, [weight], one["gated"])
+                    weight = PackedWeight.of(library, [weight], one["gated"])
                 weight.scale_by(held[one["scale"]], one["group"], one["depth"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise SavedFileError(f"the file's panels are not as they were: {error}") from error

@@ -33,7 +33,7 @@ from turbotx.engine.variant import Variant
 from turbotx.errors import QuantizedWarning, SaveError
 from turbotx.kernels.build import build_library
 from turbotx.kernels.triton.compiler import build
-from turbotx.runtime.cpu.launch_table import load_runtime
+from turbotx.runtime.cpu.launch_table import load_library
 from turbotx.runtime.cpu.runtime import CpuRuntime
 from turbotx.runtime.cuda.device import require_triton
 from turbotx.runtime.packed_parameter import PackedParameter
@@ -217,10 +217,8 @@ class _Writer:
 
 
 def _kernels_of(compiled: Compiled) -> dict[str, tuple[bytes, Mapping[str, str]]]:
-    """Return machine code and sources by library: the generated kernels', and the runtime's.
-
-    The runtime's source is turbotx's own and not stored.
-    """
+    """Return machine code and sources by library: the generated kernels', and those of turbotx
+    itself, whose sources are not stored."""
     runtime = compiled.program.runtime
     assert isinstance(runtime, CpuRuntime)
     if not runtime.is_native:
@@ -228,7 +226,8 @@ def _kernels_of(compiled: Compiled) -> dict[str, tuple[bytes, Mapping[str, str]]
             "its kernels were not built, so that there is nothing to save: install a C++ compiler, "
             "or leave out backend='aten'"
         )
-    found: dict[str, tuple[Any, Mapping[str, str]]] = {"runtime": (load_runtime()[0], {})}
+    own = (name for name in runtime.libraries if name != "kernels")
+    found: dict[str, tuple[Any, Mapping[str, str]]] = {n: (load_library(n)[0], {}) for n in own}
     if runtime.sources:
         found["kernels"] = (build_library(runtime.sources)[0], runtime.sources)
     return {
@@ -286,7 +285,7 @@ def _weight_entries(
                 f"Save for {list(targets)} without panels"
             )
         packed = find_panels(programs, state, first_names)
-        made = describe_panels(packed, state, check_sets(panels), load_runtime()[0])
+        made = describe_panels(packed, state, check_sets(panels))
         entries = {"panels.json": json.dumps(made[0]).encode(), **made[1]}
         scales = made[2]
         own = {k: v for k, v in own.items() if not any(k in p.paths for p in packed)}

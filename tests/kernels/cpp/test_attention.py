@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.kernels.cpp.cpp_probe import NAMES, build, needs_compiler, pointer
-from turbotx.runtime.cpu.launch_table import load_runtime
+from turbotx.runtime.cpu.launch_table import load_library
 
 pytestmark = needs_compiler
 
@@ -223,7 +223,7 @@ def test_long_rows_are_as_accurate_as_torch(attention: ctypes.CDLL, length: int)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_attention_follows_torch_threads(attention: ctypes.CDLL, threads: int) -> None:
     before = torch.get_num_threads()
-    load_runtime()  # whose threads they are
+    load_library("runtime")  # whose threads they are
     try:
         torch.set_num_threads(threads)
         q, k, v = torch.randn(3, 3, 5, 100, 32)

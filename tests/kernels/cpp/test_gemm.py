@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.kernels.cpp.cpp_probe import NAMES, build, needs_compiler, pointer
-from turbotx.runtime.cpu.launch_table import load_runtime
+from turbotx.runtime.cpu.launch_table import load_library
 
 pytestmark = needs_compiler
 
@@ -170,7 +170,7 @@ def test_a_bad_row_stays_alone(gemm: ctypes.CDLL, value: float, dtype: torch.dty
 @pytest.mark.parametrize("threads", [1, 2])
 def test_result_does_not_depend_on_threads(gemm: ctypes.CDLL, threads: int) -> None:
     before = torch.get_num_threads()
-    load_runtime()  # whose threads they are
+    load_library("runtime")  # whose threads they are
     torch.manual_seed(0)
     a, w = torch.randn(33, 256), torch.randn(300, 256)
     want = run_linear(gemm, a, w)

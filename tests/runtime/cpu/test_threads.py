@@ -13,7 +13,7 @@ import torch
 import turbotx
 from tests.kernels.cpp.cpp_probe import needs_compiler
 from turbotx.errors import IndexOutOfRangeError
-from turbotx.runtime.cpu.launch_table import load_runtime
+from turbotx.runtime.cpu.launch_table import load_library
 
 pytestmark = needs_compiler
 
@@ -23,7 +23,7 @@ PART = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_long, ctypes.c_long)
 def share(parts: int, run: object) -> None:
     """Call run(part) for every part, shared by threads."""
     call = PART(lambda _, part, count: run(part))  # type: ignore[operator]
-    load_runtime()[0].ttx_share(ctypes.c_long(parts), call, None)
+    load_library("runtime")[0].ttx_share(ctypes.c_long(parts), call, None)
 
 
 def test_every_part_runs_once_for_callers_side_by_side() -> None:

@@ -18,7 +18,7 @@ import torch
 
 from turbotx.program.executable import CalledLaunch, Executable, NativeLaunch, Packing
 from turbotx.runtime.aten import make_step
-from turbotx.runtime.cpu.abi import LaunchRecord
+from turbotx.runtime.cpu.abi import LaunchRecord, products_of
 from turbotx.runtime.packed_sources import find_sources, packed_before
 from turbotx.runtime.packed_weight import PackedExperts, PackedWeight
 from turbotx.runtime.state import RunState
@@ -29,7 +29,7 @@ from turbotx.runtime.weights import Weights
 class CpuExecutor:
     """Runs launches in order.
 
-    libraries: "runtime" and "kernels", as far as they exist.
+    libraries: those that its launches name, and "runtime"; none where PyTorch runs all launches.
     builds: number of shared objects that had to be compiled.
     """
 
@@ -42,8 +42,10 @@ class CpuExecutor:
         self.packings = executable.cpu.packings
         self.torch_device = torch.device("cpu")
         self._native = weights.native = libraries.get("runtime")
-        if self._native is not None and "kernels" in libraries:
-            libraries["kernels"].ttx_use_threads(self._native.ttx_share)
+        self.libraries = libraries
+        if self._native is not None:
+            for library in libraries.values():
+                library.ttx_use_threads(self._native.ttx_share)
         weights.packed = frozenset(w.tensor for p in self.packings for w in p.parts)
         weights.quantized = tuple(p for p in self.packings if p.sources)
         weights.read = frozenset(executable.weights)
@@ -79,7 +81,7 @@ class CpuExecutor:
         with self._lock:
             version, tensors = self.weights.version, self.weights.tensors
             if self._packed_version != version and self._native is not None:
-                self._packed = {p.slot: self._pack(p, self._native) for p in self.packings}
+                self._packed = {p.slot: self._pack(p) for p in self.packings}
                 self._packed_version = version
                 if not self._keep_weights:
                     self.weights.release(find_sources(self.packings, self._packed, tensors))
@@ -91,15 +93,17 @@ class CpuExecutor:
             table[slot] = weight.address
         return version, (tensors, packed)
 
-    def _pack(self, packing: Packing, native: ctypes.CDLL) -> PackedWeight | PackedExperts:
+    def _pack(self, packing: Packing) -> PackedWeight | PackedExperts:
         """Return a packed weight; reuse the one that its parameters were released to, if there is
         one."""
         if len(packing.parts[0].shape) == 3:
-            return PackedExperts(native, self.weights.window(packing.parts[0]), packing.gated)
+            experts = self.weights.window(packing.parts[0])
+            return PackedExperts(self.libraries["experts"], experts, packing.gated)
         found = packed_before(packing, self.weights.tensors)
         if found is None:
             parts = [*map(self.weights.window, packing.parts)]
-            found = PackedWeight.of(native, parts, packing.gated)
+            library = self.libraries[products_of(parts[0].dtype)]
+            found = PackedWeight.of(library, parts, packing.gated)
             if packing.scale:
                 scale = self.weights.tensors[packing.scale]
                 found.scale_by(scale, packing.group, packing.depth)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from turbotx.program.link import (
     weight_parts,
     weight_window,
 )
-from turbotx.runtime.cpu.abi import declare_runtime, runtime_units
+from turbotx.runtime.cpu.abi import declare, units_of
 
 PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n#include "threads.h"\n\n#include <limits>\n\n'
 ATTENTION_PRELUDE = '#include <cstdint>\n\n#include "attention_packed.h"\n\n'
@@ -43,42 +44,53 @@ Generated = (ir.KernelLaunch, ir.AttentionLaunch, ir.ProductLaunch)
 PackedGemm = (ir.GemmLaunch, ir.GroupedGemmLaunch)
 """The launches with packed weights."""
 
-IN_RUNTIME: dict[type[ir.Launch], str] = {
-    ir.GemmLaunch: "ttx_linear", ir.StoreLaunch: "ttx_store_rows",
-    ir.GroupedGemmLaunch: "ttx_grouped_linear", ir.RouteLaunch: "ttx_route",
-}  # fmt: skip
-"""The launches whose function is in the runtime itself."""
+OWN_FUNCTIONS: dict[type[ir.Launch], tuple[str, str]] = {
+    ir.GemmLaunch: ("products", "ttx_linear"),
+    ir.StoreLaunch: ("runtime", "ttx_store_rows"),
+    ir.GroupedGemmLaunch: ("experts", "ttx_grouped_linear"),
+    ir.RouteLaunch: ("experts", "ttx_route"),
+}
+"""The launches whose function is in a library of turbotx itself: which library, and its name."""
 
-_started: dict[Path, Future[tuple[ctypes.CDLL, bool]]] = {}
-"""By cache directory: the runtime being built in the background, until it is used."""
+_started: dict[tuple[Path, str], Future[tuple[ctypes.CDLL, bool]]] = {}
+"""By cache directory and name: libraries being built in the background, until they are used."""
 os.register_at_fork(after_in_child=_started.clear)  # a fork has no building thread
 
 
-def start_runtime() -> None:
-    """Start building the C++ runtime in the background: tracing leaves a core idle.
+def start_libraries(names: Iterable[str]) -> None:
+    """Start building libraries of turbotx itself in the background: tracing leaves a core idle.
 
-    An error there is raised by the next `load_runtime`.
+    An error there is raised by the next `load_library`.
     """
-    folder = cache_directory()
-    if folder not in _started:
-        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turbotx-build")
-        _started[folder] = worker.submit(_build_runtime)
-        worker.shutdown(wait=False)
+    for name in names:
+        key = cache_directory(), name
+        if key not in _started:
+            worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turbotx-build")
+            _started[key] = worker.submit(_build, name)
+            worker.shutdown(wait=False)
 
 
-def load_runtime() -> tuple[ctypes.CDLL, bool]:
-    """Return the C++ runtime, shared by all programs, and whether it had to be compiled.
+def load_library(name: str) -> tuple[ctypes.CDLL, bool]:
+    """Return a library of turbotx itself, shared by all programs, and whether it had to be
+    compiled.
 
     Raises NoCompilerError, or BuildError with the compiler's output.
     """
-    begun = _started.pop(cache_directory(), None)
-    return begun.result() if begun is not None else _build_runtime()
+    begun = _started.pop((cache_directory(), name), None)
+    return begun.result() if begun is not None else _build(name)
 
 
-def _build_runtime() -> tuple[ctypes.CDLL, bool]:
-    library, built = build_library(runtime_units())
-    declare_runtime(library)
+def _build(name: str) -> tuple[ctypes.CDLL, bool]:
+    library, built = build_library(units_of(name))
+    declare(name, library)
     return library, built
+
+
+def own_function(launch: ir.Launch) -> tuple[str, str] | None:
+    """Return a launch's library and function in it; None where its kernel is generated."""
+    if isinstance(launch, ir.GemmLaunch) and launch.int8 is not None:
+        return "quantized", "ttx_linear_quantized"
+    return OWN_FUNCTIONS.get(type(launch))
 
 
 def print_units(assembly: Assembly) -> tuple[dict[str, str], dict[object, str]]:
@@ -191,13 +203,12 @@ def _link(launch: ir.Launch, table: LaunchLayout, names: dict[object, str]) -> N
             slot = -1 if arg is None else table.slots[arg.tensor]
         slots.append(slot)
         offsets.append(-1 if shift == 0 else table.value(shift))
-    own = IN_RUNTIME.get(type(launch))
-    if isinstance(launch, ir.GemmLaunch) and launch.int8 is not None:
-        own = "ttx_linear_int8"
+    own = own_function(launch)
+    library, symbol = ("kernels", names[kernel_key(launch)]) if own is None else own
     return NativeLaunch(
         **facts_of(launch),
-        library="kernels" if own is None else "runtime",
-        symbol=names[kernel_key(launch)] if own is None else own,
+        library=library,
+        symbol=symbol,
         slots=tuple(slots),
         offsets=tuple(offsets),
         sizes=tuple(table.value(e) for e in launch.sizes),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from turbotx import ir
@@ -23,7 +23,13 @@ from turbotx.program.cache_stores import use_contiguous
 from turbotx.program.executable import Executable
 from turbotx.program.link import link
 from turbotx.runtime.cpu.executor import CpuExecutor
-from turbotx.runtime.cpu.launch_table import lay_out_launches, load_runtime, print_units
+from turbotx.runtime.cpu.launch_table import (
+    lay_out_launches,
+    load_library,
+    own_function,
+    print_units,
+    start_libraries,
+)
 from turbotx.runtime.weights import Weights
 
 NATIVE = frozenset(
@@ -44,8 +50,8 @@ NATIVE = frozenset(
 class CpuCode:
     """A program for this CPU, not bound to parameters.
 
-    libraries: "runtime" (turbotx's own) and "kernels" (the program's), as far as they exist;
-    PyTorch's ops replace missing ones.
+    libraries: turbotx's own that it needs, by their names in `abi.SOURCES`, and "kernels", the
+    program's; none without a compiler, where PyTorch's ops replace them.
     sources: the C++ by translation unit.
     builds: number of shared objects that had to be compiled.
     """
@@ -63,10 +69,14 @@ def build_for_cpu(assembly: Assembly, dims: Sequence[str], options: Options) -> 
     compiler's output.
     """
     sources, names = ({}, {}) if options.backend == "aten" else print_units(assembly)
-    libraries, built = _build(sources, options.backend)
-    types = NATIVE if "runtime" in libraries else frozenset()
+    types = NATIVE
     if not options.pack_weights:
         types -= {ir.GemmLaunch, ir.GroupedGemmLaunch}
+    own = [own_function(x) for x in assembly.launches if type(x) in types]
+    needed = dict.fromkeys(("runtime", *(library for library, _ in filter(None, own))))
+    libraries, built = _build(sources, needed, options.backend)
+    if not libraries:
+        types = frozenset()
     if ir.AttentionLaunch not in types:
         use_contiguous(assembly)
     layout = lay_out_launches(assembly, types, names)
@@ -74,16 +84,16 @@ def build_for_cpu(assembly: Assembly, dims: Sequence[str], options: Options) -> 
     return CpuCode(executable, libraries, sources if libraries else {}, built)
 
 
-def _build(sources: Mapping[str, str], backend: str) -> tuple[dict[str, ctypes.CDLL], int]:
-    """Return the libraries, and how many had to be compiled."""
+def _build(
+    sources: Mapping[str, str], needed: Iterable[str], backend: str
+) -> tuple[dict[str, ctypes.CDLL], int]:
+    """Return turbotx's libraries and the program's, and how many had to be compiled."""
     if backend == "aten":
         return {}, 0
     try:
-        native, built = load_runtime()
-        if not sources:
-            return {"runtime": native}, int(built)
-        kernels, too = build_library(sources)
-        return {"runtime": native, "kernels": kernels}, built + too
+        start_libraries(needed)
+        found = {"kernels": build_library(sources)} if sources else {}
+        found |= {name: load_library(name) for name in needed}
     except NoCompilerError as error:
         if backend == "cpp":
             raise
@@ -93,6 +103,9 @@ def _build(sources: Mapping[str, str], backend: str) -> tuple[dict[str, ctypes.C
             stacklevel=3,
         )
         return {}, 0
+    return {name: library for name, (library, _) in found.items()}, sum(
+        b for _, b in found.values()
+    )
 
 
 class CpuRuntime(CpuExecutor):
