@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_models import DTYPES, FACTOR, ULPS, make_call, make_model
+from gpu_models import DTYPES, find_worst, make_call, make_model
 from gpu_plans import DRY
 from gpu_stages import Emit
 from gpu_timing import DEVICE, time_call, time_replay
@@ -89,16 +89,7 @@ def check(model: nn.Module, exact: nn.Module, fast: Any, lengths: list[int]) -> 
     own, true = (_one_by_one(m, lengths, flat) for m in (model, exact))
     worst: dict[str, Any] = {"holds": True, "turbotx": 0.0}
     for way, found in ways:
-        for mine, eager, wide in zip(found, own, true, strict=True):
-            errors = [float((x.double() - wide).abs().max()) for x in (eager, mine)]
-            ulps = ULPS * torch.finfo(mine.dtype).eps * float(wide.abs().max())
-            allowed = FACTOR * errors[0] + ulps
-            holds = errors[1] <= allowed  # False for a NaN
-            if not holds or errors[1] >= worst["turbotx"]:
-                worst = {
-                    "eager": errors[0], "turbotx": errors[1], "allowed": allowed, "way": way,
-                    "holds": holds and worst["holds"],
-                }  # fmt: skip
+        worst = find_worst(worst, found, own, true, way=way)
     return worst
 
 

@@ -18,7 +18,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from parity import make_inputs, make_model
 from turbotx.capture.trace import capture
 from turbotx.engine.pipeline import compile_captured, jobs, schedule
 from turbotx.kernels.job import Job
-from turbotx.kernels.triton.compiler import TARGETS, Built, build, show_resources
+from turbotx.kernels.triton.compiler import TARGETS, Built, build
 from turbotx.options import Options
 
 RESULTS = Path(__file__).parent / "results" / "resources.json"
@@ -99,6 +99,33 @@ def main() -> int:
     spilling = Counter(row["target"] for row in rows if row["spills"])
     print(f"{len(made)} of {len(rows)} kernels, spilling: {dict(spilling) or 'none'}")
     return int(bool(spilling))
+
+
+def show_resources(built: Iterable[Built]) -> str:
+    """Return a table of what each kernel uses on each target."""
+    head = (
+        "kernel",
+        "target",
+        "registers",
+        "spills",
+        "shared B",
+        "load b",
+        "store b",
+        "instructions",
+    )
+    rows: list[tuple[str, ...]] = [head]
+    for b in built:
+        r = b.resources
+        rows.append((b.job.name, b.job.target, *map(str, astuple(r))))
+    widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
+    lines = [
+        "  ".join(
+            c.ljust(w) if k < 2 else c.rjust(w)
+            for k, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(lines)
 
 
 def make_row(digest: str, built: Built, users: Iterable[str]) -> dict[str, Any]:

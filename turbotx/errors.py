@@ -23,6 +23,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def kind_and_line(error: BaseException) -> str:
+    """Return an error's class and the first line of its message, as Python prints them."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
+
+
 class TurbotxError(Exception):
     """Base of every error that turbotx raises on purpose."""
 

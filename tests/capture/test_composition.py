@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import turbotx
-from turbotx.capture.composition import left_alone, left_to_pytorch
+from turbotx.capture.composition import left_to_pytorch, turbotx_disabled
 
 X = torch.randn(3, 4)
 
@@ -198,8 +198,8 @@ def test_modes_that_watch_see_every_op_and_a_default_device_is_none() -> None:
 
 def test_alone_within_a_thread_and_no_longer() -> None:
     assert not left_to_pytorch()
-    with left_alone():
-        with left_alone():
+    with turbotx_disabled():
+        with turbotx_disabled():
             assert left_to_pytorch()
         assert left_to_pytorch()
     assert not left_to_pytorch()

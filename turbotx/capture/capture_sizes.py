@@ -62,7 +62,7 @@ def _find_otherwise(captured: Captured, tensors: Sequence[torch.Tensor]) -> Outc
     given = [make_dense(t, n.meta[ORDER]) for t, n in zip(tensors, inputs, strict=True)]
     with torch.no_grad(), without_autocast():
         outputs = fx.Interpreter(captured.graph_module).run(*given)
-    return decisions.observe(outputs[-decisions.count :], dims)
+    return decisions.observe(outputs, dims)
 
 
 def _capture_any(

@@ -26,11 +26,11 @@ class LeftToPyTorch(InputError):
     """A call has tensors that only PyTorch can compute with; the original model must run."""
 
 
-class _Around(threading.local):
-    alone = False
+class _ThreadState(threading.local):
+    disabled = False
 
 
-_around = _Around()
+_thread = _ThreadState()
 _is_dynamo = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -43,7 +43,7 @@ def left_to_pytorch() -> bool:
     observed op by op, and native kernels would be invisible to that."""
     return (
         _is_dynamo()  # first: Dynamo evaluates it to True and skips the rest
-        or _around.alone
+        or _thread.disabled
         or _dispatch_modes() != 0
         or _transforms() is not None
         or _is_tracing()
@@ -59,14 +59,14 @@ def _is_observed() -> bool:
 
 
 @contextmanager
-def left_alone() -> Iterator[None]:
+def turbotx_disabled() -> Iterator[None]:
     """Context manager: run the original of every optimized model in this thread, for a trace or for
     a comparison with the original."""
-    before, _around.alone = _around.alone, True
+    before, _thread.disabled = _thread.disabled, True
     try:
         yield
     finally:
-        _around.alone = before
+        _thread.disabled = before
 
 
 def is_dense(tensor: Any) -> bool:

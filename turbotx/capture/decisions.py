@@ -44,13 +44,13 @@ class Decisions:
     count: int
     made: tuple[AssumedCondition, ...]
 
-    def observe(self, values: Sequence[torch.Tensor], dims: Sequence[int]) -> Outcomes:
+    def observe(self, outputs: Sequence[torch.Tensor], dims: Sequence[int]) -> Outcomes:
         """Return () if every condition comes out as assumed, otherwise the outcomes up to the first
         that does not; what follows it was computed on the wrong branch.
 
-        values: 0-d tensors; on a GPU this waits for the run to end.
+        outputs: a run's, the values last, 0-d tensors; on a GPU this waits for the run to end.
         """
-        numbers = (*dims, *_read(values))
+        numbers = (*dims, *_read(outputs[-self.count :]))
         try:
             if self._evaluate(*numbers) == self._outcomes:
                 return ()

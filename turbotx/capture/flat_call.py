@@ -18,13 +18,12 @@ from torch import nn
 from turbotx.capture.arguments import Structure, changed_arguments, is_float, rebuild
 from turbotx.capture.composition import calls_forward
 from turbotx.capture.equal_layers.layers import EqualLayers
-from turbotx.capture.grouped_products import GroupedProducts
 from turbotx.capture.layout_questions import LayoutQuestions
 from turbotx.capture.module_state.gradients import note_gradients
 from turbotx.capture.module_state.recorder import StateRecorder
+from turbotx.capture.replaced_calls import ReplacedCalls
 from turbotx.capture.returned import take_apart
 from turbotx.capture.sandbox.sandbox import Sandbox
-from turbotx.capture.tensor_indices import TensorIndices
 from turbotx.capture.trace_errors import Stopped
 from turbotx.capture.traced_float import FloatInput, FloatReads, read_floats
 from turbotx.capture.value_questions import ValueQuestions
@@ -81,8 +80,7 @@ class FlatCall(nn.Module):
         model = self.model
         try:
             self.seen.begin(given)
-            products = GroupedProducts()
-            with self.recorder.on(tensors), TensorIndices(), products, self.layouts, self.values:
+            with self.recorder.on(tensors), ReplacedCalls(), self.layouts, self.values:
                 # Hooks of the model itself are skipped: they run around the program.
                 called = model.forward if self.calls_forward else model
                 output = called(*args, **kwargs)

@@ -25,7 +25,7 @@ import torch
 from torch.utils._sympy.functions import Identity
 
 from turbotx.capture.module_state.places import class_dict
-from turbotx.capture.module_state.values import is_library
+from turbotx.capture.module_state.values import is_library, is_library_or_sympy
 
 _COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
 _SUMS = ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__")
@@ -65,16 +65,11 @@ def _kind(cls: type, thread: int) -> Callable[[Any], type]:
         while frame is not None and frame.f_globals.get("__name__") == "abc":
             frame = frame.f_back
         asker = None if frame is None else frame.f_globals.get("__name__")
-        return cls if _is_inside(asker) or threading.get_ident() != thread else _NUMBERS[cls]
+        return (
+            cls if is_library_or_sympy(asker) or threading.get_ident() != thread else _NUMBERS[cls]
+        )
 
     return kind
-
-
-@functools.cache
-def _is_inside(asker: str | None) -> bool:
-    """Return whether library code asks; cached, since `kind` is called a million times per
-    trace."""
-    return is_library(asker) or str(asker).partition(".")[0] == "sympy"
 
 
 def wants_bool(error: BaseException | None) -> bool:

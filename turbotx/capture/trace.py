@@ -184,7 +184,7 @@ def capture(
             return _capture(model, leaves, spec, least, fixed, values, names)
         except CaptureError as error:
             first = first or error
-            if not values.turn():
+            if not values.flip_last():
                 raise first from first.__cause__
 
 

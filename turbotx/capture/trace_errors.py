@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from turbotx.errors import CaptureError
+from turbotx.errors import CaptureError, kind_and_line
 from turbotx.ir.fx_nodes import place_of
 
 aten = torch.ops.aten
@@ -76,13 +76,13 @@ def capture_error(
         return CaptureError(
             f"cannot capture {name}{_where(error)}\n  It asks for a number that a tensor holds "
             "(int(tensor), a slice up to one), or for as many elements "
-            f"as one says.\n  {_first_line(asks[0])}\n  Compute such numbers outside of the "
+            f"as one says.\n  {kind_and_line(asks[0])}\n  Compute such numbers outside of the "
             "optimized module and pass them as sizes or as numbers, or use a mask of full size; "
             f"{BREAKS}"
         )
     if isinstance(cause, Exception) and _is_of_arguments(cause):
         return CaptureError(
-            f"cannot capture {name}{_where(cause)}\n  {_first_line(cause)}\n  The arguments do "
+            f"cannot capture {name}{_where(cause)}\n  {kind_and_line(cause)}\n  The arguments do "
             f"not fit the model, which raises this without turbotx too. It was given {given}"
         )
     found = ""
@@ -93,7 +93,7 @@ def capture_error(
     elif cause:
         found = f"If the plain model fails too, look at what it was given: {given}. "
     return CaptureError(
-        f"cannot capture {name}{_where(error)}\n  {_first_line(error)}\n  {found}A call must be "
+        f"cannot capture {name}{_where(error)}\n  {kind_and_line(error)}\n  {found}A call must be "
         "one graph of tensor ops, without sizes that depend on values of tensors and without an "
         "output that is neither a tensor nor a plain constant (for a decoder, use_cache=False); "
         f"{BREAKS}"
@@ -127,11 +127,6 @@ def _where(error: Exception) -> str:
         and not f.filename.endswith("contextlib.py")
     ]
     return f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def refuse_mixed_products(graph: fx.Graph, name: str, given: str) -> None:

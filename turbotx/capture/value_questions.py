@@ -83,7 +83,7 @@ class ValueQuestions(TorchFunctionMode):
         super().__init__()
         self._given = outcomes
         self._guesses: dict[str, bool] = dict(outcomes)
-        self._turned: set[str] = set()
+        self._flipped: set[str] = set()
         self.begin()
 
     def begin(self) -> None:
@@ -167,15 +167,15 @@ class ValueQuestions(TorchFunctionMode):
             self._decided[question] = outcome, where
         return self._decided[question][0]
 
-    def turn(self) -> bool:
+    def flip_last(self) -> bool:
         """After a failed trace, flip the outcome of the latest condition's line. Returns False if
         both were tried or no condition is free; assertions are never flipped."""
         made = list(self._decided.values())[len(self._given) :]
         free = [(outcome, where) for outcome, where in made if ": assert " not in where]
-        if not free or free[-1][1] in self._turned or len(self._turned) >= MOST_ATTEMPTS - 1:
+        if not free or free[-1][1] in self._flipped or len(self._flipped) >= MOST_ATTEMPTS - 1:
             return False
         outcome, where = free[-1]
-        self._turned.add(where)
+        self._flipped.add(where)
         self._guesses[where] = not outcome
         return True
 

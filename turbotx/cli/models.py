@@ -24,7 +24,7 @@ from torch import nn
 from turbotx.capture.quiet import quiet_torch
 from turbotx.cli.inputs import huggingface_inputs
 from turbotx.engine.optimize import optimize
-from turbotx.errors import ModelError
+from turbotx.errors import ModelError, first_line
 from turbotx.saved.load import SavedModule
 from turbotx.saved.weight_files import load_weights
 
@@ -146,7 +146,7 @@ def _huggingface(text: str, form: str, rest: str) -> nn.Module:
         known = getattr(transformers, name, None) if name else None
         model = (known or transformers.AutoModel).from_pretrained(folder)
     except Exception as error:  # of any kind: readers of weights, packages that are not installed
-        raise ModelError(f"cannot load {folder} with transformers: {_first_line(error)}") from error
+        raise ModelError(f"cannot load {folder} with transformers: {first_line(error)}") from error
     return _encoder(model).eval()
 
 
@@ -177,7 +177,7 @@ def _from_config(transformers: ModuleType, text: str) -> nn.Module:
     try:
         default = transformers.CONFIG_MAPPING[kind]()
     except Exception as error:  # some are made of other configs, some need another package
-        raise ModelError(f"{kind} has no default config: {_first_line(error)}") from error
+        raise ModelError(f"{kind} has no default config: {first_line(error)}") from error
     names = {*default.to_dict(), *default.attribute_map}
     for name in given:
         if name not in names:
@@ -189,7 +189,7 @@ def _from_config(transformers: ModuleType, text: str) -> nn.Module:
         config = transformers.AutoConfig.for_model(kind, **given)
         return _encoder(transformers.AutoModel.from_config(config)).eval()
     except Exception as error:  # configs can fail in any way
-        raise ModelError(f"cannot make a {kind} from that config: {_first_line(error)}") from error
+        raise ModelError(f"cannot make a {kind} from that config: {first_line(error)}") from error
 
 
 def _number(text: str) -> Any:
@@ -217,7 +217,7 @@ def _exported(path: Path) -> ModelWithInputs:
         with quiet_torch():
             program = torch.export.load(path)
     except Exception as error:
-        raise ModelError(f"{path} is no program of torch.export: {_first_line(error)}") from error
+        raise ModelError(f"{path} is no program of torch.export: {first_line(error)}") from error
     if program.example_inputs is None:
         raise ModelError(f"{path} has no example inputs: export it with them")
     args, kwargs = program.example_inputs
@@ -253,7 +253,7 @@ def _made(text: str, shape: Mapping[str, int]) -> ModelWithInputs:
             found = found()
         except (Exception, SystemExit) as error:
             kind = type(error).__name__
-            raise ModelError(f"{text}() raised {kind}: {_first_line(error)}") from error
+            raise ModelError(f"{text}() raised {kind}: {first_line(error)}") from error
     return _with_inputs(text, found, shape)
 
 
@@ -268,7 +268,7 @@ def _import_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ModelError(f"{path}: {type(error).__name__}: {_first_line(error)}") from error
+        raise ModelError(f"{path}: {type(error).__name__}: {first_line(error)}") from error
     finally:
         sys.path.pop(0)
     return module
@@ -281,9 +281,9 @@ def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ModelError(f"cannot import {name!r}: {_first_line(error)}; {FORMS}") from error
+        raise ModelError(f"cannot import {name!r}: {first_line(error)}; {FORMS}") from error
     except (Exception, SystemExit) as error:
-        raise ModelError(f"{name}: {type(error).__name__}: {_first_line(error)}") from error
+        raise ModelError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
     finally:
         sys.path.pop(0)
 
@@ -304,8 +304,3 @@ def _with_inputs(text: str, found: Any, shape: Mapping[str, int]) -> ModelWithIn
             "the example inputs a dict for keywords, a tuple or one tensor"
         )
     return ModelWithInputs(found, (), huggingface_inputs(found, shape))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from turbotx.capture.composition import calls_forward, left_alone
+from turbotx.capture.composition import calls_forward, turbotx_disabled
 from turbotx.capture.decisions import Outcomes, describe_last
 from turbotx.errors import DecisionWarning, EagerWarning
 
@@ -32,7 +32,7 @@ class EagerCalls:
 
     def run_eager(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a call in eager PyTorch, without turbotx and without gradients; return its output."""
-        with left_alone(), torch.no_grad():
+        with turbotx_disabled(), torch.no_grad():
             return (self.model.forward if self.calls_forward else self.model)(*args, **kwargs)
 
     def count_eager(self, why: str) -> None:

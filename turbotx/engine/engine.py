@@ -32,7 +32,7 @@ from turbotx.capture.ambient import (
 from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.call_key import describe_call, make_signature
 from turbotx.capture.capture_sizes import capture_sizes
-from turbotx.capture.composition import leave_foreign, left_alone
+from turbotx.capture.composition import leave_foreign, turbotx_disabled
 from turbotx.capture.decisions import Outcomes, UndecidedError
 from turbotx.capture.module_state.record import Difference, training_error
 from turbotx.capture.quiet import quiet_torch
@@ -311,7 +311,7 @@ class Engine(EagerCalls):
             _, device = self._open_device(flatten_call(args, kwargs)[0])
             if device is None and self.options.backend != "aten":
                 start_libraries(("runtime", "products"))
-            with left_alone(), pause_gc(), named_failures(type(self.model).__name__):
+            with turbotx_disabled(), pause_gc(), named_failures(type(self.model).__name__):
                 captured = capture_sizes(self.model, args, kwargs, outcomes, self.settles)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
         return captured

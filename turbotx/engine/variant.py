@@ -62,7 +62,7 @@ class Variant:
         """Return () if the decisions of a run came out as assumed, otherwise their outcomes, see
         `Decisions.observe`; synchronizes with a GPU."""
         decisions = self.decisions
-        return () if decisions is None else decisions.observe(outputs[-decisions.count :], dims)
+        return () if decisions is None else decisions.observe(outputs, dims)
 
     def apply_effects(self, outputs: Sequence[Any]) -> list[Any]:
         """Apply the side effects of a call of the model; return the call's own results."""

@@ -29,11 +29,9 @@ class Primitive:
 
 @dataclass(frozen=True)
 class Reduction:
-    """A reduction over the row axes: number of inputs, names of the results in order, and
-    definition."""
+    """A reduction over the row axes: names of the results in order, and definition."""
 
     name: str
-    inputs: int
     outputs: tuple[str, ...]
     meaning: Callable[..., Any]
 
@@ -134,16 +132,16 @@ def _softmax_stats(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 REDUCTIONS: dict[str, Reduction] = {
     row.name: row
     for row in (
-        Reduction("sum", 1, ("sum",), lambda x: (x.sum(-1),)),
-        Reduction("prod", 1, ("prod",), lambda x: (x.prod(-1),)),
-        Reduction("max", 1, ("max",), lambda x: (x.amax(-1),)),
-        Reduction("min", 1, ("min",), lambda x: (x.amin(-1),)),
-        Reduction("any", 1, ("any",), lambda x: (x.any(-1),)),
-        Reduction("all", 1, ("all",), lambda x: (x.all(-1),)),
+        Reduction("sum", ("sum",), lambda x: (x.sum(-1),)),
+        Reduction("prod", ("prod",), lambda x: (x.prod(-1),)),
+        Reduction("max", ("max",), lambda x: (x.amax(-1),)),
+        Reduction("min", ("min",), lambda x: (x.amin(-1),)),
+        Reduction("any", ("any",), lambda x: (x.any(-1),)),
+        Reduction("all", ("all",), lambda x: (x.all(-1),)),
         # mean and sum of squared deviations in one pass (Welford 1962; merged by Chan 1979)
-        Reduction("welford", 1, ("mean", "m2"), _welford),
+        Reduction("welford", ("mean", "m2"), _welford),
         # largest and sum of exp(x - largest) in one pass (Milakov & Gimelshein 2018)
-        Reduction("softmax", 1, ("largest", "total"), _softmax_stats),
+        Reduction("softmax", ("largest", "total"), _softmax_stats),
     )
 }
 

@@ -91,12 +91,11 @@ def _headers_digest() -> str:
 
 
 @functools.cache
-def compiler_flags(compiler: str) -> tuple[str, ...]:
-    """Return the flags to compile with, those left out that the compiler or the processor lacks."""
-    flags = FLAGS
-    if platform.machine() not in ("x86_64", "AMD64"):
-        flags = tuple(f for f in flags if not f.startswith(("-mprefer", "-mno-mmx")))
-    return flags
+def compiler_flags() -> tuple[str, ...]:
+    """Return the flags to compile with, those left out that this processor lacks."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return FLAGS
+    return tuple(f for f in FLAGS if not f.startswith(("-mprefer", "-mno-mmx")))
 
 
 def build_library(units: Mapping[str, str]) -> tuple[ctypes.CDLL, bool]:
@@ -105,7 +104,7 @@ def build_library(units: Mapping[str, str]) -> tuple[ctypes.CDLL, bool]:
     Raises NoCompilerError, or BuildError with the compiler's own words.
     """
     compiler = find_compiler()
-    flags = *compiler_flags(compiler), *shlex.split(os.environ.get("TURBOTX_CXXFLAGS", ""))
+    flags = *compiler_flags(), *shlex.split(os.environ.get("TURBOTX_CXXFLAGS", ""))
     code = {name: _COMMENTS.sub("", text) for name, text in units.items()}
     identity = (_compiler_identity(compiler), _headers_digest(), *flags, *sorted(code.items()))
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:24]

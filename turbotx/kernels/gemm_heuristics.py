@@ -231,20 +231,17 @@ def choose_gemm(
     target: str,
     schedule: GemmSchedule | None = None,
     stat_tile: int = 0,
-    divisible: Iterable[str] = STRIDES,
-    name: str | None = None,
 ) -> GemmChoice:
     """Return how to run a GEMM at `tokens`, by the heuristics unless a schedule is given.
 
-    stat_tile: the columns of each statistic that it reads. divisible: the strides that are
-    multiples of 16.
+    stat_tile: the columns of each statistic that it reads.
     """
     schedule = schedule or choose_tiles(template, tokens, target)
     if template.norm != "none":
         schedule = replace(schedule, stat_tile=stat_tile or template.k)
     if template.residual_norm != "none":
         schedule = replace(schedule, residual_tile=stat_tile or template.n)
-    job = gemm_job(template, target, schedule, divisible, name=name)
+    job = gemm_job(template, target, schedule, STRIDES)
     scratch = gemm_scratch(template, schedule, tokens)
     return GemmChoice(job, schedule, gemm_grid(template, schedule, tokens), *scratch)
 

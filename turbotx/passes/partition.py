@@ -138,7 +138,7 @@ def partition(graph: fx.Graph, hoisted: frozenset[fx.Node]) -> list[Region]:
     """Return the regions in an executable order."""
     kinds = {n: kind_of(n, hoisted) for n in graph.nodes}
     groups = _connect(graph, kinds)
-    groups = _sink(groups, kinds)
+    groups = _sink(groups)
     order = {n: k for k, n in enumerate(graph.nodes)}
     regions = []
     for nodes in groups:
@@ -194,7 +194,7 @@ def _connect(graph: fx.Graph, kinds: dict[fx.Node, str]) -> list[list[fx.Node]]:
     return [sorted(nodes, key=order.__getitem__) for nodes in groups.values()]
 
 
-def _sink(groups: list[list[fx.Node]], kinds: dict[fx.Node, str]) -> list[list[fx.Node]]:
+def _sink(groups: list[list[fx.Node]]) -> list[list[fx.Node]]:
     """Merge a group into its only reader if that is one later group: its result is then never
     stored.
 

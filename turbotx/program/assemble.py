@@ -44,7 +44,7 @@ from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.ops import OPS, takes_any_layout, why_outside
 from turbotx.passes.outputs import copied_leaves
 from turbotx.passes.partition import kind_of, op_name
-from turbotx.program.assembly import Assembly, dense, whole
+from turbotx.program.assembly import Assembly, dense, over, whole
 from turbotx.program.cache_stores import describe_blocks, describe_store, find_blocks, require_room
 from turbotx.program.copies import lay_out, lay_out_returned, show_by_strides
 from turbotx.program.gemms import make_gemm
@@ -153,8 +153,7 @@ class _Assembler:
         layout = layout_with_copies(node)
         if is_view(layout.root):
             self._materialize(layout.root)
-        name = self._tensor(layout.root)
-        return ir.Operand(name, g.dtype(node), layout.shape, layout.strides, layout.offset)
+        return replace(over(layout, g.dtype(node)), tensor=self._tensor(layout.root))
 
     def _materialize(self, view: fx.Node) -> None:
         """Add a copy, by ATen, of a view that strides cannot express; once, and reported."""
@@ -285,11 +284,8 @@ class _Assembler:
         side_by_side = operand.strides[-1] == 1 or operand.shape[-1] == 1
         if side_by_side:
             return operand
-        dense_rows, reason = (
-            contiguous_strides(operand.shape),
-            "attention reads elements side by side",
-        )
-        return self._laid_out(node, dense_rows, reason)
+        reason = "attention reads elements side by side"
+        return self._laid_out(node, contiguous_strides(operand.shape), reason)
 
     # --- through ATen ---
 

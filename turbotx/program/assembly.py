@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from turbotx import ir
 from turbotx.capture.eager import Alias
 from turbotx.ir.expr import ZERO, Expr
-from turbotx.ir.strides import contiguous_strides, root_layout
+from turbotx.ir.strides import Layout, contiguous_strides, root_layout
 from turbotx.kernels.fusion.epilogue import Epilogue
 from turbotx.kernels.fusion.fuse import FusedRegion
 
@@ -61,6 +62,11 @@ def dense(tensor: ir.Tensor) -> ir.Operand:
     """Return an operand that covers a contiguous tensor."""
     strides = contiguous_strides(tensor.shape)
     return ir.Operand(tensor.name, tensor.dtype, tensor.shape, strides, ZERO)
+
+
+def over(layout: Layout, dtype: torch.dtype) -> ir.Operand:
+    """Return an operand over the part of its root that a layout shows."""
+    return ir.Operand(layout.root.name, dtype, layout.shape, layout.strides, layout.offset)
 
 
 def whole(node: fx.Node, tensor: ir.Tensor) -> ir.Operand:

@@ -17,7 +17,9 @@ import torch
 
 from turbotx.ir.sizes import Evaluate, Sizes
 from turbotx.memory.liveness import Liveness
+from turbotx.memory.planner import Workload, restore_planner
 from turbotx.memory.planner.orientation import Orientation
+from turbotx.memory.planner.plan import Planner
 
 CONTIGUOUS_CACHE = "contiguous memory of a cache: a table of one column"
 """What a program requires that reads no blocks of a decoder's cache."""
@@ -182,6 +184,11 @@ class MemoryTables:
     size_class: tuple[int, ...]
     class_nbytes: Sizes
     orientations: tuple[Orientation, ...]
+
+    def restore_planner(self) -> Planner:
+        """Return the planner of these tables."""
+        workload = Workload(self.liveness.lifetimes, self.size_class, self.liveness.names)
+        return restore_planner(self.planner, workload, self.orientations)
 
 
 @dataclass(frozen=True)

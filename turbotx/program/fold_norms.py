@@ -30,7 +30,7 @@ from turbotx.kernels.triton.gemm_template import NARROWEST
 from turbotx.passes.extract import extract
 from turbotx.passes.partition import Region
 from turbotx.program.assemble import assemble
-from turbotx.program.assembly import Assembled, Assembly, dense
+from turbotx.program.assembly import Assembled, Assembly, dense, over
 from turbotx.program.folded_weights import (
     fold_scales,
     fold_shift,
@@ -180,7 +180,7 @@ def mean_from(
 def _operand(assembly: Assembly, node: fx.Node) -> ir.Operand:
     layout = layout_with_copies(node)  # copies are launches of the assembly already
     assert layout.root.name in assembly.tensors, f"nothing holds {layout.root}"
-    return ir.Operand(layout.root.name, g.dtype(node), layout.shape, layout.strides, layout.offset)
+    return over(layout, g.dtype(node))
 
 
 def drop_unread(assembly: Assembly) -> None:

@@ -24,7 +24,7 @@ from turbotx.ir.quantized_ops import QUANTIZES
 from turbotx.ir.sizes import Evaluate
 from turbotx.ir.strides import contiguous_strides, layout_of
 from turbotx.memory.liveness import LaunchUse, Liveness, analyze
-from turbotx.memory.planner import find_orientations
+from turbotx.memory.planner import Workload, find_orientations
 from turbotx.program.assembly import Assembly
 from turbotx.program.executable import (
     CalledLaunch,
@@ -244,7 +244,8 @@ def _plan_memory(assembly: Assembly, dims: tuple[str, ...], planner: str) -> Mem
     of = tuple(classes.setdefault(tensors[n].nbytes, len(classes)) for n in liveness.names)
     nbytes = sizes_of(classes)
     seed, samples = _expected_sizes(nbytes.compile(dims), len(classes), dims)
-    orders = find_orientations(planner, liveness.lifetimes, of, liveness.names, seed, samples)
+    workload = Workload(liveness.lifetimes, of, liveness.names)
+    orders = find_orientations(planner, workload, seed, samples)
     return MemoryTables(planner, liveness, of, nbytes, orders)
 
 

@@ -28,7 +28,7 @@ from turbotx.kernels.fusion.row_peaks import PeakFold, find_peaks
 from turbotx.kernels.triton.gemm_template import NARROWEST
 from turbotx.passes.partition import Region
 from turbotx.program.assemble import assemble
-from turbotx.program.assembly import Assembled, Assembly, dense
+from turbotx.program.assembly import Assembled, Assembly, dense, over
 from turbotx.program.fold_norms import drop_unread, mean_from
 
 
@@ -96,9 +96,7 @@ def _read(
 ) -> ir.GemmLaunch:
     layout = layout_of(fold.rows)
     assert layout is not None and launch.int8 is not None
-    x = ir.Operand(
-        layout.root.name, g.dtype(fold.rows), layout.shape, layout.strides, layout.offset
-    )
+    x = over(layout, g.dtype(fold.rows))
     int8 = replace(launch.int8, x_scale=None, x_peaks=_peaks(assembly, fold))
     call = mean_from(assembly, end, {*end.nodes, *fold.fused.region.nodes[-2:]}, launch.out)
     inplace = tuple(pair for pair in launch.inplace if pair[1] != x.tensor)

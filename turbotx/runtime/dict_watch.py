@@ -21,6 +21,8 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from turbotx.capture.module_state.values import content_of
+
 TAG_OFFSET = 24
 """Offset of `ma_version_tag` in a dict object: after reference count, type and size."""
 VALUES_OFFSET = 40
@@ -65,7 +67,7 @@ class DictWatch:
         self._seen = (ctypes.c_uint64 * len(places))(*map(_number_at, places))
         self._lists = (ctypes.c_void_p * len(lists))(*map(id, lists))
         # Kept alive, so that no other object can get the address of an item.
-        self._kept: list[Any] = [*map(list, lists), *map(_content, cells)]
+        self._kept: list[Any] = [*map(list, lists), *map(content_of, cells)]
         self._table = self._make_table()
 
     def _make_table(self) -> tuple[int, Any]:
@@ -106,19 +108,12 @@ class DictWatch:
     def _accept_number(self, i: int, number: int) -> None:
         self._seen[i] = number
         if isinstance(self.watched[i], types.CellType):
-            self._kept.append(_content(self.watched[i]))
+            self._kept.append(content_of(self.watched[i]))
 
 
 def _number_at(address: int | None) -> int:
     assert address is not None
     return ctypes.c_uint64.from_address(address).value
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
 
 
 def _tag_of(found: dict[Any, Any]) -> int:

@@ -58,7 +58,7 @@ class Mixture:
             rows = torch.zeros(1, dtype=torch.int64, device=mask.device)
         seen = shown.reshape(-1)[rows]
         made = {
-            "bounds": _bounds(ends - starts), "starts": starts, "positions": rows % width,
+            "bounds": bounds_of(ends - starts), "starts": starts, "positions": rows % width,
             "sequence_of": rows // width, "columns": columns,
         }  # fmt: skip
         return cls(made, rows, None if bool(seen.all()) else seen)
@@ -67,7 +67,7 @@ class Mixture:
     def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> Mixture:
         """Return the `Mixture` of all tokens of sequences of these lengths, each >= 0."""
         each = torch.tensor(lengths, dtype=torch.int64, device=device)
-        bounds, count = _bounds(each), len(lengths)
+        bounds, count = bounds_of(each), len(lengths)
         sequence_of = torch.repeat_interleave(torch.arange(count, device=device), each)
         positions = torch.arange(sequence_of.shape[0], device=device) - bounds[sequence_of]
         if not sequence_of.shape[0]:
@@ -115,7 +115,8 @@ def shown_spans(
     return starts, torch.where(empty, 0, width) if to_end else ends
 
 
-def _bounds(lengths: torch.Tensor) -> torch.Tensor:
+def bounds_of(lengths: torch.Tensor) -> torch.Tensor:
+    """Return where sequences begin and the last ends, int64 (sequences + 1)."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 

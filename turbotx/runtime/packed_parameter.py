@@ -38,26 +38,26 @@ _OF_MEMORY = frozenset(
 
 class PackedParameter(nn.Parameter):
     """A parameter of which `weight` holds every element, as integers where it has scales: it is
-    read dequantised then. first: its first row there; turned: its rows are the columns of the
+    read dequantised then. first: its first row there; transposed: its rows are the columns of the
     parameter. path: what messages call it."""
 
     stands_for = nn.Parameter
     """The type that guards see."""
     weight: PackedWeight
     first: int
-    turned: bool
+    transposed: bool
     path: str
 
     @staticmethod
     def __new__(
-        cls, like: torch.Tensor, weight: PackedWeight, first: int, turned: bool, path: str
+        cls, like: torch.Tensor, weight: PackedWeight, first: int, transposed: bool, path: str
     ) -> PackedParameter:
         """like: a tensor with its shape, strides and dtype; nothing of it is kept."""
         made: PackedParameter = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device,
             requires_grad=like.requires_grad,
         )  # fmt: skip
-        made.weight, made.first, made.turned, made.path = weight, first, turned, path
+        made.weight, made.first, made.transposed, made.path = weight, first, transposed, path
         return made
 
     def __init__(self, *args: Any) -> None:
@@ -66,11 +66,11 @@ class PackedParameter(nn.Parameter):
     def unpacked(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return a dense copy with the parameter's shape and strides, in its dtype or the given
         one."""
-        n, k = reversed(self.shape) if self.turned else self.shape
+        n, k = reversed(self.shape) if self.transposed else self.shape
         assert k == self.weight.inputs
         rows = self.weight.values(self.first, n)
         out = torch.empty_strided(self.shape, self.stride(), dtype=dtype or self.dtype)
-        return out.copy_(rows.t() if self.turned else rows)
+        return out.copy_(rows.t() if self.transposed else rows)
 
     def refusal(self, what: str) -> WeightsReleasedError:
         """Return the error for an operation that a packed weight does not support."""

@@ -32,9 +32,9 @@ def find_sources(
             continue  # experts keep their parameter
         parts = parameters_of(packing)
         for first, part in zip(_firsts(parts), parts, strict=True):
-            turned = turning(part, tensors[part.tensor])
-            if turned is not None:
-                found[part.tensor] = (weight, first, turned)
+            transposed = turning(part, tensors[part.tensor])
+            if transposed is not None:
+                found[part.tensor] = (weight, first, transposed)
     return found
 
 
@@ -51,7 +51,7 @@ def packed_before(packing: Packing, tensors: Mapping[str, torch.Tensor]) -> Pack
         own = tensors[part.tensor]
         if not isinstance(own, PackedParameter) or own.weight.gated != packing.gated:
             return None
-        if own.first != first or own.turned != turning(part, own):
+        if own.first != first or own.transposed != turning(part, own):
             return None
         if (own.weight.scale is not None) != bool(packing.sources):
             return None
@@ -72,9 +72,9 @@ def turning(part: WeightWindow, whole: torch.Tensor) -> bool | None:
     if it is only a part of it."""
     if whole.dim() != 2 or part.offset != 0:
         return None
-    for turned, strides in ((False, part.strides), (True, part.strides[::-1])):
-        shape = part.shape[::-1] if turned else part.shape
+    for transposed, strides in ((False, part.strides), (True, part.strides[::-1])):
+        shape = part.shape[::-1] if transposed else part.shape
         pairs = zip(whole.shape, strides, whole.stride(), strict=True)
         if shape == tuple(whole.shape) and all(n == 1 or s == t for n, s, t in pairs):
-            return turned
+            return transposed
     return None

@@ -27,7 +27,6 @@ from turbotx.errors import IndexOutOfRangeError, InputError
 from turbotx.ir.memory_order import in_memory
 from turbotx.ir.sizes import Evaluate, Sizes
 from turbotx.memory.liveness import Liveness
-from turbotx.memory.planner import restore_planner
 from turbotx.memory.planner.plan import Plan, align
 from turbotx.memory.pool import ChunkPool, poison, poison_enabled
 from turbotx.program.executable import Executable, TokenRange
@@ -75,9 +74,7 @@ class Program:
         self.plans = self.graph_captures = 0
         x, memory, self.dims = executable, executable.memory, executable.dims
         found = memory.liveness
-        self.planner = restore_planner(
-            memory.planner, found.lifetimes, memory.size_class, found.names, memory.orientations
-        )
+        self.planner = memory.restore_planner()
         self._values, self._class_nbytes = (
             sizes.compile(self.dims) for sizes in (x.values, memory.class_nbytes)
         )
@@ -282,12 +279,12 @@ class Program:
             table[slot] = tensor.data_ptr()
         for (slot, _, _), tensor in zip(binding.outputs, outputs, strict=True):
             table[slot] = tensor.data_ptr()
-        watches = [*([] if watch is None else [watch]), *self._own_watches(table, binding)]
+        watches = [*([] if watch is None else [watch]), *self._debug_watches(table, binding)]
         failed = self.runtime.run(table, binding.sizes, state, ticks, watches)
         if failed:
             self._explain_failure(failed)
 
-    def _own_watches(self, table: Any, binding: Binding) -> Sequence[Watch]:
+    def _debug_watches(self, table: Any, binding: Binding) -> Sequence[Watch]:
         """Return the debugging watches of a run over an address table; empty unless TURBOTX_POISON
         is set."""
         if not poison_enabled():

@@ -18,6 +18,7 @@ import torch
 
 from turbotx.errors import InputError
 from turbotx.passes.packing import MASK
+from turbotx.runtime.mixture import bounds_of
 from turbotx.runtime.packed_program import PackedProgram
 
 
@@ -56,7 +57,7 @@ class Sequences:
 def lengths_to_offsets(lengths: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return the bounds of sequences with these lengths, int64 (sequences + 1)."""
     each = torch.as_tensor(lengths, dtype=torch.int64, device=device)
-    return torch.nn.functional.pad(each.cumsum(0), (1, 0))
+    return bounds_of(each)
 
 
 def read_sequences(

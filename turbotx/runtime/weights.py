@@ -259,7 +259,7 @@ class Weights:
                 len(kept), ", ".join(kept),
             )  # fmt: skip
 
-    def _release(self, name: str, weight: PackedWeight, first: int, turned: bool) -> bool:
+    def _release(self, name: str, weight: PackedWeight, first: int, transposed: bool) -> bool:
         """Replace a plain parameter by a packed one; return False if something else holds it."""
         owner, leaf = self._slots[name]
         parameter = owner[leaf]
@@ -272,7 +272,7 @@ class Weights:
             if held is parameter
         ]
         names = [n for n, tensor in self.tensors.items() if tensor is parameter]
-        packed: Any = PackedParameter(parameter, weight, first, turned, self.paths[name])
+        packed: Any = PackedParameter(parameter, weight, first, transposed, self.paths[name])
         self._put(packed, places, names)
         left = weakref.ref(parameter)
         del parameter

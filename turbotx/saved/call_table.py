@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 
-from turbotx.capture.ambient import differences, read_ambient, read_asked, read_decisive
+from turbotx.capture.ambient import Ambient, differences, read_ambient, read_asked, read_decisive
 from turbotx.capture.arguments import carry, describe_leaf, flatten_call, is_float
 from turbotx.capture.call_key import describe_kind
-from turbotx.capture.decisions import Outcomes, describe_last
-from turbotx.capture.traced_float import describe_floats
-from turbotx.errors import InputError, TrainingError
+from turbotx.capture.decisions import Decisions, Outcomes, describe_last
+from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.capture.traced_float import FloatInput, describe_floats
+from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.runtime.binding import Binding
 from turbotx.runtime.lru import LruDict
 from turbotx.runtime.packed_program import PackedProgram
+from turbotx.runtime.program import Program
 from turbotx.runtime.token_inputs import Sequences, StandIns, run_sequences
-from turbotx.saved.saved_call import SavedCall
+from turbotx.saved.gpu_kernels import NoVariantError
 from turbotx.saved.values import decode_constant, decode_tree
 
 MOST_SHAPES = 256
@@ -33,6 +36,39 @@ MOST_SHAPES = 256
 
 MOST_RUNS = 8
 """Maximum number of runs per call, each for the decision outcomes that the previous one found."""
+
+
+@dataclass(frozen=True)
+class SavedCall:
+    """A program, and the calls that it serves.
+
+    floats, ambient, asked: the numbers and the PyTorch state with which it was traced.
+    decisions: what it assumes of tensor values.
+    out: the nesting of its output's leaves, as JSON.
+    stepping: the indices of the dims that grow with every step of a decoder.
+    """
+
+    program: Program
+    matcher: ShapeMatcher
+    floats: tuple[FloatInput, ...]
+    ambient: Ambient
+    asked: tuple[int, ...]
+    decisions: Decisions | None
+    out: Mapping[str, Any]
+    stepping: tuple[int, ...] = ()
+
+    def run(self, binding: Binding, tensors: list[torch.Tensor]) -> tuple[list[Any], Outcomes]:
+        """Return the leaves of the output, and () or the outcomes of its decisions if they differ
+        from those assumed. Raises SavedFileError if a launch of the file cannot run."""
+        try:
+            with torch.no_grad():
+                leaves = self.program.run(binding, tensors)
+        except NoVariantError as error:
+            dims = zip(self.program.dims, binding.dims, strict=True)
+            shown = ", ".join(f"{name}={size}" for name, size in dims)
+            raise SavedFileError(f"a call of {shown} cannot run: {error}") from error
+        decisions = self.decisions
+        return leaves, () if decisions is None else decisions.observe(leaves, binding.dims)
 
 
 class CallTable:

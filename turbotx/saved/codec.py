@@ -9,7 +9,8 @@ values again. Decoding rejects sizes that are not arithmetic and ops that PyTorc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -21,15 +22,38 @@ from turbotx.capture.decisions import AssumedCondition, Decisions
 from turbotx.capture.shape_matcher import InputSize, SizeGuard, SizeRules
 from turbotx.capture.traced_float import FloatInput
 from turbotx.errors import SavedFileError, SaveError
+from turbotx.ir import cache_ops, packed_ops, quantized_ops
+from turbotx.ir.attention_ops import attention, attention_scores, attention_values
+from turbotx.ir.expert_ops import grouped_linear, route
 from turbotx.ir.sizes import Sizes
 from turbotx.memory.liveness import Liveness
 from turbotx.memory.planner.orientation import Orientation
 from turbotx.memory.planner.plan import Lifetime
 from turbotx.passes.packing import PackedInput, PackedOutput, TokenPacking
 from turbotx.program import executable as x
+from turbotx.program.folded_weights import (
+    fold_scales,
+    fold_shift,
+    fold_sums,
+    fold_weight,
+    join_affine,
+)
 from turbotx.runtime.weights import Kind
-from turbotx.saved.calls import decode_target, encode_target
 from turbotx.saved.values import check_texts, decode_constant, encode_constant
+
+assert cache_ops and packed_ops and quantized_ops  # imported to register ops
+
+# The functions in graphs that are not PyTorch ops.
+OWN: dict[str, Callable[..., Any]] = {
+    "getitem": operator.getitem, "attention": attention,
+    "attention_scores": attention_scores, "attention_values": attention_values,
+    "grouped_linear": grouped_linear, "route": route,
+    "fold_weight": fold_weight, "fold_scales": fold_scales, "fold_sums": fold_sums,
+    "fold_shift": fold_shift, "join_affine": join_affine,
+    "packed_attention": packed_ops.packed_attention, "sequence_sum": packed_ops.sequence_sum,
+    "sequence_max": packed_ops.sequence_max, "sequence_token": packed_ops.sequence_token,
+    "sequence_cumsum": packed_ops.sequence_cumsum,
+}  # fmt: skip
 
 KNOWN: dict[str, type] = {
     cls.__name__: cls
@@ -145,6 +169,34 @@ def decode_packing(described: Mapping[str, Any], place: torch.device) -> TokenPa
         raise SavedFileError(f"the file packs calls by {described['packing']}, unlike its program")
     assert isinstance(packing, TokenPacking)
     return packing
+
+
+# --- ops, by name ---
+
+
+def encode_target(target: Any) -> str:
+    """Return an op's name; raise SaveError for a function that is not a registered op."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    for name, known in OWN.items():
+        if target is known:
+            return name
+    raise SaveError(f"{target} cannot be saved: it is no op that PyTorch finds by name")
+
+
+def decode_target(name: str) -> Callable[..., Any]:
+    """Return the op of a name; raise SavedFileError if this version of PyTorch has none."""
+    if name in OWN:
+        return OWN[name]
+    namespace, _, rest = name.partition(".")
+    packet, _, overload = rest.partition(".")
+    try:
+        found = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    except (AttributeError, RuntimeError) as error:
+        raise SavedFileError(f"torch {torch.__version__} has no op {name}") from error
+    if not isinstance(found, torch._ops.OpOverload):
+        raise SavedFileError(f"{name} is no op of PyTorch")
+    return found
 
 
 # --- graphs of calls ---

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from turbotx.memory.planner import restore_planner
 from turbotx.memory.planner.plan import Plan
 from turbotx.program.executable import CalledLaunch, Executable, NativeLaunch
 from turbotx.saved.call_table import show_call
@@ -58,11 +57,8 @@ def _json(value: Any) -> bytes:
 
 def _plan(executable: Executable, dims: Mapping[str, int]) -> Plan:
     memory = executable.memory
-    found = memory.liveness
-    planner = restore_planner(
-        memory.planner, found.lifetimes, memory.size_class, found.names, memory.orientations
-    )
-    return planner.plan(memory.class_nbytes.compile(executable.dims)(*dims.values()))
+    class_nbytes = memory.class_nbytes.compile(executable.dims)(*dims.values())
+    return memory.restore_planner().plan(class_nbytes)
 
 
 def _show(executable: Executable, dims: Mapping[str, int], plan: Plan) -> str:

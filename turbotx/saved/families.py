@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from turbotx.errors import SavedFileError
@@ -49,13 +49,6 @@ class TableDeciders:
         wide = any(sizes[k] >= self.limit for k in self.large)
         return make_key(self.tf32 and uses_tf32(), ranges, mask, wide)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as lists and numbers, for JSON."""
-        return {
-            "by": [[place, list(most)] for place, most in self.by], "even": list(self.even),
-            "large": list(self.large), "limit": self.limit, "tf32": self.tf32,
-        }  # fmt: skip
-
 
 def make_key(tf32: bool, ranges: Sequence[int], mask: int, wide: bool) -> str:
     """Return a table's key as text: whether TF32 is on, the range of each deciding size, which
@@ -83,14 +76,13 @@ class SavedFamily:
     @classmethod
     def of(cls, tables: Mapping[str, Any], variants: Sequence[Binary | Job]) -> SavedFamily:
         """Return the family from the output of `to_json`."""
-        d = tables["decision"]
-        decision = TableDeciders(d["by"], d["even"], d["large"], d["limit"], d["tf32"])
+        decision = TableDeciders(**tables["decision"])
         return cls(decision, tables["rows"], tables["choices"], tables["grids"], variants)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as lists and numbers, for JSON."""
         return {
-            "decision": self.decision.to_json(), "rows": self.rows, "choices": self.choices,
+            "decision": asdict(self.decision), "rows": self.rows, "choices": self.choices,
             "grids": self.grids,
         }  # fmt: skip
 

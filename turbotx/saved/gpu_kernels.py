@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from turbotx.errors import BuildWarning, SavedFileError
@@ -29,27 +30,20 @@ def variants_entry(target: str) -> str:
     return f"gpu-{target}.json"
 
 
-def describe_binary(binary: Binary) -> dict[str, Any]:
-    """Return all of a kernel except its machine code, for JSON."""
-    return {
-        "name": binary.name, "entry": binary.entry, "threads": binary.threads,
-        "arguments": binary.arguments, "shared_nbytes": binary.shared_nbytes, "pdl": binary.pdl,
-        "cubin": image_entry(binary),
-    }  # fmt: skip
-
-
 def image_entry(binary: Binary) -> str:
     """Return the path of a kernel's cubin in the file."""
     return f"cubins/{binary.digest[:32]}.cubin"
 
 
-def describe_job(job: Job) -> dict[str, Any]:
-    """Return a kernel that is stored as source, for JSON."""
-    return {
-        "name": job.name, "source": job.source, "signature": job.signature,
-        "constexprs": job.constexprs, "divisible": job.divisible, "num_warps": job.num_warps,
-        "num_stages": job.num_stages, "pdl": job.pdl,
-    }  # fmt: skip
+_NOT_WRITTEN = {"target", "image", "before_wait", "cells", "contracts"}
+
+
+def describe_kernel(kernel: Binary | Job) -> dict[str, Any]:
+    """Return a kernel for JSON: one as machine code without that, which is an entry of its own, or
+    one as source."""
+    names = [f.name for f in fields(kernel) if f.name not in _NOT_WRITTEN]
+    found = {name: getattr(kernel, name) for name in names}
+    return found | ({"cubin": image_entry(kernel)} if isinstance(kernel, Binary) else {})
 
 
 def read_variants(target: str, entries: Mapping[str, bytes]) -> list[Binary | Job]:

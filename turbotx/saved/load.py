@@ -34,7 +34,7 @@ from turbotx.runtime.packed_program import PackedProgram
 from turbotx.runtime.program import Program
 from turbotx.runtime.token_inputs import read_sequences
 from turbotx.runtime.weights import Weights
-from turbotx.saved.call_table import CallTable
+from turbotx.saved.call_table import CallTable, SavedCall
 from turbotx.saved.codec import Decoder, decode_nodes, decode_packing, decode_program
 from turbotx.saved.container import read_container
 from turbotx.saved.families import SavedFamily
@@ -42,7 +42,6 @@ from turbotx.saved.gpu_kernels import SavedQueue, read_variants
 from turbotx.saved.native import Libraries
 from turbotx.saved.panels import open_panels
 from turbotx.saved.places import CPU, open_place
-from turbotx.saved.saved_call import SavedCall
 from turbotx.saved.tensor_file import read_tensors
 from turbotx.saved.values import decode_ambient, decode_constant
 from turbotx.saved.weight_files import load_weights

@@ -45,7 +45,7 @@ class Panels:
     the parameter's columns. scheme: how it is quantised, with scales beside it; None for floats."""
 
     paths: tuple[str, ...]
-    turned: tuple[bool, ...]
+    transposed: tuple[bool, ...]
     gated: bool
     scheme: Scheme | None
 
@@ -99,9 +99,9 @@ def _panels_of(
     parts = parameters_of(packing)
     if len({*known}) != len(parts):
         return None
-    turned = [turning(part, state[n]) for part, n in zip(parts, known, strict=True)]
-    sure = [t for t in turned if t is not None]
-    if len(sure) != len(turned):
+    transposed = [turning(part, state[n]) for part, n in zip(parts, known, strict=True)]
+    sure = [t for t in transposed if t is not None]
+    if len(sure) != len(transposed):
         return None
     scheme = Scheme(True, packing.group) if packing.sources else None
     return Panels(tuple(known), tuple(sure), packing.gated, scheme)
@@ -117,7 +117,7 @@ def describe_panels(
     ends = dict.fromkeys(sets, 0)
     for one in panels:
         rows, first = _row_counts(one, state), state[one.paths[0]]
-        depth = held = first.shape[0 if one.turned[0] else 1]
+        depth = held = first.shape[0 if one.transposed[0] else 1]
         dtype, scale, group = first.dtype, None, 0
         if one.scheme is not None:
             dtype, scale = torch.int8, f"{SCALES}{len(described)}"
@@ -131,8 +131,8 @@ def describe_panels(
             places.append([f"{name}.panels", ends[name], nbytes, *astuple(layout)])
             ends[name] += -(-nbytes // PAGE) * PAGE
         described.append(
-            {"paths": list(one.paths), "turned": list(one.turned), "gated": one.gated, "rows": rows,
-             "depth": depth, "dtype": NAMES[dtype], "places": places, "scale": scale,
+            {"paths": list(one.paths), "turned": list(one.transposed), "gated": one.gated,
+             "rows": rows, "depth": depth, "dtype": NAMES[dtype], "places": places, "scale": scale,
              "group": group}
         )  # fmt: skip
 
@@ -189,23 +189,23 @@ def _held(one: Panels, state: Mapping[str, torch.Tensor]) -> PackedWeight | None
 
 def _row_counts(one: Panels, state: Mapping[str, torch.Tensor]) -> list[int]:
     """Return the number of rows of each parameter."""
-    return [state[p].shape[1 if t else 0] for p, t in zip(one.paths, one.turned, strict=True)]
+    return [state[p].shape[1 if t else 0] for p, t in zip(one.paths, one.transposed, strict=True)]
 
 
 def _rows(one: Panels, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the rows of a weight as its parameters have them, in float32 where those are
     integers."""
-    parts = [_dense(state[p], t) for p, t in zip(one.paths, one.turned, strict=True)]
+    parts = [_dense(state[p], t) for p, t in zip(one.paths, one.transposed, strict=True)]
     return torch.cat(parts)
 
 
-def _dense(tensor: torch.Tensor, turned: bool) -> torch.Tensor:
+def _dense(tensor: torch.Tensor, transposed: bool) -> torch.Tensor:
     plain = (
         tensor.detach()
         if not isinstance(tensor, PackedParameter)
         else (tensor.unpacked(None if tensor.weight.scale is None else torch.float32))
     )
-    return plain.t() if turned else plain
+    return plain.t() if transposed else plain
 
 
 def _layout_of(name: str, dtype: torch.dtype) -> PanelLayout:

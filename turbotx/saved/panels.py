@@ -45,15 +45,15 @@ def open_panels(
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise SavedFileError(f"the file's panels are not as they were: {error}") from error
         first = 0
-        for path, turned, rows in zip(one["paths"], one["turned"], one["rows"], strict=True):
+        for path, transposed, rows in zip(one["paths"], one["turned"], one["rows"], strict=True):
             said = state[path]
             dtype = decode_constant(said["dtype"])
             like = torch.empty_strided(said["shape"], said["strides"], dtype=dtype)
             if isinstance(weight, PackedWeight):
-                found[path] = PackedParameter(like, weight, first, turned, path)
+                found[path] = PackedParameter(like, weight, first, transposed, path)
             else:
                 part = weight[first : first + rows]
-                found[path] = like.copy_(part.t() if turned else part)
+                found[path] = like.copy_(part.t() if transposed else part)
             first += rows
     return found
 

@@ -39,12 +39,7 @@ from turbotx.runtime.cuda.device import require_triton
 from turbotx.runtime.packed_parameter import PackedParameter
 from turbotx.saved.container import Stream, write_container
 from turbotx.saved.describe import describe_call, describe_families
-from turbotx.saved.gpu_kernels import (
-    describe_binary,
-    describe_job,
-    image_entry,
-    variants_entry,
-)
+from turbotx.saved.gpu_kernels import describe_kernel, image_entry, variants_entry
 from turbotx.saved.native import cpu_features, runtime_digest
 from turbotx.saved.panel_streams import check_sets, describe_panels, find_panels
 from turbotx.saved.parts import SavedPart, describe_decoder, find_parts
@@ -182,9 +177,9 @@ class _Writer:
         variants = self._variants.setdefault(target, Variants())
         options = self.engine.options
         graphs = options.max_graphs if options.cuda_graphs else 0
-        for twin in compiled.specializations:
-            families = describe_families(twin, variants)
-            own = {"families": families, "graphs": graphs, **describe_call(twin)}
+        for specialization in compiled.specializations:
+            families = describe_families(specialization, variants)
+            own = {"families": families, "graphs": graphs, **describe_call(specialization)}
             self.programs.append({**shared, **own})
 
     def _add_libraries(self, compiled: Compiled) -> dict[str, str]:
@@ -215,7 +210,7 @@ class _Writer:
             listed = []
             for job in variants.jobs:
                 binary = binaries.get(job.digest())
-                listed.append(describe_job(job) if binary is None else describe_binary(binary))
+                listed.append(describe_kernel(binary or job))
                 if binary is not None:
                     self.entries[image_entry(binary)] = binary.image
             self.entries[variants_entry(target)] = json.dumps(listed).encode()

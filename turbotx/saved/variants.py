@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import sympy
@@ -69,9 +70,9 @@ class _Traced(int):
         made.text, made.places = text, places
         return made
 
-    def _join(self, sign: str, other: int, value: int, turned: bool = False) -> _Traced:
+    def _join(self, sign: str, other: int, value: int, swapped: bool = False) -> _Traced:
         text = other.text if isinstance(other, _Traced) else f"({int(other)})"
-        sides = (text, self.text) if turned else (self.text, text)
+        sides = (text, self.text) if swapped else (self.text, text)
         places = self.places | (other.places if isinstance(other, _Traced) else frozenset())
         return self.make(value, f"({sides[0]} {sign} {sides[1]})", places)
 
@@ -90,19 +91,19 @@ class _Traced(int):
         return self._join("//", other, int(self) // int(other))
 
     def __rfloordiv__(self, other: int) -> _Traced:
-        return self._join("//", other, int(other) // int(self), turned=True)
+        return self._join("//", other, int(other) // int(self), swapped=True)
 
     def __mul__(self, other: int) -> _Traced:
         return self._join("*", other, int(self) * int(other))
 
     def __rmul__(self, other: int) -> _Traced:
-        return self._join("*", other, int(self) * int(other), turned=True)
+        return self._join("*", other, int(self) * int(other), swapped=True)
 
     def __add__(self, other: int) -> _Traced:
         return self._join("+", other, int(self) + int(other))
 
     def __radd__(self, other: int) -> _Traced:
-        return self._join("+", other, int(self) + int(other), turned=True)
+        return self._join("+", other, int(self) + int(other), swapped=True)
 
     def __sub__(self, other: int) -> _Traced:
         return self._join("-", other, int(self) - int(other))
@@ -268,11 +269,9 @@ class _Table:
         rows = self._rows
         plain = {k: c for k, c in rows.items() if k[0] == "0"}
         tf32 = any(rows["1" + k[1:]] != c for k, c in plain.items())
-        d = self._decision
-        decision = TableDeciders(d.by, d.even, d.large, d.limit, tf32)
-        return SavedFamily(
-            decision, rows if tf32 else plain, list(self._choices), list(self._grids), ()
-        )
+        decision = replace(self._decision, tf32=tf32)
+        rows = rows if tf32 else plain
+        return SavedFamily(decision, rows, list(self._choices), list(self._grids), ())
 
 
 def check_table(

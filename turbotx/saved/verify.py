@@ -55,7 +55,7 @@ def _is_same(own: torch.Tensor, saved: torch.Tensor) -> bool:
     """Return whether a model's tensor is that of a file, or what it has as integers."""
     if not isinstance(saved, PackedParameter):
         return torch.equal(own, saved)
-    weight, rows = saved.weight, own.t() if saved.turned else own
+    weight, rows = saved.weight, own.t() if saved.transposed else own
     scale = weight.scale
     if own.shape != saved.shape or scale is None:
         return torch.equal(own, saved.unpacked())

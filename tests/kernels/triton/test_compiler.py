@@ -14,7 +14,7 @@ from turbotx.errors import BuildError
 from turbotx.ir.expr import dim
 from turbotx.kernels.schedule import Schedule
 from turbotx.kernels.triton import compiler as targets
-from turbotx.kernels.triton.compiler import TARGETS, build, kernel_job, show_resources
+from turbotx.kernels.triton.compiler import TARGETS, build, kernel_job
 
 
 def scale(dtype: torch.dtype = torch.float32, width: int = 256) -> ir.Kernel:
@@ -49,8 +49,6 @@ def test_artifacts_and_resources_for_every_target() -> None:
         assert b.resources.instructions > 10
     assert sorted(done for done, _, _ in seen) == [1, 2, 3, 4]
     assert all(total == 4 for _, total, _ in seen)
-    table = show_resources(built)
-    assert table.count("scale") == 4 and "gfx942" in table
 
 
 def test_a_second_build_reads_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

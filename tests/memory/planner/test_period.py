@@ -13,7 +13,7 @@ from turbotx.memory.planner.orientation import live_forms
 from turbotx.memory.planner.period import Period, find_period, repeated
 from turbotx.memory.planner.plan import Buffer, Lifetime, Workload, lower_bound
 from turbotx.memory.planner.solve import optima
-from turbotx.memory.planner.symbolic import SymbolicPlanner
+from turbotx.memory.planner.symbolic import SymbolicPlanner, solve_orientations
 
 BLOOM = ((0, 5, 1), (1, 3, 4), (3, 2, 1), (4, 6, 1), (5, 2, 3), (6, 2, 1), (7, 2, 1))
 """Bloom's layer, 8 launches: begin, launches alive, size; buffers change places from one layer to
@@ -81,7 +81,7 @@ def test_plans_of_equal_layers_are_at_the_bound(count: int) -> None:
     kinds = sorted(set(sizes))
     names = tuple(map(str, range(len(sizes))))
     workload = Workload(tuple(lifetimes), tuple(map(kinds.index, sizes)), names)
-    planner = SymbolicPlanner(workload, kinds, [kinds])
+    planner = SymbolicPlanner(workload, solve_orientations(workload, kinds, [kinds]))
     offsets, peak = planner.offsets(kinds)
     check(lifetimes, sizes, offsets)
     buffers = [Buffer("", s, x) for x, s in zip(lifetimes, sizes, strict=True)]

@@ -11,7 +11,7 @@ from turbotx.memory.planner import Lifetime, check_plan, make_planner
 from turbotx.memory.planner import orientation as forms_module
 from turbotx.memory.planner.orientation import FormTable, live_forms, orient, prune
 from turbotx.memory.planner.plan import Workload, align
-from turbotx.memory.planner.symbolic import SymbolicPlanner
+from turbotx.memory.planner.symbolic import SymbolicPlanner, solve_orientations
 
 CLASSES = 4
 
@@ -31,6 +31,10 @@ def workloads(draw, max_buffers=20):
         tuple(klass for _, _, klass in rows),
         tuple(f"b{i}" for i in range(len(rows))),
     )
+
+
+def solve(workload, *sizes):
+    return SymbolicPlanner(workload, solve_orientations(workload, *sizes))
 
 
 SIZES = st.lists(st.integers(0, 1 << 34), min_size=CLASSES, max_size=CLASSES)
@@ -55,7 +59,7 @@ def test_forms_are_the_longest_paths_below(workload, data):
 @settings(max_examples=40, deadline=None)
 @given(workloads(), SIZES, SIZES, st.lists(st.integers(0, 1 << 30), min_size=CLASSES))
 def test_larger_sizes_never_need_less(workload, seed, sizes, more):
-    planner = SymbolicPlanner(workload, seed)
+    planner = solve(workload, seed)
     larger = [size + extra for size, extra in zip(sizes, more, strict=False)]
     check_plan(planner.plan(sizes))
     check_plan(planner.plan(larger))
@@ -66,7 +70,7 @@ def test_larger_sizes_never_need_less(workload, seed, sizes, more):
 @settings(max_examples=40, deadline=None)
 @given(workloads(), SIZES)
 def test_with_one_orientation_each_offset_is_monotone(workload, sizes):
-    planner = SymbolicPlanner(workload, [64] * CLASSES)
+    planner = solve(workload, [64] * CLASSES)
     if len(planner.orientations) > 1:
         return
     smaller, _ = planner.offsets(sizes)
@@ -77,7 +81,7 @@ def test_with_one_orientation_each_offset_is_monotone(workload, sizes):
 @settings(max_examples=40, deadline=None)
 @given(workloads(), SIZES)
 def test_a_proof_of_optimality_holds(workload, sizes):
-    planner = SymbolicPlanner(workload, [256] * CLASSES)
+    planner = solve(workload, [256] * CLASSES)
     if planner.optimal_everywhere:
         assert planner.offsets(sizes)[1] == planner.lower_bound(sizes)
 
@@ -85,10 +89,10 @@ def test_a_proof_of_optimality_holds(workload, sizes):
 @settings(max_examples=30, deadline=None)
 @given(workloads(), SIZES, SIZES)
 def test_walking_gives_what_forms_give(workload, seed, sizes):
-    planner = SymbolicPlanner(workload, seed)
+    planner = solve(workload, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forms_module, "MAX_FORMS", 0)
-        walker = SymbolicPlanner(workload, seed)
+        walker = solve(workload, seed)
     assert walker.form_count == 0 < planner.form_count
     check_plan(walker.plan(sizes))
     if len(planner.orientations) == 1:
@@ -101,7 +105,7 @@ def test_where_no_single_order_will_do_the_best_of_two_is_taken_per_shape():
     workload = Workload(tuple(lifetimes), tuple(klass for *_, klass in rows), tuple("abcdef"))
     units = [(1, 8, 3), (8, 1, 3), (3, 3, 3), (3, 1, 8), (1, 3, 8), (3, 8, 1), (8, 3, 1)]
     samples = [[64 * unit for unit in row] for row in units]
-    planner = SymbolicPlanner(workload, samples[0], samples)
+    planner = solve(workload, samples[0], samples)
     assert len(planner.orientations) == 2
     assert all(planner.offsets(sizes)[1] == planner.lower_bound(sizes) for sizes in samples)
     alone = [FormTable(o, workload.size_class, 3).top for o in planner.orientations]

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from turbotx.capture.module_state.places import TABLES, AttributePlace, StatePlace, dict_of
-from turbotx.capture.module_state.values import Look, describe_own_tensor
+from turbotx.capture.module_state.places import TABLES, AttributePlace, StatePlace
+from turbotx.capture.module_state.values import Look, describe_own_tensor, dict_of
 from turbotx.capture.sandbox.noted_dict import NotedDict
 
 

@@ -48,8 +48,8 @@ from turbotx.capture.equal_layers.layer_state import (
     describe_reads,
 )
 from turbotx.capture.module_state.names import Names
-from turbotx.capture.module_state.places import dict_of
 from turbotx.capture.module_state.recorder import StateRecorder
+from turbotx.capture.module_state.values import dict_of
 from turbotx.capture.tracing import replaced_in_thread
 
 MOST_KINDS = 6

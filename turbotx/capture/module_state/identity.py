@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 from torch import nn
 
@@ -25,7 +26,6 @@ def equal_to(find_own: Callable[[Any], Any]) -> Iterator[None]:
     class defines its own comparison. `find_own` must not hash a module: PyTorch's tables of
     stand-ins are keyed by modules."""
     owner, cls = threading.get_ident(), nn.Module
-    saved = {n: vars(cls)[n] for n in ("__eq__", "__hash__") if n in vars(cls)}
     equal, own_hash = cls.__eq__, cls.__hash__
 
     def find(module: Any) -> Any:
@@ -38,13 +38,5 @@ def equal_to(find_own: Callable[[Any], Any]) -> Iterator[None]:
     def __hash__(self: Any) -> int:
         return own_hash(find(self))
 
-    for name, function in (("__eq__", __eq__), ("__hash__", __hash__)):
-        setattr(cls, name, function)
-    try:
+    with mock.patch.multiple(cls, __eq__=__eq__, __hash__=__hash__):
         yield
-    finally:
-        for name in ("__eq__", "__hash__"):
-            if name in saved:
-                setattr(cls, name, saved[name])
-            else:
-                delattr(cls, name)

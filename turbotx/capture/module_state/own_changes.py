@@ -29,7 +29,7 @@ from turbotx.capture.module_state.places import (
 )
 from turbotx.capture.module_state.recorder import Write
 from turbotx.capture.module_state.uses import is_only_written
-from turbotx.capture.module_state.values import MISSING, Look, show
+from turbotx.capture.module_state.values import MISSING, Look, dict_of, show
 from turbotx.capture.sandbox.effects import Effect
 from turbotx.capture.sandbox.watched import Put
 from turbotx.errors import CaptureError
@@ -46,9 +46,8 @@ class OwnChanges:
 
 
 def _dicts_of(owner: Any) -> list[Any]:
-    try:
-        attributes = object.__getattribute__(owner, "__dict__")
-    except AttributeError:  # __slots__ only
+    attributes = dict_of(owner)
+    if attributes is None:
         return []
     tables = TABLES if isinstance(owner, nn.Module) else ()
     return [attributes, *(attributes[t] for t in tables if t in attributes)]

@@ -26,8 +26,10 @@ from turbotx.capture.module_state.recorder import ALL, TABLES
 from turbotx.capture.module_state.values import (
     MISSING,
     Look,
+    content_of,
     describe_own_tensor,
     describe_table,
+    dict_of,
     is_watchable,
 )
 
@@ -79,8 +81,7 @@ class AttributePlace:
         """Return a comparable description; records in `look` the dicts that it depends on, and
         whether a slot, which has no version, is among them."""
         value, dicts = self._find()
-        for found in dicts:
-            look.dicts[id(found)] = found
+        look.watch(dicts)
         in_class = find_in_class(type(self.owner), self.name)
         look.unversioned |= isinstance(in_class, types.MemberDescriptorType)
         if isinstance(self.owner, nn.Module) and self._inside:
@@ -144,7 +145,7 @@ class ItemPlace:
 
     def describe(self, look: Look) -> Any:
         """Return a comparable description; records the dict in `look`."""
-        look.dicts[id(self.scope)] = self.scope
+        look.watch(self.dicts())
         return look(self.read())
 
 
@@ -165,8 +166,7 @@ class ClassPlace:
 
     def describe(self, look: Look) -> Any:
         """Return a comparable description; records the dicts of the classes in `look`."""
-        for found in self.dicts():
-            look.dicts[id(found)] = found
+        look.watch(self.dicts())
         return look(self.read())
 
 
@@ -206,10 +206,7 @@ class CellPlace:
 
     def read(self) -> Any:
         """Return the contents of the closure cell, MISSING if it is empty."""
-        try:
-            return self.cell.cell_contents
-        except ValueError:
-            return MISSING
+        return content_of(self.cell)
 
     def dicts(self) -> list[dict[Any, Any]]:
         """Return no dict: a cell is compared by its contents."""
@@ -270,8 +267,7 @@ class TiedPlace:
 
     def describe(self, look: Look) -> Any:
         """Return the names of each tensor; records the dicts of the module in `look`."""
-        for found in self.dicts():
-            look.dicts[id(found)] = found
+        look.watch(self.dicts())
         return self._ties.look(self._mine)
 
 
@@ -310,12 +306,3 @@ def _class_dicts(cls: type, name: str | None = None) -> list[dict[str, Any]]:
 
 def _is_data_descriptor(value: Any) -> bool:
     return hasattr(type(value), "__set__") or hasattr(type(value), "__delete__")
-
-
-def dict_of(owner: Any) -> dict[str, Any] | None:
-    """Return an object's own attributes; None if it has only slots."""
-    try:
-        found: dict[str, Any] = object.__getattribute__(owner, "__dict__")
-        return found
-    except AttributeError:
-        return None

@@ -32,10 +32,9 @@ from turbotx.capture.module_state.places import (
     StatePlace,
     TiedPlace,
     Ties,
-    dict_of,
 )
 from turbotx.capture.module_state.recorder import StateRecorder, Write
-from turbotx.capture.module_state.values import Look, is_watchable, show
+from turbotx.capture.module_state.values import Look, dict_of, is_watchable, show
 from turbotx.capture.sandbox.effects import Effect
 from turbotx.errors import CaptureError, TrainingError
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -31,9 +31,11 @@ from turbotx.capture.module_state.dependence import depends_on_values
 from turbotx.capture.module_state.values import (
     MAX_DEPTH,
     MISSING,
+    dict_of,
     held_by,
     is_library,
     is_watchable,
+    set_in_class,
     unwatchable,
 )
 from turbotx.errors import CaptureError
@@ -121,26 +123,15 @@ class StateRecorder:
             self._classes.clear()
             self._over = True
 
-    @contextmanager
-    def on(self, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
+    def on(self, inputs: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
         """Context manager: record what this thread reads, in a call with the tensors `inputs`."""
         self._writes.clear()
         self._inputs = inputs
-        before = getattr(active, "recorder", None)
-        active.recorder = self
-        try:
-            yield
-        finally:
-            active.recorder = before
+        return _recording_by(self)
 
-    @contextmanager
-    def unnoted(self) -> Iterator[None]:
+    def unnoted(self) -> AbstractContextManager[None]:
         """Note nothing inside the context, where turbotx itself looks at the code's objects."""
-        before, active.recorder = getattr(active, "recorder", None), None
-        try:
-            yield
-        finally:
-            active.recorder = before
+        return _recording_by(None)
 
     def _pause(self, *_: Any) -> None:
         """Leave classes as they are while Dynamo looks into them: a branch of torch.cond is traced
@@ -188,7 +179,7 @@ class StateRecorder:
 
     def _note_whole(self, owner: Any, depth: int) -> None:
         """Count all attributes of an object as read, except those that the traced code has set."""
-        attributes = _attributes(owner)
+        attributes = dict_of(owner)
         key = id(owner) if attributes is None else id(attributes)
         names = self._reads.setdefault(key, (self.find_own(owner), {}))[1]
         for name in [*(attributes or ()), *_slots(type(owner))]:
@@ -208,7 +199,7 @@ class StateRecorder:
                 return
         elif name in _UNREAD or (name in TABLES and _asked_by_writer()):
             return
-        attributes = _attributes(owner)
+        attributes = dict_of(owner)
         key = id(owner) if attributes is None else id(attributes)
         for noted in self.open_reads:
             noted.setdefault((key, name), (owner, name))
@@ -227,7 +218,7 @@ class StateRecorder:
     def note_write(self, owner: Any, name: str, value: Any) -> None:
         """Record that the traced code sets an attribute; raises CaptureError if the write could not
         be replayed after a call."""
-        attributes = _attributes(owner)
+        attributes = dict_of(owner)
         key = id(owner) if attributes is None else id(attributes)
         if id(owner) in self._met and (attributes is None or not self.follows(attributes)):
             raise CaptureError(
@@ -252,7 +243,7 @@ class StateRecorder:
                 # Reading an attribute here would be recorded, recursively.
                 owner = type(owner).get_base(owner)
             except KeyError:  # under construction: find the module with the same attributes
-                same = (m for m in self.modules if _attributes(m) is attributes)
+                same = (m for m in self.modules if dict_of(m) is attributes)
                 owner = next(same, owner)
         return self.original_of(owner)
 
@@ -261,10 +252,19 @@ class StateRecorder:
         Compares only the identity of their attribute dicts."""
         attributes = id(object.__getattribute__(module, "__dict__"))
         if self._mapped is not self.modules:
-            self._by_attributes = {id(_attributes(m)): m for m in self.modules}
+            self._by_attributes = {id(dict_of(m)): m for m in self.modules}
             self._mapped = self.modules
         known = self._by_attributes.get(attributes)
         return module if known is None else self.original_of(known)
+
+
+@contextmanager
+def _recording_by(recorder: StateRecorder | None) -> Iterator[None]:
+    before, active.recorder = getattr(active, "recorder", None), recorder
+    try:
+        yield
+    finally:
+        active.recorder = before
 
 
 @contextmanager
@@ -305,14 +305,6 @@ def _global_hooks_inside() -> Iterator[None]:
         for hooks, key, hook in replaced:
             if key in hooks:  # not removed meanwhile
                 hooks[key] = hook
-
-
-def _attributes(owner: Any) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = object.__getattribute__(owner, "__dict__")
-        return found
-    except AttributeError:  # __slots__ only
-        return None
 
 
 def _slots(cls: type) -> list[str]:
@@ -394,7 +386,4 @@ def _release(cls: type) -> None:
             return
         del patched[cls]
         for name, value in saved_methods.pop(cls):
-            if value is MISSING:
-                type.__delattr__(cls, name)
-            else:
-                type.__setattr__(cls, name, value)
+            set_in_class(cls, name, value)

@@ -25,7 +25,7 @@ from torch import nn
 
 from turbotx.capture.code import codes_in
 from turbotx.capture.module_state.places import class_dict
-from turbotx.capture.module_state.values import MISSING, is_library, show
+from turbotx.capture.module_state.values import MISSING, content_of, is_library, set_in_class, show
 from turbotx.errors import CaptureError
 
 _PLAIN = (
@@ -53,7 +53,10 @@ class Unfollowed:
         for cls in {c for m in model.modules() for c in type(m).__mro__}:
             if not is_library(cls.__module__):
                 self._note(
-                    cls, f"{cls.__qualname__}.", partial(class_dict, cls), partial(_put, cls)
+                    cls,
+                    f"{cls.__qualname__}.",
+                    partial(class_dict, cls),
+                    partial(set_in_class, cls),
                 )
 
     def _note(self, owner: Any, text: str, held: Any, put: Any, names: Any = None) -> None:
@@ -129,10 +132,8 @@ def _some_of(scope: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def _in_cell(cell: types.CellType, name: str) -> dict[str, Any]:
-    try:
-        return {name: cell.cell_contents}
-    except ValueError:
-        return {}
+    value = content_of(cell)
+    return {} if value is MISSING else {name: value}
 
 
 def _in_context(variable: contextvars.ContextVar[Any]) -> dict[str, Any]:
@@ -145,13 +146,6 @@ def _in_context(variable: contextvars.ContextVar[Any]) -> dict[str, Any]:
 def _put_in_context(variable: contextvars.ContextVar[Any], _: str, value: Any) -> None:
     if value is not MISSING:  # only the token of its setting could remove a value
         variable.set(value)
-
-
-def _put(cls: type, name: str, value: Any) -> None:
-    if value is MISSING:
-        type.__delattr__(cls, name)
-    else:
-        type.__setattr__(cls, name, value)
 
 
 def _put_in_dict(held: dict[str, Any], name: str, value: Any) -> None:

@@ -60,11 +60,43 @@ unwatchable: set[type] = set()
 """Classes whose attribute methods cannot be replaced: their objects are compared as a whole."""
 
 
+def dict_of(owner: Any) -> dict[str, Any] | None:
+    """Return an object's own attributes; None if it has only slots."""
+    try:
+        found: dict[str, Any] = object.__getattribute__(owner, "__dict__")
+        return found
+    except AttributeError:
+        return None
+
+
+def content_of(cell: types.CellType) -> Any:
+    """Return what a closure's cell holds, MISSING if it is empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return MISSING
+
+
+def set_in_class(cls: type, name: str, value: Any) -> None:
+    """Set an attribute of a class, whatever its metaclass; MISSING deletes it."""
+    if value is MISSING:
+        type.__delattr__(cls, name)
+    else:
+        type.__setattr__(cls, name, value)
+
+
 @functools.cache
 def is_library(name: str | None) -> bool:
     """Return whether a module belongs to Python, PyTorch or turbotx, not to the user or a library
     of models."""
     return name is None or name.partition(".")[0] in _LIBRARIES
+
+
+@functools.cache
+def is_library_or_sympy(name: str | None) -> bool:
+    """Return whether a module is of a library, or of sympy, whose caches a trace writes to. Cached,
+    since a trace asks a million times."""
+    return is_library(name) or str(name).partition(".")[0] == "sympy"
 
 
 def is_watchable(cls: type) -> bool:
@@ -154,6 +186,10 @@ class Look:
         if id(value) in self._open:
             return "again", self._open[id(value)]
         return self._contents(cls, value, depth)
+
+    def watch(self, dicts: Iterable[dict[Any, Any]]) -> None:
+        """Add dicts to watch for changes."""
+        self.dicts |= {id(found): found for found in dicts}
 
     def _contents(self, cls: type, value: Any, depth: int) -> Any:
         """Describe a container, or an object that is treated as one."""

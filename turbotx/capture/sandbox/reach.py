@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 
 from turbotx.capture.code import names_in
-from turbotx.capture.module_state.values import is_library
+from turbotx.capture.module_state.values import MISSING, content_of, dict_of, is_library_or_sympy
 from turbotx.capture.sandbox.leaks import find_leaks
 from turbotx.capture.sandbox.watched import CONTAINERS, Watched
 
@@ -112,10 +112,10 @@ class Reach:
         elif kind in CONTAINERS:
             self._visit_container(value, text, depth, names)
         elif isinstance(value, type):
-            if not _is_library(value.__module__):
+            if not is_library_or_sympy(value.__module__):
                 self._visit_class(value, names)
         elif kind is types.ModuleType:
-            if depth <= MAX_DEPTH and not _is_library(value.__name__):  # no cycles
+            if depth <= MAX_DEPTH and not is_library_or_sympy(value.__name__):  # no cycles
                 self._visit_scope(vars(value), value.__name__, depth, names)
         elif depth <= MAX_DEPTH and _is_users_object(value) and self._is_new(value):
             attributes = object.__getattribute__(value, "__dict__")
@@ -139,7 +139,7 @@ class Reach:
         """Visit the attributes of a class that code names: tables shared by all its objects, and
         methods."""
         for base in cls.__mro__:
-            if not _is_library(base.__module__):
+            if not is_library_or_sympy(base.__module__):
                 self._visit_scope(vars(base), base.__qualname__, 0, names, base)
 
     def _visit_scope(
@@ -154,7 +154,7 @@ class Reach:
             elif isinstance(value, property):
                 value = value.fget
             if type(value) is _CACHE:
-                if not _is_library(value.__wrapped__.__module__) and self._is_new(value):
+                if not is_library_or_sympy(value.__wrapped__.__module__) and self._is_new(value):
                     self.caches.append((cls or scope, name, value))
                 value = value.__wrapped__
             if type(value) is types.FunctionType:
@@ -178,16 +178,14 @@ class Reach:
         wrapped = getattr(function, "__wrapped__", None)
         if wrapped is not None and type(wrapped) is types.FunctionType:
             self._visit_function(wrapped, cls)
-        if _is_library(function.__module__) or not self._is_new(function):
+        if is_library_or_sympy(function.__module__) or not self._is_new(function):
             return
         code = function.__code__
         names = self._names.setdefault(code, frozenset(names_in(code)))
         for cell, name in zip(function.__closure__ or (), code.co_freevars, strict=True):
-            try:
-                value = cell.cell_contents
-            except ValueError:
-                continue
-            self._visit(value, f"{name} around {function.__qualname__}", 0, names)
+            value = content_of(cell)
+            if value is not MISSING:
+                self._visit(value, f"{name} around {function.__qualname__}", 0, names)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._visit(value, f"a default of {function.__qualname__}", 0, names)
         self._visit_scope(function.__globals__, str(function.__module__), 0, names)
@@ -217,20 +215,11 @@ def _pass_by(cache: Any, owner: int) -> Any:
     return call
 
 
-def _is_library(name: str | None) -> bool:
-    """Return whether code is not searched; sympy is excluded because a trace writes to its
-    caches."""
-    return is_library(name) or str(name).partition(".")[0] == "sympy"
-
-
 def _is_users_object(value: Any) -> bool:
     kind = type(value)
     if isinstance(value, (torch.jit.ScriptModule, fx.GraphModule, torch.Tensor, BaseException)):
         return False
     known = isinstance(value, nn.Module) or kind in _NAMESPACES
-    if _is_library(kind.__module__) and not known:
+    if is_library_or_sympy(kind.__module__) and not known:
         return False
-    try:
-        return type(object.__getattribute__(value, "__dict__")) is dict
-    except AttributeError:
-        return False
+    return type(dict_of(value)) is dict

@@ -24,6 +24,7 @@ import torch
 from torch import fx, nn
 
 from turbotx.capture.code import codes_in
+from turbotx.capture.module_state.values import MISSING, content_of
 from turbotx.capture.sandbox.leaks import PLAIN
 from turbotx.capture.sandbox.noted_dict import NotedDict
 from turbotx.capture.sandbox.watched import CONTAINERS, DICTS, Watched
@@ -95,10 +96,11 @@ class Shadow:
         enclosing variables."""
         cells = function.__closure__ or ()
         code = function.__code__
-        if not any(map(self._leads_here, cells)) or _sets_variables_around(code):
+        leads_here = any(id(content_of(cell)) in self._paths for cell in cells)
+        if not leads_here or _sets_variables_around(code):
             return function
         for cell in cells:
-            if id(cell) not in self._cells and _is_full(cell):
+            if id(cell) not in self._cells and content_of(cell) is not MISSING:
                 self._cells[id(cell)] = cell, types.CellType()
         closure = tuple(self._cells.get(id(cell), (cell, cell))[1] for cell in cells)
         scope, name = function.__globals__, function.__name__
@@ -109,9 +111,6 @@ class Shadow:
         copied.__dict__.update(function.__dict__)
         self._remember(function, copied)
         return copied
-
-    def _leads_here(self, cell: types.CellType) -> bool:
-        return _is_full(cell) and id(cell.cell_contents) in self._paths
 
     def _copy_module(self, module: nn.Module, text: str) -> Any:
         if isinstance(module, torch.jit.ScriptModule):
@@ -167,14 +166,6 @@ class Shadow:
         made = functools.partial(copied[0], *copied[1 : count + 1], **named)
         vars(made).update(vars(value))
         return made
-
-
-def _is_full(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def _sets_variables_around(code: types.CodeType) -> bool:

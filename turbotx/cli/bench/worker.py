@@ -23,6 +23,7 @@ import torch
 from turbotx.cli.bench.engines import make_engine
 from turbotx.cli.inputs import EXAMPLE_SHAPE
 from turbotx.cli.models import Source
+from turbotx.errors import kind_and_line
 
 TURN_S = 0.4  # limits turns with long calls, so that engines alternate
 
@@ -53,8 +54,7 @@ def explain_error(error: BaseException) -> str:
     """Return the first line of the root cause: exporters wrap it in advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return kind_and_line(error)
 
 
 def answer(run: Any, request: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,7 @@ import torch
 from turbotx import ir
 from turbotx.ir.expr import Expr, to_c
 from turbotx.ir.primitives import PRIMITIVES, SCANS
-from turbotx.kernels.cpp.contraction import find_products
-from turbotx.kernels.cpp.masks import find_hidden
+from turbotx.kernels.cpp.barriers import find_hidden, find_products
 
 STORAGE = {
     torch.float32: "float", torch.float64: "double", torch.bfloat16: "ttx::bf16",

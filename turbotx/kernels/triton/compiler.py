@@ -291,30 +291,3 @@ def _write(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
         file.write(text)
     os.replace(file.name, path)
-
-
-def show_resources(built: Iterable[Built]) -> str:
-    """Return a table of what each kernel uses on each target."""
-    head = (
-        "kernel",
-        "target",
-        "registers",
-        "spills",
-        "shared B",
-        "load b",
-        "store b",
-        "instructions",
-    )
-    rows: list[tuple[str, ...]] = [head]
-    for b in built:
-        r = b.resources
-        rows.append((b.job.name, b.job.target, *map(str, dataclasses.astuple(r))))
-    widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if k < 2 else c.rjust(w)
-            for k, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join(lines)

@@ -308,14 +308,14 @@ class _Printer:
         for sweep in range(self.sweeps):
             ends = self._ends(sweep)
             within = [s for s in ends if self._in_columns(s)]
-            self._outside(within, sweep)
+            self._outside(within)
             if within:
                 self._loop(within)
             after = [s for s in ends if not self._in_columns(s)]
             needed = self._needed(after)
             self._section([s for s in self.kernel.body if self._chosen(s, needed, after)])
 
-    def _outside(self, within: list[ir.Statement], sweep: int) -> None:
+    def _outside(self, within: list[ir.Statement]) -> None:
         """Print what a sweep needs that is the same for the whole row."""
         needed = self._needed(within)
         chosen = [s for s in self.kernel.body if not isinstance(s, ir.Store)

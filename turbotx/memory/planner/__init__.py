@@ -40,6 +40,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Planner",
+    "Workload",
     "check_plan",
     "find_orientations",
     "lower_bound",
@@ -60,48 +61,40 @@ def make_planner(
 ) -> Planner:
     """Return a planner for a fixed set of buffers whose sizes change with the shape.
 
-    size_class: by buffer, the index of its size class.
-    seed_sizes: bytes per class at one representative shape.
-    sample_sizes: the same at further expected shapes. The symbolic planner is tuned to these
-    shapes, and valid for all others. Raises PlanError for an unknown kind or lists of different
-    lengths.
+    size_class: by buffer, the index of its size class. Others as of `find_orientations`. Raises
+    PlanError for an unknown kind or lists of different lengths.
     """
-    given = (lifetimes, size_class, names)
-    return restore_planner(kind, *given, find_orientations(kind, *given, seed_sizes, sample_sizes))
+    workload = Workload(tuple(lifetimes), tuple(size_class), tuple(names))
+    found = find_orientations(kind, workload, seed_sizes, sample_sizes)
+    return restore_planner(kind, workload, found)
 
 
 def find_orientations(
     kind: str,
-    lifetimes: Sequence[Lifetime],
-    size_class: Sequence[int],
-    names: Sequence[str],
+    workload: Workload,
     seed_sizes: Sequence[int],
     sample_sizes: Sequence[Sequence[int]] = (),
 ) -> tuple[Orientation, ...]:
     """Return what a planner precomputes, for `restore_planner`: empty except for the symbolic one.
-    Arguments as for `make_planner`."""
-    workload = Workload(tuple(lifetimes), tuple(size_class), tuple(names))
+
+    seed_sizes: bytes per class at one representative shape.
+    sample_sizes: the same at further expected shapes. The symbolic planner is tuned to these
+    shapes, and valid for all others.
+    """
     return solve_orientations(workload, seed_sizes, sample_sizes) if kind == "symbolic" else ()
 
 
-def restore_planner(
-    kind: str,
-    lifetimes: Sequence[Lifetime],
-    size_class: Sequence[int],
-    names: Sequence[str],
-    orientations: Sequence[Orientation],
-) -> Planner:
+def restore_planner(kind: str, workload: Workload, orientations: Sequence[Orientation]) -> Planner:
     """Return a planner from precomputed orientations; its offsets are the same at every shape.
 
     Raises PlanError for an unknown kind or orientations of other buffers.
     """
-    workload = Workload(tuple(lifetimes), tuple(size_class), tuple(names))
     if kind == "chunked":
         return ChunkedPlanner(workload)
     if kind == "greedy":
         return GreedyPlanner(workload)
     if kind != "symbolic":
         raise PlanError(f"no planner is called {kind!r}; there are {', '.join(PLANNER_KINDS)}")
-    if any(sorted(o.order) != list(range(len(names))) for o in orientations):
+    if any(sorted(o.order) != list(range(len(workload.names))) for o in orientations):
         raise PlanError("an order does not list every buffer once")
-    return SymbolicPlanner.of_orientations(workload, orientations)
+    return SymbolicPlanner(workload, orientations)

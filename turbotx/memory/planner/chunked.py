@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from turbotx.memory.planner.plan import CHUNK_NBYTES, Chunk, Plan, Workload, align
+from turbotx.memory.planner.plan import CHUNK_NBYTES, Chunk, Plan, Planner, Workload, align
 
 K_SCALE_PERCENT = 120
 """A tensor larger than a chunk gets a chunk of 1.2 times its size (the paper's K_SCALE)."""
@@ -28,7 +28,7 @@ class _OpenChunk:
     """(offset, nbytes, begin, end, buffer index), by ascending offset."""
 
 
-class ChunkedPlanner:
+class ChunkedPlanner(Planner):
     """Keeps chunks between plans; `allocations` and `frees` count device calls so far.
 
     Offsets are those of the paper's chunks laid end to end, each at the next aligned byte.
@@ -36,7 +36,7 @@ class ChunkedPlanner:
     """
 
     def __init__(self, workload: Workload) -> None:
-        self._workload = workload
+        super().__init__(workload)
         self._chunks: list[_OpenChunk] = []
         self._lock = threading.Lock()
         self.allocations = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from turbotx.memory.planner.plan import Lifetime, Plan, Workload
+from turbotx.memory.planner.plan import Lifetime, Planner
 
 
 def fit(
@@ -54,11 +54,8 @@ def footprint(offsets: Sequence[int], sizes: Sequence[int]) -> int:
     return max((o + s for o, s in zip(offsets, sizes, strict=True) if s), default=0)
 
 
-class GreedyPlanner:
+class GreedyPlanner(Planner):
     """Plans every shape from scratch; keeps no state, so threads may share it."""
-
-    def __init__(self, workload: Workload) -> None:
-        self._workload = workload
 
     def offsets(self, class_nbytes: Sequence[int]) -> tuple[Sequence[int], int]:
         """Return each buffer's offset and the arena's size, in bytes, for bytes by size class."""
@@ -66,8 +63,3 @@ class GreedyPlanner:
         order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
         offsets = fit(self._workload.lifetimes, sizes, order)
         return offsets, footprint(offsets, sizes)
-
-    def plan(self, class_nbytes: Sequence[int]) -> Plan:
-        """Return the plan for bytes by size class."""
-        offsets, peak_nbytes = self.offsets(class_nbytes)
-        return self._workload.record(class_nbytes, offsets, peak_nbytes)

@@ -8,9 +8,10 @@ Times are launch indices, half-open; sizes and offsets are bytes inside one aren
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from turbotx.errors import TurbotxError
 
@@ -112,18 +113,6 @@ class Plan:
         }
 
 
-class Planner(Protocol):
-    """Places a fixed set of lifetimes repeatedly, as sizes change with the shape."""
-
-    def offsets(self, class_nbytes: Sequence[int]) -> tuple[Sequence[int], int]:
-        """Return the offset of every buffer and the footprint, in bytes. Called in the hot path."""
-        ...
-
-    def plan(self, class_nbytes: Sequence[int]) -> Plan:
-        """Return the same placements as a full record, for reports and the checker."""
-        ...
-
-
 def lower_bound(buffers: Iterable[Buffer]) -> int:
     """Return the largest sum of aligned bytes alive in one launch; 0 for no buffers."""
     change: dict[int, int] = {}
@@ -202,3 +191,20 @@ def check_class_sizes(class_nbytes: Sequence[int], class_count: int) -> None:
         raise PlanError(f"{class_count} size classes need {class_count} sizes, got {class_nbytes}")
     if class_count and min(class_nbytes) < 0:
         raise PlanError(f"sizes in bytes cannot be negative, got {list(class_nbytes)}")
+
+
+class Planner(ABC):
+    """Places a fixed set of lifetimes repeatedly, as sizes change with the shape."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+
+    @abstractmethod
+    def offsets(self, class_nbytes: Sequence[int]) -> tuple[Sequence[int], int]:
+        """Return each buffer's offset and the arena's size, in bytes, for bytes by size class.
+        Called in the hot path."""
+
+    def plan(self, class_nbytes: Sequence[int]) -> Plan:
+        """Return the same placements as a full record, for reports and the checker."""
+        offsets, peak_nbytes = self.offsets(class_nbytes)
+        return self._workload.record(class_nbytes, offsets, peak_nbytes)

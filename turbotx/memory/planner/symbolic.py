@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from turbotx.memory.planner.choose import choose_orientations
 from turbotx.memory.planner.orientation import Forms, FormTable, Orientation, live_forms
-from turbotx.memory.planner.plan import ALIGNMENT, Plan, PlanError, Workload
+from turbotx.memory.planner.plan import ALIGNMENT, PlanError, Planner, Workload
 
 Int64s = npt.NDArray[np.int64]
 
@@ -70,42 +70,19 @@ class _Walker:
         return [e - s for e, s in zip(ends, sizes, strict=True)], max(ends, default=0)
 
 
-class SymbolicPlanner:
+class SymbolicPlanner(Planner):
     """Evaluates orientations of solved shapes; immutable, so threads may share it.
 
     in_use: the orientations it chooses from, by the smallest footprint at each shape.
-    seed_sizes: bytes per class at one shape.
-    sample_sizes: the same at further expected shapes; orientations are chosen to suit all of them.
     """
 
-    def __init__(
-        self,
-        workload: Workload,
-        seed_sizes: Sequence[int],
-        sample_sizes: Sequence[Sequence[int]] = (),
-    ) -> None:
-        self._set_workload(workload)
-        self._set_orientations(solve_orientations(workload, seed_sizes, sample_sizes))
-
-    @classmethod
-    def of_orientations(
-        cls, workload: Workload, orientations: Sequence[Orientation]
-    ) -> SymbolicPlanner:
-        """Return a planner with orientations that were chosen for the same workload before."""
-        planner = cls.__new__(cls)
-        planner._set_workload(workload)
-        planner._set_orientations(orientations)
-        return planner
-
-    def _set_workload(self, workload: Workload) -> None:
-        self._workload = workload
+    def __init__(self, workload: Workload, orientations: Sequence[Orientation]) -> None:
+        """orientations: of `solve_orientations`, for the same workload."""
+        super().__init__(workload)
         self._count = workload.class_count
         self.live = live_forms(workload.lifetimes, workload.size_class, self._count)
-
-    def _set_orientations(self, orientations: Sequence[Orientation]) -> None:
         self.orientations = list(orientations)
-        size_class = self._workload.size_class
-        tables = [FormTable(o, size_class, self._count) for o in self.orientations]
+        tables = [FormTable(o, workload.size_class, self._count) for o in self.orientations]
         kept = [table for table in tables if table.complete]
         self.in_use = [o for o, t in zip(self.orientations, tables, strict=True) if t.complete]
         self.in_use = self.in_use or self.orientations[:1]
@@ -114,7 +91,7 @@ class SymbolicPlanner:
         if kept:
             self._evaluate = _Evaluator(kept)
         else:
-            self._evaluate = _Walker(self.orientations[0], size_class)
+            self._evaluate = _Walker(self.orientations[0], workload.size_class)
 
     @property
     def form_count(self) -> int:
@@ -140,11 +117,6 @@ class SymbolicPlanner:
     def lower_bound(self, class_nbytes: Sequence[int]) -> int:
         """Return the largest sum of aligned live bytes at these sizes."""
         return int((self.live @ self._aligned(class_nbytes)).max())
-
-    def plan(self, class_nbytes: Sequence[int]) -> Plan:
-        """Return the plan for bytes by size class."""
-        offsets, peak_nbytes = self.offsets(class_nbytes)
-        return self._workload.record(class_nbytes, offsets, peak_nbytes)
 
     def _aligned(self, class_nbytes: Sequence[int]) -> Int64s:
         return _align(class_nbytes, self._count)

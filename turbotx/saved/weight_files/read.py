@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from turbotx.errors import WeightsError
+from turbotx.errors import WeightsError, first_line
 
 # Names searched for in a folder, in this order.
 USUAL_NAMES = (
@@ -42,7 +42,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except WeightsError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"cannot read {path}: {_first_line(error)}") from error
+        raise WeightsError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def _find(path: Path) -> Path:
@@ -94,7 +94,7 @@ def _read_torch(path: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} is no state dict of tensors that can be read without running code from it "
-            f"(torch.load with weights_only=True): {_first_line(error)}"
+            f"(torch.load with weights_only=True): {first_line(error)}"
         ) from error
     for name in INNER_NAMES:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
@@ -122,7 +122,7 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
                 array = archive[name]
                 found[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), "C"))
             except (TypeError, ValueError) as error:
-                raise WeightsError(f"{path}: {name} is no tensor: {_first_line(error)}") from error
+                raise WeightsError(f"{path}: {name} is no tensor: {first_line(error)}") from error
     return found
 
 
@@ -146,8 +146,3 @@ def _read_shards(path: Path) -> dict[str, torch.Tensor]:
             raise WeightsError(f"{path} says that {file} holds {name}, and it does not")
         found[name] = files[file][name]
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -12,7 +12,7 @@ import torch
 
 from tests.compiled_functions import compile_function
 from tests.kernels.cpp.cpp_probe import needs_compiler
-from turbotx.kernels.cpp.masks import find_hidden
+from turbotx.kernels.cpp.barriers import find_hidden
 from turbotx.kernels.cpp.printer import print_kernel
 
 FENCED = """

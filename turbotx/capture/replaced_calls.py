@@ -1,10 +1,12 @@
-"""Tensor indices: turns indexing by a one-element tensor into a gather that does not read its
-value.
+"""Replaced calls: calls of the model that PyTorch would not trace as they are, as ops that it does.
 
-In: calls such as x[:, i] and x.select(1, i) whose i is a 0-d tensor. Out: the same elements by an
-op that reads i when the program runs; PyTorch would read the number while tracing::
+In: x[:, i] and x.select(1, i) whose i is a 0-d tensor; `grouped_mm` of any dtype and width that
+eager mode accepts. Out: an op that reads i when the program runs, where PyTorch would read the
+number while tracing; turbotx's op, since PyTorch's fake kernel accepts only bfloat16 with rows of
+multiples of 16 bytes::
 
-    x[:, i]  ->  x.index_select(1, i.reshape(1))[:, 0]
+    x[:, i]                       ->  x.index_select(1, i.reshape(1))[:, 0]
+    grouped_mm(x, w, offs=ends)   ->  torch.ops.turbotx.grouped_mm(x, w, ends)
 """
 
 from __future__ import annotations
@@ -15,18 +17,44 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
+from turbotx.ir import expert_ops
+
+assert expert_ops  # imported because it registers the op
 Tensor: Any = torch.Tensor
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The public function, and the private op that it calls.
+_GROUPED = ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm"))
 
 
-class TensorIndices(TorchFunctionMode):
-    """While active, around the model only, turns such calls into gathers."""
+class ReplacedCalls(TorchFunctionMode):
+    """While active, around the model only, replaces such calls."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is not None and any(func is getattr(m, name, None) for m, name in _GROUPED):
+            names = ("mat_a", "mat_b", "offs", "bias", "out_dtype")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if _is_plain(given):
+                return torch.ops.turbotx.grouped_mm(given["mat_a"], given["mat_b"], given["offs"])
         found = _take_at_tensors(func, args, kwargs)
         return func(*args, **kwargs) if found is NotImplemented else found
+
+
+def _is_plain(given: dict[str, Any]) -> bool:
+    """Return whether a call multiplies rows by their experts' weights and does nothing else; calls
+    that PyTorch refuses are left to it."""
+    tensors: list[Any] = [given.get(name) for name in ("mat_a", "mat_b", "offs")]
+    if not all(isinstance(t, torch.Tensor) for t in tensors):
+        return False
+    x, weight, ends = tensors
+    if given.get("bias") is not None or given.get("out_dtype") not in (None, x.dtype):
+        return False
+    if (x.dim(), weight.dim(), ends.dim(), ends.dtype) != (2, 3, 1, torch.int32):
+        return False
+    fits = x.shape[1] == weight.shape[1] and ends.shape[0] == weight.shape[0]
+    return bool(fits and x.dtype == weight.dtype and x.dtype in _DTYPES)
 
 
 def _take_at_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
