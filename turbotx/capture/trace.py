@@ -365,7 +365,9 @@ def _describe(
     expanded = replace(flat.expanded, decisive=find_decisive(graph_module.graph))
     squeezed = exported.graph_module.meta[SQUEEZED]
     guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
-    guards += guard_squeezed(squeezed, symbols)
+    # A dim of size 1 lies in any order, so that it decides what a layout question is answered.
+    asked_sizes = {expr(s) for k in flat.layouts.asked for s in shapes[k]}
+    guards += guard_squeezed(squeezed | {s for s in asked_sizes if s.free_symbols}, symbols)
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in shape) for shape in shapes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
     hints = find_hints(shape_env, symbols)
