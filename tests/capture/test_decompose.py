@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+import turbotx
 from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_without
 from turbotx.capture.trace import KEPT_WHOLE, capture
 
@@ -130,3 +131,15 @@ def test_a_view_that_changes_nothing_is_its_input() -> None:
     program = exported(TransposesNothing())
     decompose_nodes(program.graph_module, KEPT_WHOLE)
     assert ops_of(program.graph) == {"aten.mul.Tensor": 1}
+
+
+def test_an_op_that_asks_for_its_sizes_in_cpp_is_decomposed() -> None:
+    class Kron(nn.Module):
+        def forward(self, x):
+            return torch.kron(x, x[:2]) + 1
+
+    model = Kron().eval()
+    fast = turbotx.optimize(model)
+    for x in (torch.randn(3, 4), torch.randn(5, 2)):
+        torch.testing.assert_close(fast(x), model(x))
+    assert not any("kron" in str(n.target) for n in capture(model, (x,), {}).graph.nodes)

@@ -41,6 +41,29 @@ def test_results_have_eagers_strides(name: str) -> None:
             assert came.stride() == right.stride()
 
 
+def test_the_angle_of_complex_numbers_is_dense() -> None:
+    for x in (torch.randn(4, 3, dtype=torch.complex64).t(), torch.randn(4, 3).t()):
+        came = turbotx.optimize(lambda x: x.angle())(x)
+        torch.testing.assert_close(came, x.angle())
+        assert came.stride() == x.angle().stride()
+
+
+VIEWS = {
+    "expand_as itself": lambda x: x.expand_as(x),
+    "broadcast with itself": lambda x: torch.broadcast_tensors(x, x)[1],
+    "as itself, transposed": lambda x: x.t().reshape_as(x.t()),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_by_the_input_itself_are_views(name: str) -> None:
+    fast = turbotx.optimize(VIEWS[name])
+    for x in (torch.randn(3, 4), torch.randn(2, 5)):
+        came, right = fast(x), VIEWS[name](x)
+        assert torch.equal(came, right) and came.stride() == right.stride()
+        assert came.data_ptr() == x.data_ptr()
+
+
 def test_they_cost_no_copy() -> None:
     norm = NORMS[6]
     x = torch.randn(2, 5, 6)

@@ -116,6 +116,9 @@ def test_a_view_is_of_its_own_argument(mode: RememberingFakeMode) -> None:
     assert torch.view_as_complex(make(torch.randn(3, 2), mode)).dtype == torch.complex64
     again = torch.view_as_complex(make(torch.randn(3, 2), mode))
     assert (again.dtype, tuple(again.stride())) == (torch.complex64, (1,))
+    waves = make(torch.randn(4, 3, dtype=torch.complex64), mode).t()
+    for _ in range(2):
+        assert (waves.real.dtype, waves.real.stride()) == (torch.float32, (2, 6))
 
 
 def test_results_have_memory_of_their_own(mode: RememberingFakeMode) -> None:

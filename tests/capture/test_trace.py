@@ -12,7 +12,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import turbotx
 from tests.graphs import captured
-from turbotx.capture.trace import attention_kernels, capture
+from turbotx.capture.attention_kernels import attention_kernels
+from turbotx.capture.trace import capture
 from turbotx.engine.optimize import engine_of
 from turbotx.errors import CaptureError
 from turbotx.ir.fx_nodes import shape

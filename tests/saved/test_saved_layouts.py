@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import turbotx
-from turbotx.errors import ModelChangedError
+from turbotx.errors import ModelChangedError, SaveError
 
 pytest.importorskip("safetensors")
 
@@ -72,3 +72,10 @@ def test_what_served_another_dtype_is_not_saved(tmp_path: Path) -> None:
     loaded = turbotx.load(tmp_path / "m.ttx")
     torch.testing.assert_close(loaded(x.double()), model(x.double()))
     assert loaded.stats()["programs"] == 1
+
+
+def test_a_capture_of_an_expanded_tensor_is_not_saved(tmp_path: Path) -> None:
+    fast = turbotx.optimize(lambda x, y: x + y, backend="aten")
+    fast(torch.randn(3, 1).expand(3, 4), torch.randn(4, 3).t())
+    with pytest.raises(SaveError, match=r"expanded tensor 'x'.*x\.contiguous\(\)"):
+        turbotx.save(fast, tmp_path / "model.ttx")

@@ -15,7 +15,7 @@ import torch
 from turbotx.capture.ambient import DECISIVE, Ambient
 from turbotx.capture.arguments import Structure, carry, describe_leaf, is_float
 from turbotx.capture.composition import is_dense
-from turbotx.ir.memory_order import memory_order
+from turbotx.ir.memory_order import expanded_dims, memory_order
 
 _PLAIN = (bool, int, str, type(None))
 _STRIDED = torch.strided
@@ -35,7 +35,8 @@ def describe_call(
         if is_dense(value):
             if value.layout is not _STRIDED or value.is_nested:
                 return None, []  # the slow path raises the error
-            order = None if value.is_contiguous() else memory_order(value)
+            plain = value.is_contiguous()
+            order = None if plain else (memory_order(value), expanded_dims(value))
             parts += (value.shape, value.dtype, value.device, order)
             tensors.append(value)
         elif type(value) in _PLAIN:

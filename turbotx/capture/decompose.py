@@ -112,7 +112,9 @@ def _decomposition(op: OpOverload, kept: frozenset[str]) -> Callable[..., Any] |
     if found is not None:
         return found
     preserved = getattr(import_module("torch.export.decomp_utils"), "PRESERVED_ATEN_CIA_OPS", ())
-    return op.decompose if op._can_decompose() and op not in preserved else None
+    if op in preserved or not torch._C._dispatch_has_kernel(op.name()):  # a size, in C++ code
+        return None
+    return op.decompose if op._can_decompose() else None
 
 
 def table_without(kept: frozenset[str]) -> Any:

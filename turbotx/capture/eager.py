@@ -94,7 +94,8 @@ def _find_steps(leaf: Any) -> Steps | None:
     if not chain or chain[-1].op not in ("placeholder", "get_attr"):
         return None
     shown = [n for n in chain if g.is_tensor(n)]
-    others = [x for n in chain[:-1] for x in n.all_input_nodes if x is not n.args[0]]
+    others: list[fx.Node] = []
+    fx.node.map_arg([(n.args[1:], n.kwargs) for n in chain[:-1]], others.append)
     if any(map(g.is_tensor, others)) or not all(_share_memory(n, chain[-1]) for n in shown):
         return None
     return _steps(chain)
@@ -178,13 +179,13 @@ _COPIES = frozenset(
 """Ops whose result is a view or a copy, depending on the input's strides."""
 
 
-def _shown(node: fx.Node) -> fx.Node | None:
+def owner_of(node: fx.Node) -> fx.Node | None:
     """Return the tensor whose memory a call's result shares; None if it allocates its own."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     if node.target is g.GETITEM:
         source = node.args[0]
-        return source if _shown(source) is not None else None
+        return source if owner_of(source) is not None else None
     if node.target in (aten._unsafe_view.default, aten.detach_.default):
         return node.args[0]
     schema = getattr(node.target, "_schema", None)
@@ -206,7 +207,7 @@ def _chain(node: fx.Node) -> list[fx.Node]:
     """Return a node and the chain of tensors that it is a view of, down to the one that owns the
     memory."""
     found = [node]
-    while (source := _shown(found[-1])) is not None:
+    while (source := owner_of(found[-1])) is not None:
         found.append(source)
     return found
 

@@ -80,6 +80,10 @@ def _dense_by_scalar(given: Sequence[torch.Tensor], result: torch.Tensor) -> Ord
     return list(range(result.dim())) if len(given) == 1 else None
 
 
+def _dense_of_complex(given: Sequence[torch.Tensor], result: torch.Tensor) -> Order | None:
+    return list(range(result.dim())) if given[0].is_complex() else None
+
+
 def _dense_on_cpu(given: Sequence[torch.Tensor], result: torch.Tensor) -> Order | None:
     return list(range(result.dim())) if result.device.type == "cpu" else None
 
@@ -94,6 +98,7 @@ _ELEMENTWISE = (
 _RULES: dict[Any, Callable[[Sequence[torch.Tensor], torch.Tensor], Order | None]] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     Tensor.__rpow__: _dense_by_scalar,
+    **dict.fromkeys((torch.angle, Tensor.angle), _dense_of_complex),
     **dict.fromkeys((torch.batch_norm, F.batch_norm), _suggested),
     **dict.fromkeys((torch.max_pool1d, F.max_pool1d), _dense_on_cpu),
 }

@@ -123,6 +123,8 @@ class RememberingFakeMode(FakeTensorMode):
         shows = next((k for k, t in enumerate(given) if _memory(t) == memory), None)
         if shows is None and value.storage_offset() != 0:
             raise UnknownError
+        if shows is not None and given[shows].dtype != value.dtype:
+            raise UnknownError  # a view by another dtype, as of a complex tensor's real part
         return _Made(
             value.dtype, value.device, tuple(value.shape), tuple(value.stride()),
             value.storage_offset(), shows,
@@ -144,10 +146,7 @@ class RememberingFakeMode(FakeTensorMode):
             if part.shows is None:
                 raw = torch.empty_strided(part.shape, part.strides, dtype=part.dtype, device="meta")
             else:
-                base: torch.Tensor = given[part.shows]
-                if base.dtype != part.dtype:
-                    base = base.view(part.dtype)
-                raw = torch.as_strided(base, part.shape, part.strides, part.offset)
+                raw = torch.as_strided(given[part.shows], part.shape, part.strides, part.offset)
         return FakeTensor(self, raw, part.device)
 
 

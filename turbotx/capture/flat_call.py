@@ -18,6 +18,7 @@ from torch import nn
 from turbotx.capture.arguments import Structure, changed_arguments, is_float, rebuild
 from turbotx.capture.composition import calls_forward
 from turbotx.capture.equal_layers.layers import EqualLayers
+from turbotx.capture.expanded_inputs import ExpandedInputs
 from turbotx.capture.layout_questions import LayoutQuestions
 from turbotx.capture.module_state.gradients import note_gradients
 from turbotx.capture.module_state.recorder import StateRecorder
@@ -37,7 +38,7 @@ class FlatCall(nn.Module):
 
     def __init__(
         self, model: nn.Module, leaves: Sequence[Any], spec: Structure, recorder: StateRecorder,
-        values: ValueQuestions,
+        values: ValueQuestions, expanded: ExpandedInputs,
     ) -> None:  # fmt: skip
         super().__init__()
         # A separate object, because tracing undoes changes to a module.
@@ -51,7 +52,7 @@ class FlatCall(nn.Module):
         ]
         carried = (leaves[i] for i in self.positions)
         self.orders = [memory_order(x) if isinstance(x, torch.Tensor) else None for x in carried]
-        self.floats = FloatReads()
+        self.floats, self.expanded = FloatReads(), expanded
         self.layouts, self.values = LayoutQuestions(partial(note_gradients, recorder)), values
         self.layers = EqualLayers(self.seen.model, recorder, self._look_around)
         self.calls_forward = calls_forward(model)
@@ -69,10 +70,9 @@ class FlatCall(nn.Module):
         self.layouts.begin(tensors)
         self.values.begin()
         self.layers.begin()
-        given = [
-            in_memory(tensor, inverse(order))
-            for tensor, order in zip(tensors, self.orders, strict=True)
-        ]
+        given = self.expanded.expand(
+            [in_memory(t, inverse(o)) for t, o in zip(tensors, self.orders, strict=True)]
+        )
         for k, (position, tensor) in enumerate(zip(self.positions, given, strict=True)):
             number = leaves[position]
             leaves[position] = tensor if number is None else self.floats.make(number, tensor, k)

@@ -11,10 +11,8 @@ over named dims, also where the first call's size is 1. Example::
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -23,7 +21,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from turbotx.capture.ambient import (
     Ambient,
@@ -33,6 +30,7 @@ from turbotx.capture.ambient import (
     without_autocast,
 )
 from turbotx.capture.arguments import Structure, carry, flatten_call
+from turbotx.capture.attention_kernels import attention_kernels
 from turbotx.capture.casts import write_casts
 from turbotx.capture.decisions import Decisions, Outcomes
 from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_without
@@ -40,6 +38,7 @@ from turbotx.capture.eager import ASKED, ORDER, find_shown, note_layouts
 from turbotx.capture.eager_layouts import eager_layouts
 from turbotx.capture.encoder_padding import padding_as_eager
 from turbotx.capture.equal_layers.layers import LayerCalls, copying_layers
+from turbotx.capture.expanded_inputs import ExpandedInputs, find_decisive
 from turbotx.capture.fake_mode import remembering_fakes
 from turbotx.capture.flat_call import FlatCall
 from turbotx.capture.guards import (
@@ -117,7 +116,7 @@ class Captured:
     output.
 
     ambient: PyTorch's settings during the trace. asked: the indices of the settings that Python
-    code read, besides those that affect every trace.
+    code read, besides those that affect every trace. expanded: the inputs traced as expanded.
     """
 
     graph_module: fx.GraphModule
@@ -130,6 +129,7 @@ class Captured:
     out_spec: pytree.TreeSpec
     ambient: Ambient
     asked: tuple[int, ...]
+    expanded: ExpandedInputs
     floats: tuple[FloatInput, ...] = ()
     effects: tuple[Effect, ...] = ()
     decisions: Decisions | None = None
@@ -155,7 +155,8 @@ class Captured:
         """Return whether it serves a call, apart from sizes, whose first data-dependent conditions
         have these outcomes."""
         follows = not outcomes or (self.decisions is not None and self.decisions.follow(outcomes))
-        return follows and self.holds_in(ambient) and self.takes(tensors)
+        fits = self.takes(tensors) and self.expanded.serve(tensors)
+        return follows and fits and self.holds_in(ambient)
 
     def holds_in(self, ambient: Ambient) -> bool:
         """Return whether the PyTorch settings that its Python code read are unchanged."""
@@ -179,9 +180,13 @@ def capture(
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     values, first = ValueQuestions(outcomes), None
+    tensors, expanded = carry(leaves), ExpandedInputs()
     while True:
         try:
-            return _capture(model, leaves, spec, least, fixed, values, names)
+            made = _capture(model, leaves, spec, least, fixed, values, names, expanded)
+            if made.expanded.serve(tensors):
+                return made
+            expanded = made.expanded.of(tensors)
         except CaptureError as error:
             first = first or error
             if not values.flip_last():
@@ -190,7 +195,7 @@ def capture(
 
 def _capture(
     model: nn.Module, leaves: Sequence[Any], spec: Structure, least: int, fixed: Places,
-    values: ValueQuestions, names: list[str],
+    values: ValueQuestions, names: list[str], expanded: ExpandedInputs,
 ) -> Captured:  # fmt: skip
     tensors, name = carry(leaves), type(model).__name__
     ambient = read_ambient()
@@ -201,7 +206,7 @@ def _capture(
             recorder.also_meet = unfollowed.meet
             code_names = find_model_names(model, recorder)
             unfollowed.note_functions(code_names.functions)
-            flat = FlatCall(model, leaves, spec, recorder, values)
+            flat = FlatCall(model, leaves, spec, recorder, values, expanded)
             flat.given, flat.layers.names = describe_arguments(model, names, tensors), code_names
             before = look_at_generators()
             with (
@@ -304,29 +309,6 @@ def _find_cause(flat: FlatCall, tensors: Sequence[torch.Tensor]) -> Exception | 
     return True
 
 
-def attention_kernels(
-    tensors: Sequence[torch.Tensor],
-) -> Sequence[Callable[[], AbstractContextManager[object]]]:
-    """Return context managers that select an attention kernel while tracing, in the order to try.
-
-    Attention stays one op in the graph, but tracing follows the choice inside it. On CUDA the
-    memory-efficient kernel tests whether the mask's length is a multiple of 16, which would become
-    a guard on seq; the math kernel tests nothing. A model that cannot be traced with it, because it
-    views the result in the layout of the fused kernels, is traced with the device's own choice.
-    """
-    return (_plain_attention, nullcontext) if any(t.is_cuda for t in tensors) else (nullcontext,)
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    # The setting is global: concurrent contexts could restore it in the wrong order.
-    with _choosing_attention, sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-_choosing_attention = threading.RLock()
-
-
 def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
     """Trace with the `varying` dims of each example symbolic; decompose all but the kept ops."""
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
@@ -380,9 +362,12 @@ def _describe(
     symbols = name_dims(shapes, names, find_equals(shape_env), said)
     remember_names(graph_module, symbols)
     note_layouts(graph_module.graph, exported.graph_module.meta[SHOWN])
+    expanded = replace(flat.expanded, decisive=find_decisive(graph_module.graph))
     squeezed = exported.graph_module.meta[SQUEEZED]
     guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
-    guards += guard_squeezed(squeezed, symbols)
+    # A dim of size 1 lies in any order, so that it decides what a layout question is answered.
+    asked_sizes = {expr(s) for k in flat.layouts.asked for s in shapes[k]}
+    guards += guard_squeezed(squeezed | {s for s in asked_sizes if s.free_symbols}, symbols)
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in shape) for shape in shapes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
     hints = find_hints(shape_env, symbols)
@@ -395,6 +380,6 @@ def _describe(
         )
     return Captured(
         graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
-        flat.seen.out_spec, ambient, asked, flat.describe_floats(), flat.seen.effects,
+        flat.seen.out_spec, ambient, asked, expanded, flat.describe_floats(), flat.seen.effects,
         decisions, flat.layers.calls,
     )  # fmt: skip

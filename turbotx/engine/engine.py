@@ -54,6 +54,7 @@ from turbotx.engine.progress import show_progress
 from turbotx.engine.state_guard import StateGuard
 from turbotx.engine.variant import Recaptures, Variant
 from turbotx.errors import CaptureError, InputError, ModelChangedError, TrainingError
+from turbotx.ir.memory_order import expanded_dims
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.runtime.binding import Binding
@@ -164,8 +165,7 @@ class Engine(EagerCalls):
         decisions, if an earlier run has found them."""
         self.refuse_training()
         ambient = read_decisive()
-        if self._asked:
-            ambient += read_asked(self._asked)
+        ambient += read_asked(self._asked) if self._asked else ()
         described, tensors = describe_call(args, kwargs, ambient)
         found = self._bound.find(described) if described is not None else None
         if found is not None and not found[0].takes(tensors):
@@ -192,7 +192,7 @@ class Engine(EagerCalls):
         key = make_signature(leaves, spec, ambient)
         found = None
         if described is None:
-            described = (key, ambient, tuple(t.shape for t in tensors))
+            described = (key, ambient, tuple((t.shape, expanded_dims(t)) for t in tensors))
             found = self._bound.find(described)
             if found is not None and not found[0].takes(tensors):
                 described = (described, found[0].numbers(tensors))

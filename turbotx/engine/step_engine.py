@@ -78,8 +78,9 @@ class StepEngine(StepCalls, Engine):
         known = self._known.get(kind) if kind is not None else None
         if known is not None and not outcomes and known[0].holds():
             variant, stepping = known
-            dims = variant.compiled.captured.matcher.match([t.shape for t in tensors])
-            if dims is not None:
+            captured = variant.compiled.captured
+            dims = captured.matcher.match([t.shape for t in tensors])
+            if dims is not None and captured.expanded.serve(tensors):
                 if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
                     refuse_gradient()
                 program = variant.compiled.at(dims).program

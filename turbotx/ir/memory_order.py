@@ -31,6 +31,12 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
     return tuple(order) if order != list(range(tensor.dim())) else None
 
 
+def expanded_dims(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return the dims of several elements that are all the same one in memory."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple(d for d, (n, stride) in enumerate(sizes) if n > 1 and not stride)
+
+
 def by_order(values: Sequence[T], order: Sequence[int] | None) -> tuple[T, ...]:
     """Return one value per dim, reordered by `order`."""
     return tuple(values) if order is None else tuple(values[d] for d in order)

@@ -133,6 +133,14 @@ def _find_variants(engine: Engine) -> list[tuple[SavedPart, Any, Variant]]:
             "nothing was compiled yet for the model as it is: call what turbotx.optimize returned "
             "once, as fast(**inputs), then save that, as turbotx.save(fast, path)"
         )
+    for captured in (variant.compiled.captured for _, _, variant in found):
+        expanded = [captured.input_names[k] for k, dims in captured.expanded.dims.items() if dims]
+        if expanded:
+            raise SaveError(
+                f"a call of {captured.name} was captured for an expanded tensor {expanded[0]!r}, "
+                "whose strides decide those of a result, and a file takes every tensor: optimize "
+                f"the model anew, and call it with {expanded[0]}.contiguous()"
+            )
     return found
 
 
