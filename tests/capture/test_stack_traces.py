@@ -1,4 +1,4 @@
-"""Stack traces of nodes are PyTorch's own texts, each written out once."""
+"""Stack traces of nodes are PyTorch's own texts and the user's functions, each written out once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import nn
 
 from turbotx.capture import trace
 from turbotx.capture.trace import capture
+from turbotx.engine.callables import FunctionModule
+from turbotx.ir.fx_nodes import place_of
 
 
 class Twice(nn.Module):
@@ -33,6 +35,29 @@ def test_texts_are_those_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace, "remembered_stack_traces", nullcontext)
     assert found == texts()
     assert len(set(found)) > 4 and all("in forward" in text for text in found)
+
+
+class Helped(nn.Module):
+    def scale(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale(torch.nn.functional.gelu(x))
+
+
+def test_a_place_is_in_the_function_or_method_that_computes() -> None:
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    def places(model: nn.Module, op: str) -> list[str]:
+        graph = capture(model.eval(), (torch.randn(2, 4),), {}).graph
+        return [place_of(node) for node in graph.nodes if op in node.name]
+
+    line = Helped.scale.__code__.co_firstlineno + 1
+    assert places(Helped(), "mul") == [f"{__file__}:{line}"]
+    assert places(Helped(), "gelu") == [f"{__file__}:{line + 3}"]
+    line = double.__code__.co_firstlineno + 1
+    assert places(FunctionModule(double), "mul") == [f"{__file__}:{line}"]
 
 
 def test_a_place_is_written_out_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,19 @@ def test_the_same_bits_at_any_size(fast, path: Path) -> None:
     assert loaded.head.weight is loaded.words.weight
 
 
+def test_a_size_that_was_not_captured_is_said_with_what_to_do(tmp_path: Path) -> None:
+    class Branch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.shape[0] == 1 else x * 3
+
+    fast = turbotx.optimize(Branch().eval())
+    fast(torch.randn(3, 4))
+    turbotx.save(fast, tmp_path / "m.ttx")
+    said = "no saved program takes these sizes: batch != 1 does not hold. Call the optimized module"
+    with pytest.raises(InputError, match=said):
+        turbotx.load(tmp_path / "m.ttx")(torch.randn(1, 4))
+
+
 def test_an_empty_call_is_served_where_one_was_captured(path: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="size of 0"):
         turbotx.load(path)(ids(0, 4))

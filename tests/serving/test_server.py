@@ -229,6 +229,13 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(unused_port, monkeypat
         serve(["no/such/model"], host="256.0.0.1")
 
 
+@pytest.mark.parametrize("port", [-1, 65_536, 99_999])
+def test_a_port_that_does_not_exist_is_not_taken_for_another(port, monkeypatch):
+    monkeypatch.setattr("turbotx.serving.server.log_as_json", lambda level: None)  # of the process
+    with pytest.raises(SettingsError, match=f"port {port} is not in 0 to 65535"):
+        serve(["no/such/model"], port=port)
+
+
 def metrics_of(url):
     return httpx.get(f"{url}/metrics").text
 

@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.printers import PythonPrinter
 
 from turbotx.ir.expr import Expr, expr, is_nonnegative
 
@@ -53,7 +54,7 @@ def find_guards(
     for guard in shape_env.guards if shape_env is not None else ():
         condition = shape_env.replace(guard.expr).xreplace(dict(symbols))
         if condition.free_symbols and condition.free_symbols <= set(symbols.values()):
-            guards.append(Guard(condition, str(condition)))
+            guards.append(Guard(condition, PythonPrinter().doprint(condition)))
     return tuple(dict.fromkeys(guards))
 
 

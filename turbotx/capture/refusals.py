@@ -18,6 +18,7 @@ from turbotx.capture.ambient import Ambient, unknown_modes
 from turbotx.capture.composition import LeftToPyTorch, is_dense
 from turbotx.capture.torchao_weights import is_torchao, why_not
 from turbotx.errors import CaptureError, InputError, TrainingError
+from turbotx.ir.fx_nodes import place_of
 
 
 def refuse_tensor(tensor: torch.Tensor) -> None:
@@ -129,15 +130,19 @@ def made_in_inference_mode(name: str, path: str) -> CaptureError:
     )
 
 
-def refuse_mutation(exported: Any, name: str) -> None:
-    """Raise CaptureError if the call mutates a buffer or an input: such a program could not run in
-    two threads, or twice, with the same result."""
+def refuse_mutation(exported: Any, name: str, inputs: list[str]) -> None:
+    """Raise CaptureError if the call mutates a buffer or one of its inputs, of these names: such a
+    program could not run in two threads, or twice, with the same result."""
+    named = dict(zip(exported.graph_signature.user_inputs, inputs, strict=True))
+    places = {node.name: place_of(node) for node in exported.graph.nodes}
     for spec in exported.graph_signature.output_specs:
         if spec.kind is OutputKind.USER_OUTPUT:
             continue
-        what = str(spec.target).removeprefix("model.")
+        what = named.get(spec.target, str(spec.target).removeprefix("model."))
         kind = "an input" if spec.kind is OutputKind.USER_INPUT_MUTATION else "its own tensor"
+        place = places.get(spec.arg.name, "")
         raise CaptureError(
-            f"cannot capture {name}: it changes {kind} {what!r} in place. Return the new value "
+            f"cannot capture {name}: it changes {kind} {what!r} in place"
+            f"{place and f', at {place}'}. Return the new value "
             "instead, or keep that part outside the optimized module"
         )

@@ -1,8 +1,8 @@
 """Stack traces: the source locations of a trace's nodes, formatted once per location.
 
-In: the nodes that a trace makes. Out: the same text in `node.stack_trace` as PyTorch's tracer
-writes. It formats every frame again for each node, including the source line, though the calls of
-equal layers come from the same frames::
+In: the nodes that a trace makes. Out: in `node.stack_trace` what PyTorch's tracer writes, with the
+functions and methods that a `forward` calls, which it leaves out. It formats every frame again for
+each node, including the source line, though the calls of equal layers come from the same frames::
 
     with remembered_stack_traces():  torch.export.export(model, ...)
 """
@@ -18,6 +18,8 @@ from typing import Any
 from unittest import mock
 
 from torch.fx import proxy
+
+from turbotx.ir.fx_nodes import LIBRARIES
 
 
 @contextmanager
@@ -39,7 +41,7 @@ class _Stack(traceback.StackSummary):
     """Frames, outermost first, with their cached text."""
 
     text: list[str] | None = None
-    filtered: dict[bool, _Stack]
+    filtered: _Stack | None = None
 
     def format(self, **kwargs: Any) -> list[str]:
         if self.text is None:
@@ -69,7 +71,6 @@ class _Places:
                 traceback.FrameSummary(f.f_code.co_filename, f.f_lineno, f.f_code.co_name)
                 for f in reversed(frames)
             )
-            found.filtered = {}
         return _Place(found)
 
 
@@ -86,9 +87,12 @@ def _filter_once(filter_frames: Any) -> Any:
     def filtered(tracer: Any, summary: Any) -> Any:
         if not isinstance(summary, _Stack):
             return filter_frames(tracer, summary)
-        which = bool(getattr(tracer, "_record_forward_stack_traces_only", False))
-        if which not in summary.filtered:
-            summary.filtered[which] = _Stack(filter_frames(tracer, summary))
-        return summary.filtered[which]
+        if summary.filtered is None:
+            kept = list(map(id, filter_frames(tracer, summary)))
+            first = next((k for k, frame in enumerate(summary) if id(frame) in kept), len(summary))
+            summary.filtered = _Stack(
+                f for f in summary[first:] if id(f) in kept or not f.filename.startswith(LIBRARIES)
+            )
+        return summary.filtered
 
     return filtered

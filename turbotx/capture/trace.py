@@ -349,7 +349,7 @@ def _describe(
     exported: Any, model: nn.Module, flat: FlatCall, name: str, names: list[str],
     ambient: Ambient, asked: tuple[int, ...],
 ) -> Captured:  # fmt: skip
-    refuse_mutation(exported, name)
+    refuse_mutation(exported, name, names)
     graph_module, inputs = unlift(exported, model, names)
     refuse_mixed_products(graph_module.graph, name, flat.given)
     put_constants(graph_module.graph, flat.seen.constants)

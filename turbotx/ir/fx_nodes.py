@@ -28,9 +28,10 @@ from turbotx.ir.expr import ONE, Expr, cancel_rounding, expr, name_functions
 from turbotx.ir.fake_results import fake_result
 
 GETITEM = operator.getitem
-# Prefixes of paths in stack traces; torch's own graph passes appear without a folder.
+# Prefixes of the paths in stack traces that are not the user's; torch's own graph passes appear
+# without a folder.
 _FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
-_NOT_THE_USERS = (*(f"{folder}{os.sep}" for folder in _FOLDERS), "torch/")
+LIBRARIES = (*(f"{folder}{os.sep}" for folder in _FOLDERS), "torch/")
 
 _names: weakref.WeakKeyDictionary[ShapeEnv, dict[sympy.Symbol, sympy.Symbol]]
 _names = weakref.WeakKeyDictionary()
@@ -245,7 +246,7 @@ def place_of(node: fx.Node) -> str:
     Frames in torch and turbotx are skipped in favour of their callers.
     """
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return next((f"{f}:{n}" for f, n in reversed(frames) if not f.startswith(_NOT_THE_USERS)), "")
+    return next((f"{f}:{n}" for f, n in reversed(frames) if not f.startswith(LIBRARIES)), "")
 
 
 def replace(node: fx.Node, new: fx.Node) -> None:

@@ -207,7 +207,10 @@ class CallTable:
             )
         refused = [p.matcher.explain(shapes) for p in taking]
         if refused:
-            raise InputError(f"no saved program takes these sizes: {'; '.join(refused)}")
+            raise InputError(
+                f"no saved program takes these sizes: {'; '.join(refused)}. Call the optimized "
+                "module at such sizes too before it is saved"
+            )
         for tensor in tensors:
             if tensor.device != self._place:
                 raise InputError(

@@ -60,6 +60,8 @@ def listen(
 
 def open_port(host: str, port: int) -> socket.socket:
     """Return a socket bound to the address; it does not listen yet. Raises SettingsError."""
+    if not 0 <= port < 65_536:  # getaddrinfo takes the number modulo 65536
+        raise SettingsError(f"port {port} is not in 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
