@@ -98,7 +98,7 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
     m_tile = min(most, max(16, bucket)) if bucket <= 256 else most
     n_tile = _widest_that_fills(template, bucket, m_tile, device)
     k_tile = 128 if template.k >= 2048 and m_tile * n_tile <= 64 * 64 else 64
-    k_tile = min(k_tile * 2 // size, _deepest(template))
+    k_tile = k_tile * 2 // size
     stages = device.stages
     while stages > 2 and _held_nbytes(template, m_tile, n_tile, k_tile, stages) > (
         device.shared_nbytes
@@ -122,13 +122,6 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
     return _keep_busy(template, schedule, bucket, device) if bucket <= FEW_TOKENS else schedule
 
 
-def _deepest(template: GemmTemplate) -> int:
-    """Return how many inputs a tile takes at most: 256 bytes of each row. Triton 3.6 does not
-    pipeline more than 128 that are quantised to fp8 in registers."""
-    in_registers = template.quantizes and template.kind == "fp8"
-    return 128 if in_registers else 256 // template.factor_nbytes
-
-
 def _keep_busy(
     template: GemmTemplate, schedule: GemmSchedule, bucket: int, device: DeviceClass
 ) -> GemmSchedule:
@@ -143,7 +136,7 @@ def _keep_busy(
         held = min(blocks, together) * steps * s.n_tile * s.k_tile * row_nbytes
         if held >= wanted:
             return s
-        if s.k_tile < _deepest(t):
+        if s.k_tile * t.factor_nbytes < 256:
             splits = _splits(t, bucket, s.m_tile, s.n_tile, 2 * s.k_tile, device)
             more = replace(s, k_tile=2 * s.k_tile, splits=splits)
         else:

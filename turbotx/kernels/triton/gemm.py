@@ -27,7 +27,7 @@ from turbotx.kernels.triton.statistics import RowStatistics
 # Registers a thread for parts of sums and statistics that it may have asked for at once.
 MOST_HELD = 160
 # Products of fp8 that sm_90 may add in fewer bits than float32's before it adds them to the sums.
-MOST_IMPRECISE = 32
+MOST_IMPRECISE = 128
 # Sums a thread up to which other operands are held in registers beside them.
 FEW_SUMS = 32
 

@@ -81,8 +81,9 @@ class GemmTemplate:
 
     @property
     def widened(self) -> bool:
-        """Whether fp8 is multiplied as float16, since float32 rows are to have float32's sums."""
-        return self.kind == "fp8" and self.dtype is torch.float32
+        """Whether fp8 is multiplied as float16: float32 rows are to have float32's sums, and Triton
+        3.6 does not pipeline rows that are quantised to fp8 in registers on sm_90."""
+        return self.kind == "fp8" and (self.quantizes or self.dtype is torch.float32)
 
     @property
     def centered(self) -> bool:
