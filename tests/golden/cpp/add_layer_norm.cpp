@@ -1,4 +1,4 @@
-// computes cpp/test_printer.py:44: add, layer_norm
+// computes cpp/test_printer.py:LINE: add, layer_norm
 extern "C" int fused_add_layer_norm(void* const* args, const int64_t* sizes) {
   const float* arg0 = static_cast<const float*>(args[0]);
   const float* arg1 = static_cast<const float*>(args[1]);

@@ -1,4 +1,4 @@
-// computes argmax
+// computes cpp/test_printer.py:LINE: argmax
 extern "C" int fused_argmax(void* const* args, const int64_t* sizes) {
   const float* x = static_cast<const float*>(args[0]);
   int64_t* argmax = static_cast<int64_t*>(args[1]);

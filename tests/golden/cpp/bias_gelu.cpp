@@ -1,4 +1,4 @@
-// computes add, gelu
+// computes cpp/test_printer.py:LINE: add, gelu
 extern "C" int fused_add_gelu(void* const* args, const int64_t* sizes) {
   const float* x = static_cast<const float*>(args[0]);
   const float* b = static_cast<const float*>(args[1]);

@@ -1,4 +1,4 @@
-// computes embedding, add
+// computes cpp/test_printer.py:LINE: embedding, add
 extern "C" int fused_embedding_add(void* const* args, const int64_t* sizes) {
   const int64_t* i = static_cast<const int64_t*>(args[0]);
   const float* t = static_cast<const float*>(args[1]);

@@ -1,4 +1,4 @@
-// computes mul, neg, cat, mul, add, clone
+// computes fusion/test_fuse.py:LINE: mul, neg, cat, mul, add, clone
 extern "C" int fused_cat_mul_add_clone(void* const* args, const int64_t* sizes) {
   const float* x = static_cast<const float*>(args[0]);
   const float* cos = static_cast<const float*>(args[1]);

@@ -1,4 +1,4 @@
-// computes scalar_tensor, mul, where, softmax
+// computes cpp/test_printer.py:LINE: scalar_tensor, mul, where, softmax
 extern "C" int fused_scalar_tensor_mul_where_softmax(void* const* args, const int64_t* sizes) {
   const bool* m = static_cast<const bool*>(args[0]);
   const float* x = static_cast<const float*>(args[1]);

@@ -1,4 +1,4 @@
-// computes mul, sum, sum, clamp, div
+// computes cpp/test_printer.py:LINE: mul, sum, sum, clamp, div
 extern "C" int fused_mul_sum_clamp_div(void* const* args, const int64_t* sizes) {
   const float* x = static_cast<const float*>(args[0]);
   const float* m = static_cast<const float*>(args[1]);

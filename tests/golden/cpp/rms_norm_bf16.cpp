@@ -1,4 +1,4 @@
-// computes mul, pow, mean, add, rsqrt, mul
+// computes cpp/test_printer.py:LINE: mul, pow, mean, add, rsqrt, mul
 extern "C" int fused_mean_add_rsqrt_mul(void* const* args, const int64_t* sizes) {
   const ttx::bf16* w = static_cast<const ttx::bf16*>(args[0]);
   const ttx::bf16* x = static_cast<const ttx::bf16*>(args[1]);

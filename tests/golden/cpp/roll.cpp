@@ -1,4 +1,4 @@
-// computes arange, add, fmod, index_select
+// computes cpp/test_printer.py:LINE: arange, add, fmod, index_select
 extern "C" int fused_arange_add_fmod_index_select(void* const* args, const int64_t* sizes) {
   const float* x = static_cast<const float*>(args[0]);
   float* index_select = static_cast<float*>(args[1]);

@@ -1,4 +1,5 @@
-// computes mul, neg, cat, mul, add
+// computes cpp/test_printer.py:LINE: mul, mul, add
+// computes cpp/test_printer.py:LINE: neg, cat
 extern "C" int fused_neg_cat_mul_add(void* const* args, const int64_t* sizes) {
   const float* x = static_cast<const float*>(args[0]);
   const float* cos = static_cast<const float*>(args[1]);

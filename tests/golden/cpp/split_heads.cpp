@@ -1,4 +1,4 @@
-// computes mul, clone
+// computes cpp/test_printer.py:LINE: mul, clone
 extern "C" int fused_mul_clone(void* const* args, const int64_t* sizes) {
   const float* x = static_cast<const float*>(args[0]);
   float* clone = static_cast<float*>(args[1]);

@@ -1,4 +1,4 @@
-// computes sigmoid, mul, mul
+// computes cpp/test_printer.py:LINE: sigmoid, mul, mul
 extern "C" int fused_sigmoid_mul(void* const* args, const int64_t* sizes) {
   const float* x = static_cast<const float*>(args[0]);
   float* mul = static_cast<float*>(args[1]);

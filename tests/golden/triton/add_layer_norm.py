@@ -1,5 +1,5 @@
 # fused_add_layer_norm
-#   computes add, add, layer_norm
+#   computes triton/test_golden.py:LINE: add, add, layer_norm
 #   reads  x: float32[batch, seq, 384]
 #   reads  bias: float32[384]
 #   reads  y: float32[batch, seq, 384]

@@ -1,5 +1,5 @@
 # fused_embedding_mul
-#   computes embedding, mul
+#   computes triton/test_golden.py:LINE: embedding, mul
 #   reads  ids: int64[batch, seq]
 #   reads  table: float32[table_d0, table_d1]
 #   writes mul: float32[batch, seq, table_d1]

@@ -1,5 +1,5 @@
 # fused_add_gelu
-#   computes add, gelu
+#   computes triton/test_golden.py:LINE: add, gelu
 #   reads  x: float32[batch, seq, x_d2]
 #   reads  b: float32[x_d2]
 #   writes gelu: float32[batch, seq, x_d2]

@@ -1,5 +1,6 @@
 # fused_logical_not_softmax_full_like_where
-#   computes scalar_tensor, mul, where, eq, logical_not, any, logical_not, softmax, full_like, where
+#   computes triton/test_golden.py:LINE: scalar_tensor, mul, where, eq, logical_not, any,
+#     logical_not, softmax, full_like, where
 #   reads  hidden: bool[batch, 1, 1, scores_d3]
 #   reads  scores: float32[batch, scores_d1, scores_d2, scores_d3]
 #   writes where: float32[batch, scores_d1, scores_d2, scores_d3]

@@ -1,5 +1,5 @@
 # fused_rms_norm
-#   computes rms_norm
+#   computes triton/test_golden.py:LINE: rms_norm
 #   reads  x: float32[batch, seq, 64]
 #   writes rms_norm: float32[batch, seq, 64]
 #   rows batch*seq, reduced over columns 64, in tiles of 8 x 64, 4 warps

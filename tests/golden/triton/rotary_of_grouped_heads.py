@@ -1,5 +1,5 @@
 # fused_cat_mul_add_clone
-#   computes mul, neg, cat, mul, add, clone
+#   computes fusion/test_fuse.py:LINE: mul, neg, cat, mul, add, clone
 #   reads  x: float32[batch, seq, 64]
 #   reads  cos: float32[seq, 8]
 #   reads  sin: float32[seq, 8]

@@ -1,5 +1,5 @@
 # fused_softmax
-#   computes softmax
+#   computes triton/test_golden.py:LINE: softmax
 #   reads  x: float32[batch, seq]
 #   writes softmax: float32[batch, seq]
 #   rows batch, reduced over columns seq, in turns of 4096, 8 warps

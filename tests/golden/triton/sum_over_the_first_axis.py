@@ -1,5 +1,5 @@
 # fused_sum
-#   computes sum
+#   computes triton/test_golden.py:LINE: sum
 #   reads  x: float32[batch, seq]
 #   writes sum: float32[seq]
 #   rows seq, reduced over columns batch, in turns of 32, 4 warps

@@ -1,5 +1,5 @@
 # fused_sigmoid_mul
-#   computes sigmoid, mul, mul
+#   computes triton/test_golden.py:LINE: sigmoid, mul, mul
 #   reads  x: float32[batch, seq, 2048]
 #   writes mul: float32[batch, seq, 1024]
 #   rows batch*seq, by columns 1024, in tiles of 1 x 1024, 4 warps

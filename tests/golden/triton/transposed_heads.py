@@ -1,5 +1,5 @@
 # fused_mul
-#   computes mul
+#   computes triton/test_golden.py:LINE: mul
 #   reads  x: float32[batch, x_d1, x_d2, x_d3]
 #   writes mul: float32[batch, x_d2, x_d1, x_d3]
 #   rows batch x x_d2 x x_d1, by columns x_d3, in tiles of 4 x 256, 4 warps

@@ -1,5 +1,5 @@
 # fused_tanh
-#   computes tanh
+#   computes triton/test_golden.py:LINE: tanh
 #   reads  x: float32[batch, seq]
 #   writes tanh: float32[batch, seq]
 #   rows 1, by columns batch*seq, in tiles of 1 x 1024, 4 warps

@@ -13,6 +13,7 @@ params by pointer, `status_ptr` where indices are checked, and the sizes by valu
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -117,7 +118,9 @@ class _Printer:
     def _header(self) -> list[str]:
         k, s = self.kernel, self.schedule
         lines = [f"{k.name}"]
-        lines += [f"  computes {source}" for source in k.sources]
+        for source in k.sources:
+            computed = textwrap.wrap(f"computes {source}", 90, subsequent_indent="  ")
+            lines += [f"  {line}" for line in computed]
         for p in k.params:
             way = "reads " if p.role == "in" else "writes"
             lines.append(f"  {way} {p.name}: {str(p.dtype)[6:]}{show_shape(p.shape)}")

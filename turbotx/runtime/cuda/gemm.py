@@ -45,12 +45,13 @@ def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate 
     """Return what a Triton kernel for a gemm launch is made from; None where its weight has no
     rows or columns of adjacent elements."""
     weight, kind = launch.weight, launch.gemm
-    k = int(launch.x.shape[-1])
+    int8 = launch.int8 if isinstance(launch, ir.GemmLaunch) else None
+    packed = int8 is not None and int8.group > 0  # two inputs to an element
+    k = int((launch.x if packed else weight).shape[-1])
     down, along = weight.strides[-2:]
     grouped = isinstance(launch, ir.GroupedGemmLaunch)
     none = RowNorm("none", 1e-5)
     norm, added = kind.norm or none, kind.residual_norm or none
-    int8 = launch.int8 if isinstance(launch, ir.GemmLaunch) else None
     by = None if int8 is None else int8.float_rows or int8.x_scale or int8.x_peaks
     assert int8 is None or by, f"{launch.name} is given rows, and nothing to quantise them by"
     if along != 1 and down != 1 and k != 1:
