@@ -144,6 +144,23 @@ def decode_rows(folder: Path) -> str:
     return "\n".join(table)
 
 
+def int8_rows(folder: Path) -> str:
+    """Calls in a row of the float program, and of those in int8 and fp8."""
+    _, rows = read(folder)
+    table = [
+        "Rows in float16, us a call of calls in a row.", "",
+        "| model | batch x length | float16 | int8 | fp8 | float16 / int8 |",
+        "|---|---|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for place in _places(rows, r"(int8/[\w-]+/fp16/\d+x\d+)/float"):
+        _, model, _, shape = place.split("/")
+        found = [rows.get(f"{place}/{way}", {}).get("row_us") for way in ("float", "int8", "fp8")]
+        texts = [NOT_YET if us is None else f"{us:,.0f}" for us in found]
+        gain = f"{found[0] / found[1]:.2f}" if found[0] and found[1] else ""
+        table.append(f"| {model} | {shape.replace('x', ' x ')} | {' | '.join(texts)} | {gain} |")
+    return "\n".join(table)
+
+
 PACKED = {
     "packed": "packed, lengths on the host",
     "packed-device-lengths": "packed, lengths on the device",
@@ -259,5 +276,6 @@ GPU_TABLES: dict[str, Callable[[Path], str]] = {
     "gpu_functions": function_rows,
     "gpu_right": right_rows,
     "gpu_decode": decode_rows,
+    "gpu_int8": int8_rows,
     "gpu_packed": packed_rows,
 }
