@@ -88,7 +88,7 @@ class LinkedLaunch:
 
 @dataclass(frozen=True, kw_only=True)
 class NativeLaunch(LinkedLaunch):
-    """A function of a native library, "runtime" or "kernels".
+    """A function of a native library: "kernels", or one of `runtime.cpu.abi.SOURCES`.
 
     slots: indices into the table of addresses, -1 for none.
     offsets: indices into the table of sizes, in bytes, -1 for none.
