@@ -161,23 +161,26 @@ def _compare_greedy(model: nn.Module, fast: Any, batch: int, allowed: float) -> 
 
 def decode(
     emit: Emit, name: str, dtype: str, batches: Sequence[int] = (1, 8),
-    pasts: Sequence[int] = (64, 900),
+    pasts: Sequence[int] = (64, 900), quantize: str = "none",
 ) -> None:  # fmt: skip
-    """A step by turbotx and by PyTorch, one model for all batches and pasts."""
+    """A step by turbotx and by PyTorch, one model for all batches and pasts; by turbotx alone if it
+    is quantised."""
     model = make_decoder(name, dtype)
-    fast = turbotx.optimize(model)
+    fast = turbotx.optimize(model, quantize=quantize)
     copy_rate = measure_ceilings()["copy_gb_per_s"]
+    dtype = dtype if quantize == "none" else f"{dtype}-{quantize}"
+    plain = quantize == "none" and not DRY  # eager takes minutes on a CPU
     for batch in batches:
         for past in pasts:
             place = f"decode/{name}/{dtype}/b{batch}/past{past}"
             nbytes = decoded_nbytes(model, batch, past)
             row = time_steps(model, fast, batch, past)
             row["replay_us"] = _time_replay(fast)
-            row["floor_us"] = round(nbytes / copy_rate / 1e3, 1)
+            row["floor_us"] = round(nbytes / copy_rate / 1e3, 1)  # of float weights
             emit(f"{place}/turbotx", row)
-            if not DRY:  # it takes minutes on a CPU
+            if plain:
                 emit(f"{place}/eager", time_steps(model, model, batch, past, seconds=0.3))
-    engines = {"turbotx": fast} | ({} if DRY else {"eager": model})
+    engines = {"turbotx": fast} | ({"eager": model} if plain else {})
     for batch in batches:
         for engine, run in engines.items():
             emit(f"decode/{name}/{dtype}/b{batch}/generate/{engine}", _time_generate(run, batch))

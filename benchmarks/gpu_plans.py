@@ -8,6 +8,7 @@ groups tell whether anything is right, and what a later one needs is warm by the
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ Shape = tuple[int, int]
 HEAD: Shape = (1, 40)
 MANY: Shape = (32, 128)
 FEWER: tuple[Shape, ...] = (HEAD, (1, 128), (8, 128), MANY)
+MODULES = ("gpu_stages", "gpu_kernels", "gpu_packed", "gpu_decode", "gpu_int8", "gpu_serving")
 COMPILED = ("compile", "compile-reduce-overhead")
 
 
@@ -56,13 +58,7 @@ class Stage:
     wrapper: tuple[str, ...] = ()
 
     def run(self, emit: Callable[[str, dict[str, Any]], None]) -> None:
-        import gpu_decode
-        import gpu_int8
-        import gpu_kernels
-        import gpu_packed
-        import gpu_stages
-
-        modules = (gpu_stages, gpu_kernels, gpu_packed, gpu_decode, gpu_int8)
+        modules = map(importlib.import_module, MODULES)  # one at a time, the last ones need more
         found = next(f for m in modules if (f := getattr(m, self.function, None)) is not None)
         found(emit, *self.arguments)
 
@@ -208,6 +204,32 @@ def int8() -> list[list[Stage]]:
     ]
 
 
+def weights() -> list[list[Stage]]:
+    """Products by int8 and int4 weights: right, a step of a decoder by them."""
+    kinds = ("int8-weights", "int4-weights")
+    models = (("minilm", "fp16", 3), ("llama", "bf16", 2))
+    return [
+        [
+            stage(f"right/{kind}-{m[0]}", 110, "int8_right", *m, kind)
+            for kind in kinds
+            for m in models
+        ],
+        *(
+            [stage(f"decode/{name}/{kind}", 90, "decode", name, "fp16", (1,), (900,), kind)]
+            for name in ("gpt2", "llama")
+            for kind in kinds
+        ),
+    ]
+
+
+def serving() -> list[list[Stage]]:
+    """The server on a GPU: texts to vectors, prompts to tokens."""
+    return [
+        [stage("serve/texts", 120, "serve_texts", "fp16")],
+        [stage("serve/tokens", 120, "serve_tokens", "fp16")],
+    ]
+
+
 def proofs() -> list[list[Stage]]:
     """Every architecture right, the device's own tests, and no access out of bounds."""
     return [
@@ -301,6 +323,8 @@ PLANS: dict[str, Callable[[], list[list[Stage]]]] = {
     "figures": figures,
     "packed": packed,
     "int8": int8,
+    "weights": weights,
+    "serving": serving,
     "decode": decode,
     "proofs": proofs,
 }

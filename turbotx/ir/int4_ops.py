@@ -58,6 +58,12 @@ def _groups(x: torch.Tensor, group: int) -> torch.Tensor:
     return F.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
 
 
+def divide(x: torch.Tensor, number: float) -> torch.Tensor:
+    """Return x / number, correctly rounded: by a Python number, PyTorch multiplies by its
+    reciprocal on a GPU, which moves ties of what is rounded next."""
+    return x / torch.full_like(x, number)
+
+
 def _short(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.bfloat16).float()
 
@@ -68,7 +74,7 @@ def _group_scale(x: torch.Tensor, group: int, shifted: bool) -> torch.Tensor:
     parts = _groups(x.float(), group)
     low, high = parts.amin(-1), parts.amax(-1)
     if shifted:
-        scale = _short(((high - low) / 15).clamp_min(SMALLEST))
+        scale = _short(divide(high - low, 15.0).clamp_min(SMALLEST))
         made = torch.stack([scale, _short(low + 8 * scale)], -1)
         return torch.where((high - low < torch.inf).unsqueeze(-1), made, torch.nan)
     largest = torch.where(high > -low, high, low)

@@ -27,6 +27,7 @@ from turbotx.ir.int4_ops import (
     GROUP,
     SMALLEST,
     dequantize_groups,
+    divide,
     group_scale,
     quantize_groups,
 )
@@ -64,7 +65,8 @@ def _row_scale(x: torch.Tensor, kind: torch.dtype = torch.int8) -> torch.Tensor:
     """Return (.., 1): each row's largest magnitude over the largest of `kind`, in float32, or
     float64 for float64."""
     peak = _wide(x).abs().amax(-1, keepdim=True)
-    return torch.where(peak < torch.inf, peak.clamp_min(SMALLEST) / LEVELS[kind], torch.nan)
+    scale = divide(peak.clamp_min(SMALLEST), LEVELS[kind])
+    return torch.where(peak < torch.inf, scale, torch.nan)
 
 
 def unrounded_rows(
