@@ -126,8 +126,11 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
     # take 56.
     few = (template.stats or template.gated) and (m_tile, n_tile, k_tile) == (128, 32, 64)
     held = template.widened or template.gated
-    if template.quantizes and m_tile == 128:  # x is in registers: 4 to 31 words spilled beyond
+    # x is in registers: 4 to 31 words spilled beyond.
+    if template.quantizes and (m_tile == 128 or bucket > 256):
         few, k_tile = True, min(k_tile, 64 if n_tile == 32 or held else 128)
+    elif template.quantizes and template.widened and m_tile == 64:  # 64 x 32 x 256: 4, on sm_89
+        k_tile = min(k_tile, 128)
     warps = 8 if m_tile * n_tile * (1 + template.gated) >= most or few else 4
     splits = _splits(template, bucket, m_tile, n_tile, k_tile, device)
     schedule = GemmSchedule(m_tile, n_tile, k_tile, warps, stages, splits)

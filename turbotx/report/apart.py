@@ -32,8 +32,7 @@ def why_apart(compiled: Compiled, fused: FusedRegion, kinds: Mapping[fx.Node, st
     region, options = fused.region, compiled.unbound.options
     if BEGINS in region.nodes[0].meta:
         return (
-            "it quantises rows that a GEMM's launch finishes: fewer bytes, or fewer activations, "
-            "than a kernel for both"
+            "it quantises rows that a GEMM's launch finishes: never more bytes than a kernel for both"
         )
     read = [n for n in map(root_of, region.inputs) if n.target in GEMMS]
     if not read:
@@ -42,7 +41,7 @@ def why_apart(compiled: Compiled, fused: FusedRegion, kinds: Mapping[fx.Node, st
         return "epilogues=False was asked for"
     if any(g.is_call(n, quantize_rows) for n in region.nodes):
         many = "" if not _has_other_program(compiled) else (
-            "; at this many tokens it moves fewer bytes than products that quantise what they read"
+            "; at this many tokens that is faster than products that quantise what they read"
         )  # fmt: skip
         return (
             "it quantises rows for an int8 product, which needs whole rows, and a GEMM's launch "
