@@ -148,8 +148,8 @@ def int8_rows(folder: Path) -> str:
     """Calls in a row of the float program, and of those in int8 and fp8."""
     _, rows = read(folder)
     table = [
-        "Rows in float16, us a call of calls in a row; then bare replays, and those of int8 once its "
-        "tiles and its rounding were tuned.", "",
+        "Rows in float16, us a call of calls in a row; then bare replays, and those of int8 once "
+        "its tiles and its rounding were tuned.", "",
         "| model | batch x length | float16 | int8 | fp8 | replay: float16 | int8 | int8, tuned |"
         " float16 / tuned |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",

@@ -32,7 +32,8 @@ def why_apart(compiled: Compiled, fused: FusedRegion, kinds: Mapping[fx.Node, st
     region, options = fused.region, compiled.unbound.options
     if BEGINS in region.nodes[0].meta:
         return (
-            "it quantises rows that a GEMM's launch finishes: never more bytes than a kernel for both"
+            "it quantises rows that a GEMM's launch finishes: never more bytes than one kernel for "
+            "both"
         )
     read = [n for n in map(root_of, region.inputs) if n.target in GEMMS]
     if not read:
