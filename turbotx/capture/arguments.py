@@ -189,7 +189,7 @@ def _open(value: Any, depth: int) -> tuple[list[Any], ReducedObject]:
         if holds(value):
             raise _Refused(value, why)
     if depth > _MOST_DEEP:
-        raise _Refused(value, "it holds itself, or is nested too deep: pass what it holds")
+        raise _Refused(value, "it contains itself, or is nested too deep: pass its contents")
     if isinstance(value, slice):
         leaves, inner = _flatten((value.start, value.stop, value.step), depth + 1)
         return leaves, ReducedObject(_make_slice, None, inner, len(leaves))
@@ -203,7 +203,7 @@ def _open(value: Any, depth: int) -> tuple[list[Any], ReducedObject]:
     except Exception as error:
         raise _Refused(value, f"it cannot be taken apart ({error}): pass what it holds") from None
     if isinstance(reduced, str) or not isinstance(reduced[0], Hashable):
-        raise _Refused(value, "it cannot be taken apart: pass what it holds")
+        raise _Refused(value, "it cannot be flattened: pass its contents")
     make, args, state, items, entries = (*reduced, None, None, None)[:5]
     if len(reduced) > 5 and reduced[5] is not None:
         raise _Refused(value, "it sets its state in its own way: pass what it holds")

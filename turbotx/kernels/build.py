@@ -54,7 +54,7 @@ def cache_directory() -> Path:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     if base.startswith("~"):
-        raise BuildError("this user has no home to keep built kernels in: set TURBOTX_CACHE_DIR")
+        raise BuildError("this user has no home directory for built kernels: set TURBOTX_CACHE_DIR")
     return Path(base) / "turbotx"
 
 
@@ -69,7 +69,7 @@ def find_compiler() -> str:
         if found:
             return found
     if named:
-        raise NoCompilerError(f"no C++ compiler: the variable CXX names no program, {named!r}")
+        raise NoCompilerError(f"no C++ compiler: the variable CXX is not a program, {named!r}")
     raise NoCompilerError(
         "no C++ compiler: install g++ or clang++, or name one in the variable CXX"
     )

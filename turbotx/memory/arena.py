@@ -148,7 +148,7 @@ def _try_out(memory: CudaRange, device: torch.device) -> None:
     memory.map_to(1)
     tensor = view_range(memory, device)
     if tensor.data_ptr() != memory.address:
-        raise RuntimeError("PyTorch copied the mapped memory, where it was to make a view of it")
+        raise RuntimeError("PyTorch copied the mapped memory instead of making a view")
     ends = tensor.fill_(_PROBE_BYTE)[:: tensor.numel() - 1].tolist()
     if ends != [_PROBE_BYTE] * 2:
         raise RuntimeError(f"bytes written as {_PROBE_BYTE} were read back as {ends}")

@@ -154,7 +154,7 @@ def time_guards(compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any
             begin = time.perf_counter_ns()
             described, tensors = describe_call(args, kwargs, read_decisive())
             if known.get(described) is None:
-                raise AssertionError("a call is not like itself")
+                raise AssertionError("two traces of one call differ")
             torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
             weights.refresh()
             times.append(time.perf_counter_ns() - begin)

@@ -54,7 +54,7 @@ def target_of(name: str) -> tuple[str, int | str, int]:
         return TARGETS[name]
     if name.startswith("sm_") and name[3:].isdigit():
         return "cuda", int(name[3:]), 32
-    raise BuildError(f"{name!r} is no target: give one of {', '.join(TARGETS)}, or another sm_NN")
+    raise BuildError(f"{name!r} is not a target: use one of {', '.join(TARGETS)}, or another sm_NN")
 
 
 POINTEES = {
@@ -98,8 +98,8 @@ class Built:
             )
         if self.scratch_nbytes:
             raise BuildError(
-                f"{job.name} wants {self.scratch_nbytes} bytes of global scratch memory a program, "
-                "which turbotx gives to none: choose other tiles for it (option schedules), and "
+                f"{job.name} needs {self.scratch_nbytes} bytes of global scratch memory a program, "
+                "which turbotx does not provide: choose other tiles for it (option schedules), and "
                 "unset what instruments kernels, as TRITON_INSTRUMENTATION_MODE does"
             )
         image = self.files["cubin"].read_bytes()
@@ -258,7 +258,7 @@ def compile_job(job: Job, process: subprocess.Popen[str]) -> Built:
         process.stdin.flush()
         answer = json.loads(process.stdout.readline() or '{"error": "the compiler process ended"}')
         if "error" in answer:
-            raise BuildError(f"Triton refused it:\n{answer['error']}\n{job.source}")
+            raise BuildError(f"Triton could not compile it:\n{answer['error']}\n{job.source}")
         (out / "result.json").write_text(json.dumps(answer))
         try:
             os.rename(out, folder)

@@ -42,7 +42,7 @@ def find_tool(name: str) -> str:
         path = Path(folder) / "backends" / "nvidia" / "bin" / name
         if path.exists():
             return str(path)
-    raise BuildError(f"the installed Triton carries no {name}: reinstall it from its wheel")
+    raise BuildError(f"the installed Triton has no {name}: reinstall it from its wheel")
 
 
 def read_cubin(path: Path, shared_nbytes: int) -> Resources:
@@ -50,7 +50,7 @@ def read_cubin(path: Path, shared_nbytes: int) -> Resources:
     usage = _run([find_tool("cuobjdump"), "--dump-resource-usage", str(path)])
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
-        raise BuildError(f"cuobjdump says nothing of registers in {path}:\n{usage}")
+        raise BuildError(f"cuobjdump reports no registers for {path}:\n{usage}")
     text = _run([find_tool("nvdisasm"), "-c", str(path)])
     code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", text, re.M)
     local = any(op.split(".")[0] in ("LDL", "STL") for op in code)

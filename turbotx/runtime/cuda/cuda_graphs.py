@@ -62,7 +62,7 @@ class CapturedGraph:
     """A captured graph of one shape in one arena.
 
     stamp: addresses, weights version and settings at capture; the graph is invalid if they change.
-    kept: keeps the weights it reads alive. frame: its kernels' argument arrays and cells.
+    kept: keeps the weights it reads alive. arguments: its kernels' argument arrays and cells.
     """
 
     graph: Graph
@@ -70,7 +70,7 @@ class CapturedGraph:
     outputs: list[torch.Tensor]
     stamp: object
     kept: WeightsVersion
-    frame: Any
+    arguments: Any
 
 
 class GraphCache:
@@ -240,7 +240,7 @@ class CudaGraphProgram(Program):
     ) -> list[torch.Tensor]:
         """Copy inputs in, replay, copy outputs out; one copy kernel per dtype."""
         call = self.runtime.device.call
-        self._write_cells(captured.frame, binding, tensors)
+        self._write_cells(captured.arguments, binding, tensors)
         into, given = self._copied_in(captured.inputs, tensors)
         if self._steps.cells is not None:
             into, given = self._steps.pair(into, given)
@@ -258,21 +258,21 @@ class CudaGraphProgram(Program):
         return outputs
 
     def _write_cells(
-        self, frame: Any, binding: Binding, tensors: Sequence[torch.Tensor]
+        self, arguments: Any, binding: Binding, tensors: Sequence[torch.Tensor]
     ) -> None:  # fmt: skip
         """Queue the copy of this call's values to the device cells."""
         if self._steps.cells is not None:
             assert isinstance(binding, GraphBinding) and self._steps.cache is not None
             cache = tensors[self._steps.cache].data_ptr()
             numbers = np.array((*binding.cells, cache), dtype=np.int64)
-            self.runtime.device.call(partial(frame.write_cells, numbers))
+            self.runtime.device.call(partial(arguments.write_cells, numbers))
 
     def _run_in(
         self, execution: Execution, binding: Binding, state: RunState,
         inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
         ticks: Any = None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
-        self._write_cells(self.runtime.frame(execution.table), binding, inputs)
+        self._write_cells(self.runtime.arguments(execution.table), binding, inputs)
         super()._run_in(execution, binding, state, inputs, outputs, ticks, watch)
 
     def _copied_in(
@@ -324,14 +324,14 @@ class CudaGraphProgram(Program):
         except RuntimeError as error:  # usually an op that synchronizes
             raise _NotCapturable(str(error).splitlines()[0]) from error
         self.graph_captures += 1
-        frame = self.runtime.frame(execution.table)
-        return CapturedGraph(graph, inputs, outputs, stamp, execution.kept, frame)
+        arguments = self.runtime.arguments(execution.table)
+        return CapturedGraph(graph, inputs, outputs, stamp, execution.kept, arguments)
 
     def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
         super()._point(execution, arena, binding)
         with self.runtime.device.active():
             self.runtime.placed.use(execution.kept)
-            self.runtime.frame(execution.table)
+            self.runtime.arguments(execution.table)
 
     # --- inside a graph that the caller captures ---
 
