@@ -1,14 +1,14 @@
-"""Quantized rows: which launch turns the rows of a quantised product into int8.
+"""Quantized rows: decides which launch quantizes the rows of a quantized product.
 
-In: a graph with quantised products that take floats. Out: the rows of those come as int8 that a
-kernel makes anyway: behind a norm both are one kernel, and the row is read once. Rows that a
-GEMM's epilogue or attention makes are quantised by the product that reads them::
+In: a graph with quantized products of float rows. Out: rows that a kernel computes anyway are
+quantized by that kernel: after a norm both are one kernel, and the row is read once. Rows from a
+GEMM's epilogue or attention are quantized by the product that reads them::
 
     layer_norm -> quantized_linear   ->  layer_norm, row_scale, quantize_rows in one kernel
     linear, gelu -> quantized_linear ->  as it is: the gelu stays the first product's epilogue
 
-On a GPU no product can: each tile of its columns would have to read whole rows once more. There
-kernels quantise all rows, and a GELU moves from the epilogue into that kernel where that costs no
+On a GPU a product cannot: each tile of its columns would have to read whole rows first. There
+kernels quantize all rows, and a GELU moves from the epilogue into that kernel if that moves no more
 bytes::
 
     linear, gelu -> quantized_linear ->  gelu, row_scale, quantize_rows in one kernel
@@ -29,7 +29,7 @@ from turbotx.passes.partition import BEGINS, Region, find_hoisted, kind_of, part
 
 
 def place_quantization(graph: fx.Graph) -> None:
-    """Move the quantisation of rows into the kernel that makes them, where one does."""
+    """Move the quantization of rows into the kernel that computes them, if there is one."""
     for x, found in _find_rows(graph).items():
         some, region, end = found
         whole = product(g.shape(x)) == product(g.shape(root_of(x)))
@@ -39,7 +39,7 @@ def place_quantization(graph: fx.Graph) -> None:
 
 
 def quantize_all_rows(graph: fx.Graph) -> None:
-    """Have kernels quantise all rows that `place_quantization` has left to products."""
+    """Let kernels quantize all rows that `place_quantization` left to products."""
     for x, (some, _, end) in _find_rows(graph).items():
         _quantize_apart(x, some, begins=end is not None and _keeps_epilogue(end))
 
@@ -48,8 +48,8 @@ Found = tuple[list[fx.Node], Region | None, Epilogue | None]
 
 
 def _find_rows(graph: fx.Graph) -> dict[fx.Node, Found]:
-    """Return the floats that quantised products take: by which products, in which region they are
-    made, and as which epilogue."""
+    """Return the float inputs of quantized products, each with its products, the region that
+    computes it, and the epilogue it could be."""
     products = [
         n for n in graph.nodes
         if g.is_call(n, quantized_linear) and n.args[4] is None
@@ -71,7 +71,7 @@ def _find_rows(graph: fx.Graph) -> dict[fx.Node, Found]:
 
 
 def _epilogue(region: Region, kinds: dict[fx.Node, str]) -> Epilogue | None:
-    """Return how a GEMM's launch would compute a region, None where none can."""
+    """Return a region as the epilogue of a GEMM, None if it is not one."""
     if len(region.outputs) != 1:
         return None
     ends = (match_epilogue(region, n, kinds) for n in region.inputs if is_packable(n, kinds))
@@ -79,13 +79,12 @@ def _epilogue(region: Region, kinds: dict[fx.Node, str]) -> Epilogue | None:
 
 
 def _keeps_epilogue(end: Epilogue) -> bool:
-    """Tell whether a GEMM finishes its sums, and a kernel only quantises, rather than one kernel
-    doing both.
+    """Return whether the GEMM keeps its epilogue and a kernel only quantizes.
 
-    By bytes a row: sums of both halves of a gated layer are twice what it gives. Otherwise they are
-    the same, and a kernel that waits for memory has time for an activation where a GEMM has none
-    (H200, float16 at 4096 x 3072 x 768: 480 TFLOP/s with a GELU, 590 without); but a row too long
-    for registers is read twice, and would be activated twice.
+    For a gated layer yes: its sums have twice the bytes of its result. Otherwise the bytes are the
+    same, and the memory-bound kernel has time for an activation, which slows a GEMM (H200, float16
+    at 4096 x 3072 x 768: 480 TFLOP/s with a GELU, 590 without); but a row too long for registers is
+    read twice and would be activated twice.
     """
     size, width, sums = (
         g.dtype(end.output).itemsize, g.shape(end.output)[-1], g.shape(end.linear)[-1],
