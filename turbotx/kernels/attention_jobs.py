@@ -38,7 +38,6 @@ def attention_job(
     schedule: AttentionSchedule | None = None,
     divisible: Iterable[str] = STRIDES,
     unaligned: Iterable[str] = (),
-    name: str | None = None,
     cells: tuple[str, ...] = (),
 ) -> Job:
     """Return the job for an attention launch.
@@ -50,11 +49,9 @@ def attention_job(
     schedule = in_blocks(schedule) if kernel.cached else schedule
     pointers, names = attention_pointers(kernel), size_names(kernel)
     tiles = (("Q_TILE", schedule.q_tile), ("K_TILE", schedule.k_tile))
-    source = print_triton_attention(kernel, schedule, name)
+    source = print_triton_attention(kernel, schedule)
     assumed = assume(pointers, unaligned, names, divisible)
-    return sized_job(
-        name or kernel.name, source, target, schedule, pointers, names, tiles, assumed, cells
-    )
+    return sized_job(kernel.name, source, target, schedule, pointers, names, tiles, assumed, cells)
 
 
 def attention_pointers(kernel: AttentionKernel) -> list[tuple[str, str]]:
@@ -79,7 +76,6 @@ def product_job(
     schedule: ProductSchedule | None = None,
     divisible: Iterable[str] | None = None,
     unaligned: Iterable[str] = (),
-    name: str | None = None,
 ) -> Job:
     """Return the job for one of attention's two products, as `attention_job`.
 
@@ -91,9 +87,9 @@ def product_job(
     pointers = [("a_ptr", stored), ("b_ptr", stored), ("out_ptr", out)]
     known = packed_strides(kernel) if divisible is None else divisible
     tiles = (("M_TILE", schedule.m_tile), ("N_TILE", schedule.n_tile), ("K_TILE", schedule.k_tile))
-    source, names = print_triton_product(kernel, schedule, name), PRODUCT_NAMES
+    source, names = print_triton_product(kernel, schedule), PRODUCT_NAMES
     assumed = assume(pointers, unaligned, names, known)
-    return sized_job(name or kernel.name, source, target, schedule, pointers, names, tiles, assumed)
+    return sized_job(kernel.name, source, target, schedule, pointers, names, tiles, assumed)
 
 
 class Warps(Protocol):

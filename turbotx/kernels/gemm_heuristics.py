@@ -328,7 +328,6 @@ def gemm_job(
     schedule: GemmSchedule,
     divisible: Iterable[str] = STRIDES,
     unaligned: Iterable[str] = (),
-    name: str | None = None,
 ) -> Job:
     """Return the job that compiles a GEMM; arguments as `gemm_arguments` lists them.
 
@@ -344,8 +343,8 @@ def gemm_job(
     multiples = {a for a, kind in given if kind != "size"} - apart | set(divisible)
     prefetch = print_prefetch(template, schedule, {"w_ptr", "w_row"} <= multiples)
     return Job(
-        name=name or template.name,
-        source=print_triton_gemm(template, schedule, name),
+        name=template.name,
+        source=print_triton_gemm(template, schedule),
         target=target,
         signature=(
             *((a, kinds.get(kind, "i32")) for a, kind in given),

@@ -25,16 +25,15 @@ class RouteSchedule:
     num_warps: int = 4
 
 
-def print_triton_route(schedule: RouteSchedule | None = None) -> str:
+def print_triton_route(schedule: RouteSchedule) -> str:
     """Return the Triton source of a route launch."""
-    tile = (schedule or RouteSchedule()).tile
-    header = [f"route: rows in the order of their experts, {tile} choices at a time"]
+    header = [f"route: rows in the order of their experts, {schedule.tile} choices at a time"]
     return stand_alone(header, specialize("experts", "route", "route", [*ARGUMENTS, "TILE"], {}))
 
 
-def route_job(target: str, schedule: RouteSchedule | None = None) -> Job:
+def route_job(target: str) -> Job:
     """Return the job for a route launch."""
-    schedule = schedule or RouteSchedule()
+    schedule = RouteSchedule()
     kinds = ("*i64", "*i64", "*i64", "*i32", "i32", "i32")
     return Job(
         name="route",

@@ -32,19 +32,16 @@ MOST_IMPRECISE = 128
 FEW_SUMS = 32
 
 
-def print_triton_gemm(
-    template: GemmTemplate, schedule: GemmSchedule, name: str | None = None
-) -> str:
+def print_triton_gemm(template: GemmTemplate, schedule: GemmSchedule) -> str:
     """Return the Triton source of a GEMM."""
-    name = name or template.name
     arguments = [a for a, _ in gemm_arguments(template, schedule)]
     arguments += ["M_TILE", "N_TILE", "K_TILE"]
     flags = _flags(template, schedule)
-    main = specialize("gemm", "gemm", name, arguments, flags)
-    return stand_alone(_header(template, schedule, name), main)
+    main = specialize("gemm", "gemm", template.name, arguments, flags)
+    return stand_alone(_header(template, schedule), main)
 
 
-def _header(t: GemmTemplate, s: GemmSchedule, name: str) -> list[str]:
+def _header(t: GemmTemplate, s: GemmSchedule) -> list[str]:
     x = {"none": "x", "layer": "layer_norm(x)", "rms": "rms_norm(x)"}[t.norm]
     x = "x_scale * scales * x" if t.kind != "none" else x
     x = f"scales * {x}" if t.float_rows else x
@@ -55,7 +52,7 @@ def _header(t: GemmTemplate, s: GemmSchedule, name: str) -> list[str]:
     formula += " * (second half of w)" * t.gated + f" + {residual}" * t.residual
     split = f", k in {s.splits} parts" if s.splits > 1 else ""
     return [
-        name,
+        t.name,
         f"  out = {formula}, w {t.n * (1 + t.gated)} x {t.k}"
         + ", with statistics" * t.stats
         + f", one for each of {t.experts} experts" * (t.experts > 0),

@@ -55,7 +55,7 @@ def sequence_job(kernel: SequenceKernel, target: str, schedule: SequenceSchedule
     )
 
 
-def print_triton_sequence(kernel: SequenceKernel, name: str | None = None) -> str:
+def print_triton_sequence(kernel: SequenceKernel) -> str:
     """Return the Triton source of a kernel."""
     wide = kernel.dtype in (torch.float32, torch.float64, torch.int64)
     computed = torch.float32 if kernel.dtype.is_floating_point else torch.int64
@@ -70,8 +70,8 @@ def print_triton_sequence(kernel: SequenceKernel, name: str | None = None) -> st
     }
     function = "sequence_cumsum" if kernel.which == "cumsum" else "sequence_reduce"
     arguments = ["x_ptr", "bounds_ptr", "out_ptr", *SEQUENCE_SIZES, "ROWS", "COLS"]
-    source = specialize("sequences", function, name or kernel.name, arguments, flags)
-    return stand_alone([name or kernel.name, f"  {kernel.which} of each sequence"], source)
+    source = specialize("sequences", function, kernel.name, arguments, flags)
+    return stand_alone([kernel.name, f"  {kernel.which} of each sequence"], source)
 
 
 def sequence_grid(
