@@ -213,7 +213,7 @@ class StreamOrder:
 
 
 class StreamOrders:
-    """Lets whoever takes memory wait for all that had it, each on a stream of its own."""
+    """Makes the next user of memory wait for its previous users, which may be on other streams."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -113,8 +113,8 @@ def profile(
     compiled: Compiled, launches: Sequence[LaunchEntry],
     args: tuple[Any, ...], kwargs: dict[str, Any], runs: int,
 ) -> Profile:  # fmt: skip
-    """Time every launch over `runs` runs; no other thread may run it meanwhile. Raises InputError
-    for inputs of another call."""
+    """Time every launch over `runs` runs; not thread-safe. Raises InputError for inputs of another
+    call."""
     tensors = tensors_of(args, kwargs)
     binding = compiled.program.bind(dims_of(compiled, tensors))
     found = time_program(compiled.program, launches, binding, tensors, runs)
