@@ -1,7 +1,7 @@
-"""Print the launch that orders rows by their experts as Triton: a counting sort, in order.
+"""Print the launch that sorts rows by expert as Triton: a stable counting sort.
 
 In: a target. Out: stand-alone source of one function, the `route` of templates/experts.py, and its
-job; one program an expert reads every row's choice twice::
+job; one program per expert reads every row's choice twice::
 
     args: chosen_ptr, order_ptr, place_ptr, ends_ptr, rows, experts
 """
@@ -19,7 +19,7 @@ ARGUMENTS = ("chosen_ptr", "order_ptr", "place_ptr", "ends_ptr", "rows", "expert
 
 @dataclass(frozen=True)
 class RouteSchedule:
-    """How many rows a program reads at a time, and its warps."""
+    """Rows per step and warps of a program."""
 
     tile: int = 1024
     num_warps: int = 4
