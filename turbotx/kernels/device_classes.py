@@ -17,11 +17,10 @@ class DeviceClass:
     """Properties of a class of GPUs.
 
     processors: multiprocessors. shared_nbytes: per program. stages: useful pipeline stages. widest:
-    the largest m and n tile whose float32 sums stay in registers with 8 warps.
-    tflops, tflops_fp32, tb_per_s: dense 16-bit products, float32 products, memory.
-    in_flight_nbytes: loads that must be in flight to saturate memory; 0: as many as the stages
-    hold. few_tokens: up to here the library is never faster. most_folded: up to here norms are
-    folded; 0: decided by expected times.
+    the largest m and n tile whose float32 sums stay in registers with 8 warps. tflops, tflops_fp32,
+    tb_per_s: dense 16-bit products, float32 products, memory. in_flight_nbytes: loads that must be
+    in flight to saturate memory; 0: as many as the stages hold. few_tokens: up to here the library
+    is never faster. most_folded: up to here norms are folded; 0: decided by expected times.
     """
 
     processors: int

@@ -25,11 +25,11 @@ ALIGNED_NBYTES = 16
 class Job:
     """One kernel to compile for one target.
 
-    signature: the Triton type of every argument, in order ("constexpr" for tiles).
-    divisible: arguments (addresses for pointers) that are multiples of 16, which allows 128-bit
-    accesses. pdl: the kernel waits for its predecessor itself (see `dependent`); before_wait: lines
-    to run before the wait. cells: arguments that it reads from device memory. contracts: whether
-    the compiler may fuse a product and a sum (FMA), whose rounding may differ between loops.
+    signature: the Triton type of every argument, in order ("constexpr" for tiles). divisible:
+    arguments (addresses for pointers) that are multiples of 16, which allows 128-bit accesses. pdl:
+    the kernel waits for its predecessor itself (see `dependent`); before_wait: lines to run before
+    the wait. cells: arguments that it reads from device memory. contracts: whether the compiler may
+    fuse a product and a sum (FMA), whose rounding may differ between loops.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """Schedule selector: tiles of GEMMs and attention from options, tuning, or heuristics.
 
 In: tags such as "m64n32k128w4s3x2l1p1" (tile, warps, stages, splits of k, and two of
-`GemmSchedule`'s choices), "q64k64w4s2" or "cublas",
-by name or by structure and size. Out: schedules; None for the library's GEMM::
+`GemmSchedule`'s choices), "q64k64w4s2" or "cublas", by name or by structure and size. Out:
+schedules; None for the library's GEMM::
 
     Tiles((("gemm_float16_768x*", "s4"),), "sm_90", load_tuned("NVIDIA H100")).gemm(template, 40)
 """

@@ -54,8 +54,8 @@ def stress(
     """Return, by case, the error of every generated kernel; not thread-safe for `compiled`.
 
     Attention gets the denormals as q, k and v, and the minus infinities in its bias: scores of 1e8
-    would measure how products are rounded, which concerns GEMMs, in eager as in turbotx.
-    tensors: the call's inputs, for their shapes and integer values.
+    would measure how products are rounded, which concerns GEMMs, in eager as in turbotx. tensors:
+    the call's inputs, for their shapes and integer values.
     """
     sizes = dims_of(compiled, tensors)
     found = {}

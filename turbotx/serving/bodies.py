@@ -1,8 +1,8 @@
 """Reads request bodies within limits of bytes, JSON elements, time and total memory.
 
 In: Starlette's request and the settings. Out: the body's bytes, decompressed. A body that would
-decode to too many objects is refused while it arrives; if all bodies together take too much
-memory, the largest one that is still arriving is refused::
+decode to too many objects is refused while it arrives; if all bodies together take too much memory,
+the largest one that is still arriving is refused::
 
     with memory.hold() as held:
         text = await read_body(request, settings, left, memory, held)

@@ -1,7 +1,7 @@
 """Response cache: an LRU cache of result vectors, bounded in bytes.
 
-In: a key (model revision, options, token ids) and a vector. Out: the vector, until it is evicted
-as the least recently used; the bytes held never exceed the limit::
+In: a key (model revision, options, token ids) and a vector. Out: the vector, until it is evicted as
+the least recently used; the bytes held never exceed the limit::
 
     cache = ResponseCache(max_nbytes=1 << 20)
     cache.put(key, vector); cache.get(key)      # counts a hit

@@ -137,10 +137,10 @@ class CostTable:
     def observe(self, length: int, batch: int, took_ms: float, rate: float | None = None) -> None:
         """Refine the table with one executed batch.
 
-        rate: step size towards the measured time, 0 to 1; None: ``learning_rate``.
-        Outliers are clipped to a factor of 4 from the prediction. If the previous batch at this
-        node was off in the same direction too, the table is wrong: the step is then 0.5, and nodes
-        that no recent batch has visited move along (``cost_learning``).
+        rate: step size towards the measured time, 0 to 1; None: ``learning_rate``. Outliers are
+        clipped to a factor of 4 from the prediction. If the previous batch at this node was off in
+        the same direction too, the table is wrong: the step is then 0.5, and nodes that no recent
+        batch has visited move along (``cost_learning``).
         """
         i, wi = _position(self.lengths, length)
         j, wj = _position(self.batches, batch)

@@ -125,12 +125,11 @@ class Aged(Aging):
        for a longer queue: a second term, n * n / ``burst``, makes the partition of long queues tend
        to the paper's, of least total time.
     2. *Urgency.* A request's is (1 + age / drain) ** p, where drain is the estimated time of the
-    whole queue: new requests run in the order of most
-       requests per millisecond (Smith's rule); one with age = drain has weight 2**p. The exponent
-       p = ``patience`` * (1 + n / ``crowd``) grows with the queue, to bound tail latency.
-       A deadline nearer than drain counts as that much age; each step of priority multiplies by
-       ``class_factor``; the rows of one large request share the weight of one. The group with most
-       urgency per millisecond runs.
+       whole queue: new requests run in the order of most requests per millisecond (Smith's rule);
+       one with age = drain has weight 2**p. The exponent p = ``patience`` * (1 + n / ``crowd``)
+       grows with the queue, to bound tail latency. A deadline nearer than drain counts as that much
+       age; each step of priority multiplies by ``class_factor``; the rows of one large request
+       share the weight of one. The group with most urgency per millisecond runs.
     3. *Age bound.* Once a request has waited a third of ``max_age_ms``, the group of the oldest
        request runs. ``Scheduler`` admits at most a third of the bound in work, which leaves a third
        for errors of the estimate.

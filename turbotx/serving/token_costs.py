@@ -1,7 +1,7 @@
 """Token costs: milliseconds of a batch without padding, over its tokens and their squares.
 
-In: measured ms at some numbers of tokens, and attention's cost per squared length. Out: the cost
-of any batch, refined by every executed one; and the knee, the number of tokens from which larger
+In: measured ms at some numbers of tokens, and attention's cost per squared length. Out: the cost of
+any batch, refined by every executed one; and the knee, the number of tokens from which larger
 batches do not lower the cost per token::
 
     costs = TokenCosts([1, 64, 1024], [2.0, 4.0, 40.0], square_ms=4e-6, max_length=512)

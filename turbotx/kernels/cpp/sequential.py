@@ -79,9 +79,9 @@ def sums_in_blocks(kernel: ir.Kernel) -> bool:
 def _moments(s: ir.Reduce, count: Expr, blocks: bool) -> list[ir.Statement]:
     """Return statements that compute mean and m2 of a row, with per-row values in double.
 
-    The sum of the deviations gives the rounding error of the mean; if the sum was made in
-    blocks, the mean is corrected by it. (Otherwise it is dominated by the deviations' own
-    rounding.) A row of equal numbers has exactly that mean, and m2 = 0.
+    The sum of the deviations gives the rounding error of the mean; if the sum was made in blocks,
+    the mean is corrected by it. (Otherwise it is dominated by the deviations' own rounding.) A row
+    of equal numbers has exactly that mean, and m2 = 0.
     """
     (mean, m2), (x,), wide = s.results, s.args, torch.float64
     made: list[ir.Statement] = []

@@ -29,8 +29,8 @@ class State:
 
     parts: the carried values. join: lines that combine two states, `_a` and `_b`. neutral: the
     state of no elements ("lowest" and "highest": the dtype's limits). element: the state of one
-    element x.
-    finish: lines after the last combination; of_nothing: further lines if there may be no elements.
+    element x. finish: lines after the last combination; of_nothing: further lines if there may be
+    no elements.
     """
 
     parts: tuple[str, ...]

@@ -171,8 +171,7 @@ class GemmFamily:
 
     def expected(self, sizes: Sequence[int], buckets: Iterable[int] = BUCKETS) -> list[Job]:
         """Return the jobs of all buckets, and of the kernels after the library's GEMM for any
-        number of
-        rows: no sequence of lengths needs more builds."""
+        number of rows: no sequence of lengths needs more builds."""
         tokens = self.tokens
         found = [job for family in self.finish for job in family.expected(sizes)]
         for bucket in buckets:
