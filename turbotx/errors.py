@@ -48,7 +48,7 @@ class CaptureError(TurbotxError):
 
 
 class PackError(CaptureError):
-    """padding="packed" was asked for, and the model's graph does not keep its tokens apart."""
+    """padding="packed" was requested, but the model's graph mixes tokens of different rows."""
 
 
 class CompileError(TurbotxError):
@@ -56,7 +56,7 @@ class CompileError(TurbotxError):
 
 
 class TrainingError(TurbotxError):
-    """The model is in training mode, or a gradient was asked for: turbotx is inference only."""
+    """The model is in training mode, or an input requires grad: turbotx is for inference only."""
 
 
 class InputError(TurbotxError, ValueError):
@@ -140,7 +140,7 @@ class EagerWarning(UserWarning):
 
 
 class QuantizedWarning(UserWarning):
-    """Values of weights are asked for that are held as int8 only: they come dequantised."""
+    """Code reads weights that are kept only as int8; it gets dequantized values."""
 
 
 class DecisionWarning(UserWarning):

@@ -238,7 +238,7 @@ def test_the_number_of_threads_is_asked_for() -> None:
     "ask", [lambda x: x.requires_grad, lambda x: x.is_inference(), lambda x: x.grad_fn is None]
 )
 def test_whether_a_tensor_has_gradients_is_refused(ask) -> None:
-    with pytest.raises(CaptureError, match="of a tensor, which no trace knows"):
+    with pytest.raises(CaptureError, match="of a tensor, which a trace does not know"):
         turbotx.optimize(lambda x: x * 2 if ask(x + 1) else x)(torch.ones(2, 3))
 
 

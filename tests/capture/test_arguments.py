@@ -228,7 +228,7 @@ def test_a_closure_and_a_circle_are_refused() -> None:
     assert torch.equal(fast(shift, torch.exp), shift.exp())
     held = Plain(1)
     held.b = held
-    with pytest.raises(InputError, match="holds itself"):
+    with pytest.raises(InputError, match="contains itself"):
         fast(shift, held)
 
 

@@ -2,7 +2,7 @@
 
 In: arguments. Out: the exit code, standard output and standard error, for example::
 
-    run("compile", "nothing")  ->  2, "", "error: 'nothing' is no MODEL: write ..."
+    run("compile", "nothing")  ->  2, "", "error: 'nothing' is not a MODEL: write ..."
 """
 
 from __future__ import annotations

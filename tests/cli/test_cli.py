@@ -2,7 +2,7 @@
 
 In: arguments. Out: the exit code, standard output and standard error, for example::
 
-    run("compile", "nothing")  ->  2, "", "error: 'nothing' is no MODEL: write ..."
+    run("compile", "nothing")  ->  2, "", "error: 'nothing' is not a MODEL: write ..."
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def test_compile_prints_tables_without_colours_into_a_pipe(
 @pytest.mark.parametrize(
     "model, said",
     [
-        ("nothing", "is no MODEL"),
+        ("nothing", "is not a MODEL"),
         ("{file}:mke", "did you mean 'make'?"),
         ("{file}:number", "gave a int"),
         ("{file}:broken", "no weights here"),

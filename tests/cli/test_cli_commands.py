@@ -273,7 +273,7 @@ def test_serve_hands_its_options_over(
         (["--api-key-file", "no/such/file"], "API keys"),
         (["--policy", "random"], "aged"),
         (["--max-length", "9999"], "positions"),
-        (["minilm", "minilm", "--pooling", "cls"], "pooling is of one model"),
+        (["minilm", "minilm", "--pooling", "cls"], "pooling applies to one model"),
         (["minilm", "--served-model-name", "a", "--served-model-name", "b"], "one for each"),
         (["minilm", "minilm"], "models of one name"),
     ],

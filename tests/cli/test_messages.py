@@ -37,7 +37,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
         (["verify", "hf-config:bert,num_layers=2"], "did you mean 'num_hidden_layers'?"),
         (["verify", "hf-config:bert,num_hidden_layers=x"], "cannot make a bert"),
         (["verify", "hf-config:brt"], "did you mean"),
-        (["verify", "./my:make"], "is no module's name"),
+        (["verify", "./my:make"], "is not a module name"),
         (["verify", "minilm", "--shape", "seq=²"], "whole number"),
         (["save", "minilm", "--out", "/no/such/folder/x.ttx"], "no folder to write to"),
         (["profile", "minilm", "--trace", "/dev"], "cannot write /dev: /dev is a folder"),

@@ -227,7 +227,7 @@ def test_a_step_with_no_end_is_refused_by_name() -> None:
         return x
 
     _, fast = optimize(function)
-    with pytest.raises(CaptureError, match="decides more than 128 times"):
+    with pytest.raises(CaptureError, match="branches on values of tensors more than 128 times"):
         fast(UP)
 
 
@@ -250,7 +250,7 @@ def test_random_draws_beside_decisions_are_refused() -> None:
         return x if x.sum() > 0 else -x
 
     _, fast = optimize(function)
-    with pytest.raises(CaptureError, match="draws random numbers and decides by values"):
+    with pytest.raises(CaptureError, match="draws random numbers and branches on a value"):
         fast(UP)
 
 

@@ -257,9 +257,9 @@ def test_draws_like_a_tensor_that_lies_otherwise_are_eagers() -> None:
     ],
 )
 def test_code_that_seeds_pytorchs_generator_is_refused(ask) -> None:
-    with pytest.raises(CaptureError, match=r"test_random_ops.py:\d+ sets or asks for the seed"):
+    with pytest.raises(CaptureError, match=r"test_random_ops.py:\d+ sets or reads the seed"):
         turbotx.optimize(lambda x: x * ask() + torch.rand_like(x))(X)
-    with pytest.raises(CaptureError, match="sets or asks for the seed"):
+    with pytest.raises(CaptureError, match="sets or reads the seed"):
         turbotx.optimize(seeds_inside)(X)
 
 

@@ -1,4 +1,4 @@
-"""Elements: equal values are one statement, and what is known while lowering is folded."""
+"""Kernel builder: equal values are one statement, and what is known while lowering is folded."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_another_program_of_the_same_model() -> None:
 
 
 def test_what_is_no_report_is_refused() -> None:
-    with pytest.raises(InputError, match="the second file is no report"):
+    with pytest.raises(InputError, match="the second file is not a report"):
         compare(report_of(), {"model": "Bert"})
 
 

@@ -102,7 +102,7 @@ def test_packed_answers_are_the_padded_ones(tmp_path, pooling):
 def test_pytorch_alone_is_padded(tmp_path):
     folder = str(save(tmp_path / "model", bert()))
     assert load_model(folder, backend="eager").padding == "padded"
-    with pytest.raises(ModelFilesError, match="of the backend turbotx"):
+    with pytest.raises(ModelFilesError, match="needs backend turbotx"):
         load_model(folder, backend="eager", padding="packed")
 
 
@@ -121,5 +121,5 @@ def test_quantised_models_are_packed_and_their_programs_kept_apart(tmp_path, qua
     assert second.module.loaded and (second.run(ROWS) == found).all()
     padded = load_model(folder, quantize=quantize, padding="padded").engine
     np.testing.assert_allclose(padded.run(ROWS), found, rtol=0, atol=1e-5)
-    with pytest.raises(ModelFilesError, match="of the backend turbotx"):
+    with pytest.raises(ModelFilesError, match="needs backend turbotx"):
         load_model(folder, quantize=quantize, backend="eager")

@@ -220,7 +220,7 @@ def test_what_is_not_known_is_refused_by_name(change, says, tmp_path):
         ({"activation_function": "os.system"}, "os.system"),
         ({"activation_function": "torch.nn.modules.rnn.LSTM"}, "LSTM"),
         ({"activation_function": "torch.nn.functional.gelu"}, "gelu"),
-        ({"in_features": 31}, "Dense takes 31 numbers, but gets 32"),
+        ({"in_features": 31}, "Dense takes vectors of 31, but gets 32"),
         ({"module_input_name": "token_embeddings"}, "module_input_name"),
     ],
 )

@@ -103,7 +103,7 @@ def test_policies_that_arrange_padding_need_it():
     packed = stand_in(SleepEngine(TokenCosts.from_rates(1.0, 0.01, 0.0, 32, 512)))
     service = Service(packed, settings(policy="fifo"))
     assert isinstance(service.make_scheduler(packed.engine.costs).policy, FifoTokens)
-    with pytest.raises(SettingsError, match="'dp' is for padded batches"):
+    with pytest.raises(SettingsError, match="'dp' needs padding 'padded'"):
         Service(packed, settings(policy="dp")).make_scheduler(packed.engine.costs)
 
 

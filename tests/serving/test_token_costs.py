@@ -59,7 +59,7 @@ def test_a_few_measured_points_tell_any_mixture(monkeypatch, tmp_path):
     kept = load_or_measure(path, None, **limits)
     assert kept.batch_ms([5, 500]) == costs.batch_ms([5, 500])
     path.write_text("{}")
-    with pytest.raises(CostTableError, match="no table of token costs"):
+    with pytest.raises(CostTableError, match="not a table of token costs"):
         TokenCosts.load(path)
     assert load_or_measure(path, engine, **limits).max_tokens == 8192
 

@@ -192,9 +192,9 @@ def _refusing(original: Callable[[Any], None], thread: int) -> Callable[[Any], N
     def set_default_dtype(dtype: torch.dtype) -> None:
         if threading.get_ident() == thread and dtype != _default_dtype():
             raise CaptureError(
-                f"its code sets torch's default dtype from {_default_dtype()} to {dtype}, and a "
-                "program's is that of its call: set it around the call, or give dtype= to what is "
-                "made there"
+                f"its code sets torch's default dtype from {_default_dtype()} to {dtype}, which "
+                "a program cannot do: set it before the call, or pass dtype= where tensors are "
+                "created"
             )
         original(dtype)
 

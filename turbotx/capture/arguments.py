@@ -189,7 +189,7 @@ def _open(value: Any, depth: int) -> tuple[list[Any], ReducedObject]:
         if holds(value):
             raise _Refused(value, why)
     if depth > _MOST_DEEP:
-        raise _Refused(value, "it holds itself, or is nested too deep: pass what it holds")
+        raise _Refused(value, "it contains itself, or is nested too deep: pass its contents")
     if isinstance(value, slice):
         leaves, inner = _flatten((value.start, value.stop, value.step), depth + 1)
         return leaves, ReducedObject(_make_slice, None, inner, len(leaves))
@@ -201,12 +201,12 @@ def _open(value: Any, depth: int) -> tuple[list[Any], ReducedObject]:
     try:
         reduced = value.__reduce_ex__(2)
     except Exception as error:
-        raise _Refused(value, f"it cannot be taken apart ({error}): pass what it holds") from None
+        raise _Refused(value, f"it cannot be flattened ({error}): pass its contents") from None
     if isinstance(reduced, str) or not isinstance(reduced[0], Hashable):
-        raise _Refused(value, "it cannot be taken apart: pass what it holds")
+        raise _Refused(value, "it cannot be flattened: pass its contents")
     make, args, state, items, entries = (*reduced, None, None, None)[:5]
     if len(reduced) > 5 and reduced[5] is not None:
-        raise _Refused(value, "it sets its state in its own way: pass what it holds")
+        raise _Refused(value, "it restores its state by its own function: pass its contents")
     if isinstance(state, bytes):
         _by_bytes.add(type(value))
         return [], ReducedObject(Untouchable, None, type(value), 0)
@@ -237,7 +237,7 @@ class Untouchable:
         cls = self._cls
         raise InputError(
             f"the model looks at .{name} of a {cls.__module__}.{cls.__qualname__} among its "
-            "arguments, which cannot be taken apart: pass what it holds"
+            "arguments, which cannot be flattened: pass its contents"
         )
 
 

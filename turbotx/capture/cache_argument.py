@@ -42,7 +42,7 @@ def _name_all(
 ) -> dict[str, Any]:
     """Return all arguments by name."""
     if len(args) > len(names):
-        raise InputError("a call with a key/value cache names its arguments")
+        raise InputError("pass the arguments of a call with a key/value cache by keyword")
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 

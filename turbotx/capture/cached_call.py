@@ -96,7 +96,7 @@ def find_queries(given: Mapping[str, Any], kind: str) -> torch.Tensor:
         found = given.get(name)
         if isinstance(found, torch.Tensor) and found.dim() >= 2:
             return found
-    raise CaptureError(f"a call with a cache has to have {names[0]!r} or {names[1]!r}")
+    raise CaptureError(f"a call with a key/value cache needs {names[0]!r} or {names[1]!r}")
 
 
 class TracedLayer(CacheLayerMixin):
@@ -132,7 +132,7 @@ class TracedLayer(CacheLayerMixin):
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
         """Raise CaptureError: a traced layer is written only by `TracedCache.update`."""
-        raise CaptureError("the model writes to a layer of its cache past Cache.update")
+        raise CaptureError("the model writes to a layer of its cache without Cache.update")
 
     def get_mask_sizes(self, query_length: Any) -> tuple[Any, int]:
         """Return the number of keys that a mask covers, and the position of the first."""
@@ -166,7 +166,7 @@ class CrossLayer(CacheLayerMixin):
         """Store the keys and values of the encoder's output; raises CaptureError if they are
         already set."""
         if self.is_initialized:
-            raise CaptureError("cross attention's keys and values are made twice")
+            raise CaptureError("cross attention's keys and values are computed twice in one call")
         self.keys, self.values, self.is_initialized = key_states, value_states, True
         return key_states, value_states
 

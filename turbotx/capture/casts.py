@@ -99,7 +99,7 @@ def _find_casts(node: fx.Node, sources: list[fx.Node]) -> list[torch.dtype | Non
             if _dtypes(_run(node, given)) == wanted:
                 return casts
     raise CaptureError(
-        f"autocast makes {wanted} of {node.format_node()}, which no cast of its arguments does: "
+        f"autocast computes {node.format_node()} as {wanted}, which casts of its arguments do not: "
         "run it under torch.autocast(..., enabled=False)\n" + str(node.meta.get("stack_trace", ""))
     )
 

@@ -168,7 +168,7 @@ class _SizeNodes:
         if call is None and kind in FUNCTIONS:
             call = FUNCTIONS[kind].call
         if call is None:
-            raise NotNodeByNode(f"{wanted} is no function of the sizes that has a row")
+            raise NotNodeByNode(f"{wanted} is not a function of sizes with a row in the table")
         if kind not in _FOLDED:
             return self._call(call, *args)
         return functools.reduce(functools.partial(self._call, call), args)
@@ -188,7 +188,7 @@ class _SizeNodes:
                     made.meta["val"] = size
                     self.nodes[symbol] = made
                     return
-        raise NotNodeByNode(f"{symbol} is the size of no input")
+        raise NotNodeByNode(f"{symbol} is not the size of an input")
 
 
 _FOLDED: dict[str, Callable[[Any, Any], Any]] = {

@@ -245,7 +245,7 @@ def _returned(leaf: Any, shown: Steps | None) -> Fresh | Alias | None:
         return Fresh(leaf.name, shape, shape, strides, ZERO).apart(leaf.name)
     extents = tuple(g.shape(root)[d] for d in order)
     value = g.tensor(leaf)
-    offset = ZERO if root is leaf else _positive(g.size(value.storage_offset(), value))
+    offset = ZERO if root is leaf else _positive(g.size(value.storage_offset()))
     overlaps = any(n.target is aten.unfold.default for n in chain)
     return Fresh(root.name, extents, shape, strides, offset, overlaps)
 

@@ -118,8 +118,8 @@ def guard_squeezed(
 def find_equals(shape_env: Any) -> dict[sympy.Symbol, sympy.Symbol]:
     """Return the symbols that a guard makes equal to an earlier symbol.
 
-    torch.export solves a == b by itself, but not 64 * n * a == 64 * n * b, which a view of (n, a,
-    64) as (n, b * 4, 16) asserts.
+    torch.export solves a == b itself, but not 64 * n * a == 64 * n * b, which a view of (n, a, 64)
+    as (n, b * 4, 16) asserts.
     """
     earlier: dict[sympy.Symbol, sympy.Symbol] = {}
     for guard in shape_env.guards if shape_env is not None else ():

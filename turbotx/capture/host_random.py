@@ -104,9 +104,9 @@ def refuse_seeding() -> Iterator[None]:
         frame = _find_asker(_SEEDERS)
         if frame is not None and threading.get_ident() == owner:
             raise CaptureError(
-                f"its code at {frame.f_code.co_filename}:{frame.f_lineno} sets or asks for the "
-                "seed or the state of PyTorch's random numbers, which a program cannot do: do that "
-                "outside of the optimized module"
+                f"its code at {frame.f_code.co_filename}:{frame.f_lineno} sets or reads the "
+                "seed or the state of PyTorch's random generator, which a compiled program cannot "
+                "do: do it outside of the optimized module"
             )
 
     noting: Any = _Noting(torch.default_generator, note)

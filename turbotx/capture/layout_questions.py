@@ -58,16 +58,17 @@ class LayoutQuestions(TorchFunctionMode):
             if asked is not None:
                 return asked
             raise CaptureError(
-                f"its code asks for the {_MODES[func]} of a tensor, which no trace knows, since it "
-                "runs without gradients: ask torch.is_grad_enabled() or is_inference_mode_enabled()"
+                f"its code asks for the {_MODES[func]} of a tensor, which a trace does not know, "
+                "since it runs without gradients: use torch.is_grad_enabled() or "
+                "is_inference_mode_enabled()"
             )
         asks = func in _QUESTIONS or func in _STORAGES
         if asks and not is_library(_find_asker()):
             place = self._places.get(_memory(args[0]))
             if place is not None and func in _STORAGES:
                 raise CaptureError(
-                    "it looks at the memory behind an input, which another call's may share with "
-                    "more: ask the input itself, as by numel() and element_size()"
+                    "it reads the storage of an input, which may be larger than the input in "
+                    "another call: use the input's own numel() and element_size()"
                 )
             if place is not None:
                 self.asked.add(place)

@@ -1,4 +1,4 @@
-"""Light export: leaves out what PyTorch's export makes in every layer and nobody reads.
+"""Light export: skips parts of PyTorch's export whose results are unused here.
 
 In: a trace. Out: the same graph; a graph module's Python code is written when it is called, and the
 tracer's own looks at tensors are not shown to the modes that watch the model's code::

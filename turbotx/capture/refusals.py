@@ -85,15 +85,15 @@ def refuse_parts(model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(
                 f"cannot capture {name}: {part} is TorchScript, whose code runs outside of Python, "
-                "with decisions on sizes that nothing tells of. Put the Python module that it was "
-                "made from in its place, or optimize the parts around it one by one"
+                "so that its branches on sizes cannot be traced. Use the Python module that it was "
+                "compiled from, or optimize the parts around it one by one"
             )
         packed = [k for k, v in vars(module).items() if isinstance(v, torch.ScriptObject)]
         if packed:
             raise CaptureError(
                 f"cannot capture {name}: {part} ({type(module).__name__}) holds {packed[0]!r}, a "
                 f"{vars(module)[packed[0]]._type().name()} packed by PyTorch's own quantisation, "
-                "which has no tensors to trace. Optimize the model as it was before that"
+                "which has no tensors to trace. Optimize the unquantized model"
             )
     refuse_inference_tensors(model)
     refuse_encoder_layers(model)

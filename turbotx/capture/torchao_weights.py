@@ -165,8 +165,8 @@ def _read_opaque(tensor: Any) -> Read:
             scale, zero = tensor.scale_and_zero.transpose(0, 1).unbind(-1)
             return _in_groups(numbers.to(torch.int8) - 8, scale, zero)
     raise CaptureError(
-        f"a weight of {rows} x {depth} int4 numbers is laid out for another processor than this "
-        "one, or by another PyTorch: quantise the model here"
+        f"a weight of {rows} x {depth} int4 numbers has the layout of another processor or "
+        "another PyTorch: quantize the model on this machine"
     )
 
 

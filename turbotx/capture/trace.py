@@ -227,8 +227,8 @@ def _capture(
         if drawn:
             raise CaptureError(
                 f"cannot capture {name}: it draws a number from {drawn[0]}, which a program would "
-                "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
-                "every call, or pass the number as an argument"
+                "repeat in every call. Draw with torch.rand(()) or the like, which runs in every "
+                "call, or pass the number as an argument"
             )
     return replace(captured, state=state)
 
@@ -374,9 +374,9 @@ def _describe(
     decisions = flat.values.describe(find_replaced(shape_env, symbols) | symbols, dims)
     if decisions is not None and any(map(is_random, graph_module.graph.nodes)):
         raise CaptureError(
-            f"cannot capture {name}: it draws random numbers and decides by values, as at "
-            f"{decisions.made[0].where}; where that comes out otherwise the call would run again, "
-            "and draw others"
+            f"cannot capture {name}: it draws random numbers and branches on a value, as at "
+            f"{decisions.made[0].where}; for another outcome the call would run again, with other "
+            "random numbers"
         )
     return Captured(
         graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,

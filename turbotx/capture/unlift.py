@@ -110,8 +110,8 @@ def _find(
         known = owned.get(_place(value)) if value.numel() else None
     except RuntimeError as error:  # it has no memory
         raise CaptureError(
-            "its code makes a tensor inside of a transform (torch.func.grad, vjp, jacrev), which a "
-            "program cannot hold: make it outside of the transformed function"
+            "its code creates a tensor inside of a transform (torch.func.grad, vjp, jacrev), which "
+            "a program cannot keep: create it outside of the transformed function"
         ) from error
     return value, known or f"constants.{target.replace('.', '_')}"
 

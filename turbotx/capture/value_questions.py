@@ -159,8 +159,8 @@ class ValueQuestions(TorchFunctionMode):
             number, where = len(self._decided), _describe(user)
             if number >= MOST_DECISIONS:
                 raise CaptureError(
-                    f"it decides more than {MOST_DECISIONS} times by values of tensors: does a "
-                    "loop end by one?"
+                    f"it branches on values of tensors more than {MOST_DECISIONS} times: does the "
+                    "end of a loop depend on one?"
                 )
             given = number < len(self._given)
             outcome = self._given[number][1] if given else self._guesses.get(where, True)
@@ -195,7 +195,7 @@ class ValueQuestions(TorchFunctionMode):
                 continue
             condition = question.xreplace({**symbols, **self._known})
             if not {s.name for s in condition.free_symbols} <= set(names):
-                raise CaptureError(f"it decides by {condition}, which is no value, at {where}")
+                raise CaptureError(f"it branches on {condition}, which is not a value, at {where}")
             made.append(AssumedCondition(sizes_of([condition]), outcome, where))
         return Decisions(names, len(self._values), tuple(made))
 

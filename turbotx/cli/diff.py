@@ -42,9 +42,9 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}") from error
+        raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(read, dict):
-        raise InputError(f"{path} is no report.json")
+        raise InputError(f"{path} is not a report.json")
     return read
 
 

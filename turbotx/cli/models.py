@@ -100,7 +100,7 @@ def load_model(text: str, shape: Mapping[str, int]) -> ModelWithInputs:
         return _exported(Path(text))
     if ":" in text:
         return _made(text, shape)
-    raise ModelError(f"{text!r} is no MODEL: write {FORMS}")
+    raise ModelError(f"{text!r} is not a MODEL: write {FORMS}")
 
 
 def _convert(loaded: ModelWithInputs, dtype: str) -> ModelWithInputs:
@@ -172,7 +172,7 @@ def _from_config(transformers: ModuleType, text: str) -> nn.Module:
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals:
-            raise ModelError(f"{change!r} is no change to a config: write name=value")
+            raise ModelError(f"{change!r} is not a change to a config: write name=value")
         given[name] = _number(value)
     try:
         default = transformers.CONFIG_MAPPING[kind]()
@@ -217,7 +217,7 @@ def _exported(path: Path) -> ModelWithInputs:
         with quiet_torch():
             program = torch.export.load(path)
     except Exception as error:
-        raise ModelError(f"{path} is no program of torch.export: {first_line(error)}") from error
+        raise ModelError(f"{path} is not a program of torch.export: {first_line(error)}") from error
     if program.example_inputs is None:
         raise ModelError(f"{path} has no example inputs: export it with them")
     args, kwargs = program.example_inputs
@@ -276,7 +276,7 @@ def _import_file(path: Path) -> ModuleType:
 
 def _import_module(name: str) -> ModuleType:
     if not all(part.isidentifier() for part in name.split(".")):
-        raise ModelError(f"{name!r} is no module's name: {FORMS}")
+        raise ModelError(f"{name!r} is not a module name: {FORMS}")
     sys.path.insert(0, "")  # the current folder, as for `python -m`
     try:
         return importlib.import_module(name)

@@ -229,7 +229,7 @@ def serve_models(
             "the server keeps in turbotx's cache by itself"
         )
     if not os.environ.get("TURBOTX_API_KEY", "set").strip():
-        raise ModelError("TURBOTX_API_KEY is empty, which would let everybody in: unset it")
+        raise ModelError("TURBOTX_API_KEY is empty, which would disable authentication: unset it")
     try:
         if api_key_file is not None:
             api_keys += read_keys(api_key_file)

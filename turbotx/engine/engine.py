@@ -256,8 +256,8 @@ class Engine(EagerCalls):
         if dims is None:
             why = variant.matcher.explain([t.shape for t in tensors])
             raise CaptureError(
-                f"{type(self.model).__name__} was captured, but the capture does not hold for the "
-                f"very call it came from: {why}"
+                f"{type(self.model).__name__} was captured, but the capture does not fit the "
+                f"call that it was made from: {why}"
             )
         known.append(variant)
         asked = {*self._asked, *variant.compiled.captured.asked}

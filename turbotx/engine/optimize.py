@@ -69,7 +69,7 @@ def engine_of(target: Any) -> Engine:
     class, OptionsError for what `optimize` does not accept.
     """
     if inspect.isclass(target):
-        raise InputError(f"an instance is needed, not a class: make one of {target.__name__} first")
+        raise InputError(f"an instance is needed, not a class: create a {target.__name__} first")
     found = getattr(target, "_turbotx_engine", None)
     return found if isinstance(found, Engine) else engine_of(optimize(target))
 

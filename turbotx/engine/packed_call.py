@@ -53,4 +53,4 @@ def call_packed(
             engine._forget(variant, error)
             continue
         return variant.build_output(leaves)
-    raise CaptureError(f"{name} is converted while it is called")
+    raise CaptureError(f"{name} is being converted while it is called")

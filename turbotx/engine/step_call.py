@@ -56,7 +56,7 @@ class StepCalls:
         with memory.owned():
             length = call["kv_length"].shape[0]
             if memory.length + count != length:
-                raise InputError("another thread has changed the key/value cache meanwhile")
+                raise InputError("another thread has changed the key/value cache during the call")
             call["kv_memory"] = memory.tensor_for(count_batch(call), length)
             call["kv_table"] = memory.table()
             run = self.run_plain

@@ -98,8 +98,7 @@ def tune_program(
     program: CudaGraphProgram, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
     timer: Timer = time_launches,
 ) -> list[TuningResult]:  # fmt: skip
-    """Time every kernel and GEMM of a program at one shape; no other thread may run it
-    meanwhile."""
+    """Time every kernel and GEMM of a program at one shape; not thread-safe."""
     runtime, binding = program.runtime, program.bind(dims)
     assert isinstance(runtime, CudaRuntime)
     tunables: dict[tuple[str, str], _Tunable] = {}

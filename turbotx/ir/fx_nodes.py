@@ -126,13 +126,13 @@ def shape(node: fx.Node) -> tuple[Expr, ...]:
 
 def sizes_of(value: torch.Tensor) -> tuple[Expr, ...]:
     """Return the sizes of a fake tensor over the named dims."""
-    return tuple(size(s, value) for s in value.shape)
+    return tuple(size(s) for s in value.shape)
 
 
 def strides(node: fx.Node) -> tuple[Expr, ...]:
     """Return the strides, in elements, of the node's tensor in eager mode."""
     value = tensor(node)
-    return tuple(size(s, value) for s in value.stride())
+    return tuple(size(s) for s in value.stride())
 
 
 def dtype(node: fx.Node) -> torch.dtype:
@@ -140,7 +140,7 @@ def dtype(node: fx.Node) -> torch.dtype:
     return tensor(node).dtype
 
 
-def size(value: Any, of: torch.Tensor | None = None) -> Expr:
+def size(value: Any) -> Expr:
     """Return a number, a symbolic number, or a node whose value is one, as an expression."""
     if isinstance(value, fx.Node):
         value = value.meta["val"]

@@ -41,7 +41,7 @@ class SizeFunction:
 def power(base: Any, exponent: Any) -> Any:
     """Return base ** exponent; raise OverflowError for an exponent too large for any size."""
     if isinstance(exponent, int) and exponent > MAX_EXPONENT:
-        raise OverflowError(f"{base} ** {exponent} is no size")
+        raise OverflowError(f"{base} ** {exponent} is not a size")
     return base**exponent
 
 

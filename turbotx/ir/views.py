@@ -118,7 +118,7 @@ def _getitem(node: fx.Node, index: IndexTuple) -> IndexTuple:
     if split.target is aten.unbind.int:
         return (*index[:d], g.size(piece), *index[d:])
     pieces = split.meta["val"]
-    first = sum((g.size(p.shape[d], p) for p in pieces[:piece]), ZERO)
+    first = sum((g.size(p.shape[d]) for p in pieces[:piece]), ZERO)
     inner = list(index)
     inner[d] = (index[d] + first).expand()
     return tuple(inner)

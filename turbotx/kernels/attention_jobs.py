@@ -1,6 +1,6 @@
-"""Jobs that compile attention launches for a GPU target, as `targets.kernel_job` does kernels.
+"""Jobs that compile attention launches for a GPU target (`compiler.kernel_job` is for kernels).
 
-In: an `AttentionKernel` or a `ProductKernel`, a target, tiles, and what is known of strides and
+In: an `AttentionKernel` or a `ProductKernel`, a target, tiles, known divisibility of strides and
 addresses. Out: a `Job`: source, signature, tiles, and the arguments that are multiples of 16::
 
     attention_job(kernel, "sm_90", choose_attention_schedule(kernel, q_len))
@@ -38,27 +38,24 @@ def attention_job(
     schedule: AttentionSchedule | None = None,
     divisible: Iterable[str] = STRIDES,
     unaligned: Iterable[str] = (),
-    name: str | None = None,
     cells: tuple[str, ...] = (),
 ) -> Job:
     """Return the job for an attention launch.
 
-    Packed layouts have `divisible` strides; `unaligned` pointers are no multiples of 16 bytes.
-    cells: sizes and addresses that it reads on the device.
+    divisible: strides that are multiples of 16, by default those of packed layouts. unaligned:
+    pointers that are not multiples of 16 bytes. cells: arguments read from device memory.
     """
     schedule = schedule or choose_attention_schedule(kernel)
     schedule = in_blocks(schedule) if kernel.cached else schedule
     pointers, names = attention_pointers(kernel), size_names(kernel)
     tiles = (("Q_TILE", schedule.q_tile), ("K_TILE", schedule.k_tile))
-    source = print_triton_attention(kernel, schedule, name)
+    source = print_triton_attention(kernel, schedule)
     assumed = assume(pointers, unaligned, names, divisible)
-    return sized_job(
-        name or kernel.name, source, target, schedule, pointers, names, tiles, assumed, cells
-    )
+    return sized_job(kernel.name, source, target, schedule, pointers, names, tiles, assumed, cells)
 
 
 def attention_pointers(kernel: AttentionKernel) -> list[tuple[str, str]]:
-    """Return the pointers that attention takes, each with its type."""
+    """Return attention's pointer arguments with their Triton types."""
     stored = f"*{POINTEES[kernel.dtype]}"
     pointers = [(f"{tensor}_ptr", stored) for tensor in ("q", "k", "v", "out")]
     if kernel.keys != "all":
@@ -79,7 +76,6 @@ def product_job(
     schedule: ProductSchedule | None = None,
     divisible: Iterable[str] | None = None,
     unaligned: Iterable[str] = (),
-    name: str | None = None,
 ) -> Job:
     """Return the job for one of attention's two products, as `attention_job`.
 
@@ -91,21 +87,21 @@ def product_job(
     pointers = [("a_ptr", stored), ("b_ptr", stored), ("out_ptr", out)]
     known = packed_strides(kernel) if divisible is None else divisible
     tiles = (("M_TILE", schedule.m_tile), ("N_TILE", schedule.n_tile), ("K_TILE", schedule.k_tile))
-    source, names = print_triton_product(kernel, schedule, name), PRODUCT_NAMES
+    source, names = print_triton_product(kernel, schedule), PRODUCT_NAMES
     assumed = assume(pointers, unaligned, names, known)
-    return sized_job(name or kernel.name, source, target, schedule, pointers, names, tiles, assumed)
+    return sized_job(kernel.name, source, target, schedule, pointers, names, tiles, assumed)
 
 
 class Warps(Protocol):
-    """What every schedule says."""
+    """The part that all schedules have in common."""
 
     @property
     def num_warps(self) -> int:
-        """Of a program."""
+        """Warps of a program."""
 
     @property
     def num_stages(self) -> int:
-        """Steps of a loop whose loads are under way at once."""
+        """Software pipeline stages of loops."""
 
 
 def sized_job(
@@ -133,7 +129,8 @@ def assume(
     pointers: Iterable[tuple[str, str]], unaligned: Iterable[str],
     sizes: Iterable[str], divisible: Iterable[str],
 ) -> tuple[str, ...]:  # fmt: skip
-    """Return the arguments that are multiples of 16: addresses, in bytes, and sizes; nothing is
-    known of where a table's rows begin, which are read one number at a time."""
+    """Return the arguments that are multiples of 16: addresses in bytes, and sizes.
+
+    Block tables are left out: their rows may start anywhere."""
     odd, even = {*unaligned, *CACHE_POINTERS[1:]}, set(divisible)
     return (*(p for p, _ in pointers if p not in odd), *(n for n in sizes if n in even))

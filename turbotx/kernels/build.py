@@ -1,8 +1,8 @@
-"""Build: C++ source becomes a shared object, compiled once and kept on disk by digest.
+"""Build: compiles C++ source to a shared object, cached on disk by digest.
 
-In: translation units as text. Out: a loaded library whose functions ctypes can call. The digest
-covers the sources, the headers, the compiler, its flags and the processor, so that a cached
-object is never the wrong one; two processes may build the same at once::
+In: translation units as text. Out: a library loaded with ctypes. The digest covers sources,
+headers, compiler, flags and processor, so that a cached object always matches; processes may build
+the same library concurrently::
 
     build_library({"kernels": source})  ->  ctypes.CDLL
 """
@@ -33,35 +33,35 @@ from turbotx.kernels.openmp import share_openmp
 
 log = logging.getLogger("turbotx.build")
 
-# A kernel's header names lines of the user's model: moving them is no reason to compile again.
+# Comments in a kernel's header, which name lines of the user's model, are not part of the digest.
 _COMMENTS = re.compile(r"^//.*\n", re.MULTILINE)
 HEADERS = Path(__file__).parent / "cpp" / "include"
 FLAGS: tuple[str, ...] = (
     "-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-mno-mmx",
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd", "-fPIC",
 )  # fmt: skip
-# MMX registers are the x87 unit's: without AVX GCC moves 8 bytes through them and leaves them so,
-# after which PyTorch's own floor division of halves gives NaN.
+# MMX registers alias the x87 unit's. Without AVX, GCC copies 8 bytes through them without EMMS,
+# after which PyTorch's floor division of halves returns NaN.
 
 
 def cache_directory() -> Path:
-    """Return where built objects are kept: TURBOTX_CACHE_DIR, or the user's cache directory.
+    """Return the folder of built objects: TURBOTX_CACHE_DIR, or the user's cache directory.
 
-    Raises BuildError for a user without a home, as containers may have them.
+    Raises BuildError if the user has no home directory, as in some containers.
     """
     given = os.environ.get("TURBOTX_CACHE_DIR")
     if given:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     if base.startswith("~"):
-        raise BuildError("this user has no home to keep built kernels in: set TURBOTX_CACHE_DIR")
+        raise BuildError("this user has no home directory for built kernels: set TURBOTX_CACHE_DIR")
     return Path(base) / "turbotx"
 
 
 def find_compiler() -> str:
     """Return the C++ compiler: $CXX, or the first of g++ and clang++ on the path.
 
-    Raises NoCompilerError where there is none, or none of that name.
+    Raises NoCompilerError if it does not exist.
     """
     named = os.environ.get("CXX")
     for name in (named,) if named else ("g++", "clang++"):
@@ -69,7 +69,7 @@ def find_compiler() -> str:
         if found:
             return found
     if named:
-        raise NoCompilerError(f"no C++ compiler: the variable CXX names no program, {named!r}")
+        raise NoCompilerError(f"no C++ compiler: the variable CXX is not a program, {named!r}")
     raise NoCompilerError(
         "no C++ compiler: install g++ or clang++, or name one in the variable CXX"
     )
@@ -77,7 +77,7 @@ def find_compiler() -> str:
 
 @functools.cache
 def _compiler_identity(compiler: str) -> str:
-    """Return the compiler's version and the processor features that -march=native stands for."""
+    """Return the compiler's version and the features that -march=native enables."""
     version = _run([compiler, "--version"]).splitlines()[0]
     target = [compiler, "-march=native", "-Q", "--help=target"]
     asked = subprocess.run(target, capture_output=True, text=True, check=False)
@@ -92,16 +92,17 @@ def _headers_digest() -> str:
 
 @functools.cache
 def compiler_flags() -> tuple[str, ...]:
-    """Return the flags to compile with, those left out that this processor lacks."""
+    """Return the compiler flags, without those that this processor does not support."""
     if platform.machine() in ("x86_64", "AMD64"):
         return FLAGS
     return tuple(f for f in FLAGS if not f.startswith(("-mprefer", "-mno-mmx")))
 
 
 def build_library(units: Mapping[str, str]) -> tuple[ctypes.CDLL, bool]:
-    """Compile and load `units` (name -> C++ source); tell also whether it had to be compiled.
+    """Compile and load `units` (name -> C++ source); return the library and whether it was
+    compiled.
 
-    Raises NoCompilerError, or BuildError with the compiler's own words.
+    Raises NoCompilerError, or BuildError with the compiler's output.
     """
     compiler = find_compiler()
     flags = *compiler_flags(), *shlex.split(os.environ.get("TURBOTX_CXXFLAGS", ""))
@@ -126,8 +127,8 @@ def build_library(units: Mapping[str, str]) -> tuple[ctypes.CDLL, bool]:
 def _compile_unkept(
     compiler: str, flags: tuple[str, ...], units: Mapping[str, str], path: Path, why: OSError
 ) -> tuple[Path, ctypes.CDLL]:
-    """Compile into a folder that goes at once, where the cache takes no file, or none that may be
-    loaded; warn once. Raises BuildError where that fails too."""
+    """Compile in a temporary folder, for a cache that is not writable or mounted noexec; warn once.
+    Raises BuildError if that fails too."""
     try:
         with tempfile.TemporaryDirectory(prefix="turbotx-") as folder:
             kept = Path(folder) / path.name
@@ -148,7 +149,7 @@ def _compile_unkept(
 
 
 def _compile(compiler: str, flags: tuple[str, ...], units: Mapping[str, str], path: Path) -> None:
-    """Compile the units side by side, link, and move the result into place in one step."""
+    """Compile the units in parallel, link, and move the result into place atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects = []
@@ -161,7 +162,7 @@ def _compile(compiler: str, flags: tuple[str, ...], units: Mapping[str, str], pa
         with ThreadPoolExecutor(max_workers=min(len(commands), os.cpu_count() or 1)) as workers:
             list(workers.map(_run, commands))
         linked = str(Path(folder) / path.name)
-        # How many threads to use is asked of the OpenMP library that torch has loaded, if any.
+        # Linked without -fopenmp: the symbols resolve to the OpenMP library that torch has loaded.
         late = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         _run([compiler, "-shared", *late, *objects, "-o", linked])
         for name, source in units.items():

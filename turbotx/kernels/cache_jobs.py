@@ -1,7 +1,7 @@
-"""Jobs of a decoder's steps on a GPU: flash decoding over its cache, which gets the new rows.
+"""Jobs of decoding steps on a GPU: flash decoding over the cache, which also appends new rows.
 
-In: an `AttentionKernel` and how many heads share a key head, a target, tiles. Out: a `Job`, whose
-cells hold where the cache is and how much of it is filled::
+In: an `AttentionKernel`, the number of query heads per key head, a target, tiles. Out: a `Job`
+whose cells hold the cache's address and length::
 
     schedule = choose_split(kernel, group=4, batch=1, kv_heads=8, q_len=1, k_len=1024)
     split_job(kernel, 4, "sm_90", schedule)   # 16 programs a key head, 64 keys of each at a time
@@ -27,22 +27,22 @@ from turbotx.kernels.triton.attention import (
 from turbotx.kernels.triton.functions import stand_alone
 from turbotx.kernels.triton.specialize import specialize
 
-# Programs that fill a device twice, and as many as a key head's parts can be.
+# Programs that fill a device twice, and the most parts per key head.
 PROGRAMS, MOST_PARTS = 264, 32
-# Rows of sums that all parts of a launch may leave.
+# Most rows of partial sums of a launch.
 MOST_ROWS = 16 * PROGRAMS
-# Parts that are added at a time, one number for however many there are; and elements of them, fewer
-# in float32. On sm_90 16 parts of 4 rows of 16 beside a bias spilled 2 words in float32, and 16
-# parts of 4 rows of 128 in bfloat16 3 (Triton 3.7).
+# Parts that are added at once, and elements of them, fewer in float32. On sm_90 16 parts of 4 rows
+# of 16 beside a bias spilled 2 words in float32, and 16 parts of 4 rows of 128 in bfloat16 3
+# (Triton 3.7).
 MOST_ADDED, MOST_DEEP_ADDED, ADDED, ADDED_WIDE = 16, 8, 8192, 512
 
 
 @dataclass(frozen=True)
 class SplitSchedule:
-    """Rows (queries of a group of heads) and keys of a tile, and how many parts keys are in.
+    """Tile sizes of split attention and the number of parts of the keys.
 
-    rows: of sums that are left, the power of two above those of a group. added: parts that are
-    added at a time.
+    rows: rows of partial sums, the power of two above a group's queries. added: parts added at
+    once.
     """
 
     q_tile: int
@@ -57,7 +57,8 @@ class SplitSchedule:
 def choose_split(
     kernel: AttentionKernel, group: int, batch: int, kv_heads: int, q_len: int, k_len: int
 ) -> SplitSchedule | None:
-    """Return how few queries read a cache with room for `k_len` keys; None for many queries."""
+    """Return the schedule for few queries over a cache of capacity `k_len`; None for many
+    queries."""
     depth = max(16, power_above(kernel.head_dim))
     rows = power_above(max(1, group * q_len))
     wide = kernel.dtype.itemsize >= 4
@@ -74,8 +75,8 @@ def choose_split(
 
 
 def split_bounds(group: int, kv_heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return up to which numbers of queries, and of sequences, `choose_split` chooses alike but for
-    how many parts there are, where those are more than one."""
+    """Return the upper ends of the ranges of queries and of sequences for which `choose_split`
+    returns the same schedule except for the number of parts."""
     rows = [1 << k for k in range(7)]
     pairs = {PROGRAMS // 2, *(MOST_ROWS // (2 * n) for n in rows)}
     batches = {n // kv_heads for n in pairs} | {MOST_DEEP}
@@ -83,7 +84,7 @@ def split_bounds(group: int, kv_heads: int) -> tuple[tuple[int, ...], tuple[int,
 
 
 def split_workspace_size(kernel: AttentionKernel) -> int:
-    """Return how many float32 the parts of any split launch leave at most."""
+    """Return the most float32 elements of partial sums of a split launch."""
     return MOST_ROWS * (max(16, power_above(kernel.head_dim)) + 2)
 
 
@@ -91,10 +92,9 @@ def split_job(
     kernel: AttentionKernel, group: int, target: str, schedule: SplitSchedule,
     divisible: Iterable[str], unaligned: Iterable[str] = (), cells: tuple[str, ...] = (),
 ) -> Job:  # fmt: skip
-    """Return the job of attention of few queries over a cache.
+    """Return the job of split attention over a cache.
 
-    group: heads of queries to a key head. Other arguments as those of `attention_job`; cells: the
-    sizes and addresses that it reads on the device.
+    group: query heads per key head. Other arguments as in `attention_job`.
     """
     s, split, names = schedule, schedule.parts > 1, size_names(kernel)
     name = f"split_{kernel.name}"

@@ -1,6 +1,6 @@
-"""Device classes: the numbers of a kind of GPU that choices of tiles depend on.
+"""Device classes: properties of a class of GPUs that tile choices depend on.
 
-In: a target. Out: its `DeviceClass`, or that of the next older kind::
+In: a target. Out: its `DeviceClass`, or that of the next older class::
 
     device_class("sm_90").processors  ->  132
 """
@@ -14,12 +14,14 @@ from turbotx.kernels.triton.gemm_template import GemmTemplate
 
 @dataclass(frozen=True)
 class DeviceClass:
-    """What the choice of tiles depends on: processors, shared memory for one program, stages that
-    pay. widest: the largest m and n tile whose float32 sums stay in registers, with 8 warps.
-    tflops, tflops_fp32, tb_per_s: dense 16-bit products, ordinary float32 ones, memory.
-    in_flight_nbytes: what must be on its way to keep memory busy; 0: what those stages hold.
-    few_tokens: up to here a library has nothing to win. most_folded: up to here norms are folded;
-    0: expected times decide."""
+    """Properties of a class of GPUs.
+
+    processors: multiprocessors. shared_nbytes: per program. stages: useful pipeline stages. widest:
+    the largest m and n tile whose float32 sums stay in registers with 8 warps. tflops, tflops_fp32,
+    tb_per_s: dense 16-bit products, float32 products, memory. in_flight_nbytes: loads that must be
+    in flight to saturate memory; 0: as many as the stages hold. few_tokens: up to here the library
+    is never faster. most_folded: up to here norms are folded; 0: decided by expected times.
+    """
 
     processors: int
     shared_nbytes: int
@@ -33,15 +35,15 @@ class DeviceClass:
     most_folded: int = 0
 
     def widest_of(self, template: GemmTemplate) -> tuple[int, int]:
-        """Return the largest m and n tile of a template's sums."""
-        # int8, H200 at 4096 x 768 x 3072: 128 x 128 reach 990 TFLOP/s where two programs share a
-        # processor, 128 x 256 at k = 768 reach 540. Of fp8 there are two sets of sums in registers,
-        # of which sm_90 rounds one: 128 x 256 spilled 192 words.
+        """Return the largest m and n tile for a template."""
+        # int8, H200 at 4096 x 768 x 3072: 128 x 128 reach 990 TFLOP/s with two programs on a
+        # multiprocessor, 128 x 256 at k = 768 reach 540. fp8 keeps two sets of
+        # sums in registers, since sm_90 rounds one: 128 x 256 spilled 192 words.
         return self.widest if template.kind == "none" else (128, 128)
 
 
-# From the vendors' data sheets: A100, H100 SXM, B200, MI300X. In flight: bandwidth times a latency
-# of 650 ns, which is assumed.
+# From the vendors' data sheets: A100, H100 SXM, B200, MI300X. In flight: bandwidth times an assumed
+# latency of 650 ns.
 DEVICES = {
     "sm_80": DeviceClass(108, 160 * 1024, 4, tflops=312.0, tflops_fp32=19.5, tb_per_s=2.0),
     # H200, BERT-base float16, whole calls in us: 192 tokens 367 by templates and 462 by cuBLAS, 384
@@ -53,7 +55,7 @@ DEVICES = {
 
 
 def class_name(target: str) -> str:
-    """Return the class of a target; an NVIDIA GPU of another kind counts as the next older one."""
+    """Return the class of a target; other NVIDIA GPUs belong to the next older class."""
     if target in DEVICES:
         return target
     number = int(target.removeprefix("sm_")) if target.removeprefix("sm_").isdigit() else 0
@@ -62,5 +64,5 @@ def class_name(target: str) -> str:
 
 
 def device_class(target: str) -> DeviceClass:
-    """Return the numbers of a target's class."""
+    """Return the properties of a target's class."""
     return DEVICES[class_name(target)]

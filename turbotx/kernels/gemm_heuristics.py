@@ -1,7 +1,8 @@
-"""Which tiles a GEMM gets, and whether a template should run it at all, by class of device.
+"""GEMM heuristics: tiles of a GEMM, and whether to use a template or the library, by device class.
 
-In: how many tokens, a `GemmTemplate`, a target. Out: a `GemmChoice`: the job to compile, its grid
-and its scratch. Tokens count by bucket, so that any stream of lengths needs a handful of builds::
+In: the number of tokens, a `GemmTemplate`, a target. Out: a `GemmChoice`: the job to compile, its
+grid and scratch. Choices are made per bucket of tokens, so that a handful of builds serve all
+lengths::
 
     choose_gemm(template, tokens=40, target="sm_90").schedule
         ->  GemmSchedule(m_tile=64, n_tile=32, k_tile=128, ..., splits=2)
@@ -27,42 +28,42 @@ from turbotx.kernels.triton.gemm_tiles import known_tiles
 from turbotx.kernels.triton.prefetch import print_prefetch
 from turbotx.kernels.triton.tags import with_tag
 
-# Upper ends of token buckets; a count belongs to the first bucket that holds it.
+# Upper ends of token buckets.
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 4096)
-# Steps through k that a part of a split sum should at least make: fewer do not hide memory latency.
+# Least steps through k of a part of a split sum: fewer do not hide memory latency.
 FEWEST_STEPS = 3
 MOST_SPLITS = 8
 MOST_STAGES = 6
-# Stages with which two programs of narrow tiles may share a processor.
+# Pipeline stages that allow two programs of narrow tiles on a multiprocessor.
 FEWEST_SHARED = 3
-# What a product that quantises its rows reaches of its rate where they are int8 already: H200, 4096
-# x 768 x 3072 44.7 us and 19.5, 768 x 768 15.4 and 8.8.
+# Rate of a product that quantizes its rows, relative to one of int8 rows: H200, 4096 x 768 x 3072
+# 44.7 us and 19.5, 768 x 768 15.4 and 8.8.
 QUANTIZING_RATE = 0.43
-# What a program keeps for them: float32 sums of the parts of one launch, and its tiles' turns.
+# Scratch of a program: float32 partial sums of one launch, and its tiles' counters.
 SPLIT_SUMS_NBYTES = 1 << 21
 MOST_TURNS = 512
 STRIDES = ("x_row", "w_row", "out_row", "residual_row")
 
 
-# What a template reaches of a library's rate where arithmetic is the limit, and what a launch
-# costs inside a CUDA graph. Assumptions, not measured: `turbotx tune` replaces them.
+# A template's rate relative to the library's if compute-bound, and the cost of a launch in a CUDA
+# graph. Assumed, not measured: `turbotx tune` overrides them.
 TEMPLATE_RATE = {2: 0.75, 4: 0.3}
 LAUNCH_US = 2.5
-# How many times the memory's bytes a second L2 gives. An assumption, too.
+# L2 bandwidth relative to memory's, assumed.
 L2_RATE = 2.0
-# Up to here the weight's way through the processors is what takes the time.
+# Tokens up to which streaming the weight dominates.
 FEW_TOKENS = 64
-# Up to here norms are folded where that is expected to win. Assumed, as the rates are: what a
-# template loses to a library grows with the tokens, and what a norm's kernel costs hardly does.
+# Tokens up to which norms may be folded, assumed: a template's loss to the library grows with the
+# tokens, the cost of a norm's kernel hardly does.
 MOST_FOLDED = 256
 
 
 @dataclass(frozen=True)
 class GemmChoice:
-    """A GEMM at a number of tokens: what to compile, on how many programs, with what scratch.
+    """A GEMM at a number of tokens: job, grid and scratch.
 
-    partial_nbytes: float32 sums of the parts, any contents. turns_nbytes: int32 counters that must
-    be zero, and are again when the launch has ended.
+    partial_nbytes: float32 partial sums, uninitialized. turns_nbytes: int32 counters, zero before
+    and after the launch.
     """
 
     job: Job
@@ -73,25 +74,26 @@ class GemmChoice:
 
 
 def bucket_of(tokens: int) -> int:
-    """Return the bucket of a number of tokens; the last one holds all larger numbers."""
+    """Return the bucket of a number of tokens; the last one includes all larger numbers."""
     return next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
 
 
 def choose_tiles(template: GemmTemplate, tokens: int, target: str) -> GemmSchedule:
-    """Return the tiles for the bucket of `tokens`: a table's that knows the GEMM, or a rule's."""
+    """Return the tiles for the bucket of `tokens`, from a table if it has the GEMM, else by
+    rule."""
     t, bucket = template, bucket_of(tokens)
     schedule = choose_by_rule(t, bucket, target)
     if t.item_nbytes != 2 or t.flipped or (t.folds and bucket > MOST_FOLDED):
-        return schedule  # the tables' large tiles have no room for a norm: 106 words of 128 x 256
+        return schedule  # the tables' large tiles spill with a norm: 106 words at 128 x 256
     tag = known_tiles(class_name(target), bucket, t.n, t.k, t.gated)
     return schedule if tag is None else with_tag(schedule, tag)
 
 
 def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSchedule:
-    """Return the heuristic's tiles for the bucket of `tokens`.
+    """Return the rule's tiles for the bucket of `tokens`.
 
-    For few tokens the weight streams through every processor once: tiles are narrow, and the sums
-    are split until all processors have work. For many, tiles are as large as registers allow.
+    For few tokens the weight is streamed once: tiles are narrow, and k is split until all
+    multiprocessors have work. For many, tiles are as large as registers allow.
     """
     device, bucket = device_class(target), bucket_of(tokens)
     size = template.factor_nbytes
@@ -140,7 +142,7 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
 def _keep_busy(
     template: GemmTemplate, schedule: GemmSchedule, bucket: int, device: DeviceClass
 ) -> GemmSchedule:
-    """Take more steps of k at a time, then more stages, until enough of the weight is in flight."""
+    """Increase the k tile, then the stages, until enough of the weight is in flight."""
     t, s = template, schedule
     row_nbytes = t.item_nbytes * (1 + t.gated)
     wanted = min(device.in_flight_nbytes, row_nbytes * t.n * t.k)
@@ -164,7 +166,7 @@ def _keep_busy(
 def _widest_that_fills(
     template: GemmTemplate, bucket: int, m_tile: int, device: DeviceClass
 ) -> int:
-    """Return the widest n tile that still gives every processor a program; 32 if none does."""
+    """Return the widest n tile that gives every multiprocessor a program; 32 if none does."""
     widest = device.widest_of(template)[1] // (1 + template.gated)
     # Sums of 128 x 256 do not fit beside a norm, rows to be rounded, or another activation than a
     # 16-bit GELU: by erf it spilled 20 words. H200, 4096 x 3072 x 768: 40.6 us, 128 x 128: 48.9.
@@ -182,7 +184,8 @@ def _widest_that_fills(
 
 
 def _in_two_tiles(template: GemmTemplate, bucket: int, device: DeviceClass) -> GemmSchedule:
-    """Two or four tiles of 64 tokens, which read the weight from L2 in turn: see `gemm_tiles`."""
+    """Return two or four tiles of 64 tokens, which share the weight through L2: see
+    `gemm_tiles`."""
     t, k_tile = template, 64 * 2 // template.factor_nbytes
     tiles = -(-bucket // 64) * -(-t.n // 64)
     n_tile = 64 if 2 * tiles >= device.processors or t.k >= 2048 else 32
@@ -192,7 +195,7 @@ def _in_two_tiles(template: GemmTemplate, bucket: int, device: DeviceClass) -> G
 
 
 def _on_ordinary_units(template: GemmTemplate, bucket: int, device: DeviceClass) -> GemmSchedule:
-    """Full float32 products: small tiles, which stay in registers, and little in flight."""
+    """Return tiles for full float32 products, without matrix units: small, with few stages."""
     m_tile = 16 if bucket <= 16 else 32
     # 32 x 64 spilled 4 bytes on sm_80 with every part of the epilogue.
     splits = _splits(template, bucket, m_tile, 32, 32, device)
@@ -207,7 +210,7 @@ def _held_nbytes(template: GemmTemplate, m: int, n: int, k: int, stages: int) ->
 
 
 def shared_nbytes(template: GemmTemplate, schedule: GemmSchedule) -> int:
-    """Return the shared memory that the tiles in flight take."""
+    """Return the bytes of shared memory of the tiles in flight."""
     s = schedule
     return _held_nbytes(template, s.m_tile, s.n_tile, s.k_tile, s.num_stages)
 
@@ -215,7 +218,7 @@ def shared_nbytes(template: GemmTemplate, schedule: GemmSchedule) -> int:
 def _splits(
     template: GemmTemplate, bucket: int, m_tile: int, n_tile: int, k_tile: int, device: DeviceClass
 ) -> int:
-    """Return into how many parts to split k so that the processors have work, one if they do."""
+    """Return the number of split-K parts that gives all multiprocessors work."""
     tiles = -(-bucket // m_tile) * -(-template.n // n_tile)
     steps = -(-template.k // k_tile)
     part_nbytes = 4 * tiles * m_tile * n_tile * (1 + template.gated)
@@ -233,7 +236,7 @@ def _splits(
 
 
 def fits_scratch(template: GemmTemplate, schedule: GemmSchedule, bucket: int) -> bool:
-    """Return whether a program's scratch holds the split sums of every launch of a bucket."""
+    """Return whether the scratch holds the partial sums of any launch of a bucket."""
     partial_nbytes, turns_nbytes = gemm_scratch(template, schedule, bucket)
     if bucket == BUCKETS[-1]:
         return schedule.splits == 1
@@ -247,9 +250,9 @@ def choose_gemm(
     schedule: GemmSchedule | None = None,
     stat_tile: int = 0,
 ) -> GemmChoice:
-    """Return how to run a GEMM at `tokens`, by the heuristics unless a schedule is given.
+    """Return how to run a GEMM at `tokens`, with the heuristics' schedule by default.
 
-    stat_tile: the columns of each statistic that it reads.
+    stat_tile: columns per row statistic that it reads.
     """
     schedule = schedule or choose_tiles(template, tokens, target)
     if template.norm != "none":
@@ -262,14 +265,15 @@ def choose_gemm(
 
 
 def prefers_template(template: GemmTemplate, tokens: int, target: str) -> bool:
-    """Return whether a template should beat the library's GEMM and a kernel for the epilogue.
+    """Return whether a template is expected to be faster than the library's GEMM and an epilogue
+    kernel.
 
-    Few tokens: the weight streams through once, and a launch less is what counts. Many: the
-    library's higher rate against the bytes that the separate epilogue moves.
+    Few tokens: the weight is streamed once and one launch is saved. Many: the library's higher rate
+    is weighed against the bytes that the epilogue kernel moves.
     """
     bucket = bucket_of(tokens)  # one answer for all that belong to it
     if template.narrow is not None:
-        return True  # no library scales sums by row and column and goes on with them
+        return True  # no library scales sums by row and column before the epilogue
     if bucket <= device_class(target).few_tokens and not _is_exact(template):
         return True
     template_us, library_us = expected_us(template, bucket, target)
@@ -296,9 +300,11 @@ def prefers_folding(
 
 
 def prefers_quantizing(folded: Iterable[GemmTemplate], tokens: int, target: str) -> bool:
-    """Return whether products should quantise the rows that they read, rather than a kernel before
-    each. A kernel reads floats and writes int8, which each tile of columns then reads from L2; or
-    each tile reads floats, and multiplies at a lower rate since it rounds them once more."""
+    """Return whether products should quantize rows as they load them, instead of a kernel before
+    them.
+
+    A kernel reads floats and writes int8, which every tile of columns reads from L2; otherwise
+    every tile reads floats and multiplies at a lower rate, since it rounds them again."""
     device = device_class(target)
     moved = extra_us = saved_us = 0.0
     for t in folded:
@@ -318,7 +324,8 @@ def _is_exact(template: GemmTemplate) -> bool:
 
 
 def expected_us(template: GemmTemplate, tokens: int, target: str) -> tuple[float, float]:
-    """Return what a GEMM should take by a template, and by a library and a kernel behind it."""
+    """Return the expected us of a GEMM by a template, and by the library with an epilogue
+    kernel."""
     device, size, exact = device_class(target), template.item_nbytes, _is_exact(template)
     width = template.n * (1 + template.gated)
     rate = device.tflops_fp32 if exact else device.tflops * 2 / size
@@ -341,7 +348,6 @@ def gemm_job(
     schedule: GemmSchedule,
     divisible: Iterable[str] = STRIDES,
     unaligned: Iterable[str] = (),
-    name: str | None = None,
 ) -> Job:
     """Return the job that compiles a GEMM; arguments as `gemm_arguments` lists them.
 
@@ -357,8 +363,8 @@ def gemm_job(
     multiples = {a for a, kind in given if kind != "size"} - apart | set(divisible)
     prefetch = print_prefetch(template, schedule, {"w_ptr", "w_row"} <= multiples)
     return Job(
-        name=name or template.name,
-        source=print_triton_gemm(template, schedule, name),
+        name=template.name,
+        source=print_triton_gemm(template, schedule),
         target=target,
         signature=(
             *((a, kinds.get(kind, "i32")) for a, kind in given),

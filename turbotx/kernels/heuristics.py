@@ -1,6 +1,6 @@
-"""Heuristics: the numbers that tiles are chosen by, one row for each class of devices.
+"""Heuristics: the parameters of tile choices, one row per device class.
 
-In: a target's name. Out: its row; a device between two classes takes the older one's::
+In: a target's name. Out: its row; a device between two classes uses the older one's::
 
     heuristics_for("sm_89")  ->  Heuristics(pointwise_tile=1024, row_nbytes=2048, ...)
 """
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Heuristics:
-    """pointwise_tile: elements of a program without reductions. row_nbytes: what a program that
-    reduces should at least load at once; short rows share one. persistent: the longest row held in
-    registers. loop_tile: columns in flight where a row is longer. strided: side of the square tile
-    where neighbours in memory lie along the rows. few, many: elements up to which a program has 4
-    and 8 warps; more take 16. row_elements: elements a thread of rows that are reduced; 0: as many
-    as others. programs: about how many programs reduce short rows at most, where there are
-    many; 0: as many as there are tiles.
+    """Parameters of tile choices.
+
+    pointwise_tile: elements per program without reductions. row_nbytes: the least bytes that a
+    reducing program loads at once; short rows share a program. persistent: the longest row kept in
+    registers. loop_tile: columns per step of longer rows. strided: side of the square tile if
+    memory is contiguous along the rows. few, many: elements up to which a program has 4 and 8
+    warps, else 16. row_elements: elements per thread of reduced rows; 0: as for others. programs:
+    about the most programs that reduce short rows; 0: one per tile.
     """
 
     pointwise_tile: int = 1024
@@ -32,8 +33,8 @@ class Heuristics:
     programs: int = 0
 
 
-# Bytes that must be in flight on a multiprocessor to keep memory busy: bandwidth x latency (about
-# 700 ns) / multiprocessors. A100 2.0 TB/s, 108: 13 KB. H100 3.35 TB/s, 132: 18 KB. Both have them
+# Bytes that must be in flight per multiprocessor to saturate memory: bandwidth x latency (about 700
+# ns) / multiprocessors. A100 2.0 TB/s, 108: 13 KB. H100 3.35 TB/s, 132: 18 KB. Both have them
 # with 8 halves a thread at half occupancy (1024 threads, 16 KB). B200 8 TB/s, 148: 38 KB, which
 # takes 16 halves a thread. From data sheets, not from measurements.
 TABLE: dict[str, Heuristics] = {
@@ -50,7 +51,7 @@ DEFAULT = Heuristics()
 
 
 def heuristics_for(target: str) -> Heuristics:
-    """Return the row of a target, or of the newest NVIDIA class that is not newer than it."""
+    """Return the row of a target, or of the newest NVIDIA class not newer than it."""
     if target in TABLE or not target.startswith("sm_"):
         return TABLE.get(target, DEFAULT)
     number = int(target[3:])

@@ -1,7 +1,7 @@
-"""Jobs and binaries: a kernel to compile for a target, and the compiler's result, as plain data.
+"""Jobs and binaries: a kernel to compile for a target, and its machine code, as plain data.
 
-In: source, signature, tiles. Out: a digest under which the build is kept; machine code with what a
-launch of it has to know, which a device loads without Triton::
+In: source, signature, tiles. Out: a digest, the key of cached builds; machine code with its launch
+parameters, which a device loads without Triton::
 
     Binary("fused_gelu_0", "sm_90", entry="fused_gelu_0", threads=128, arguments=6, ...)
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from turbotx.errors import BuildError
 
 _COMMENTS = re.compile(r"^#.*\n", re.MULTILINE)
-# What a signature promises of an address, in bytes, where nothing else is said.
+# Default divisibility of pointer arguments, in bytes.
 ALIGNED_NBYTES = 16
 
 
@@ -25,11 +25,11 @@ ALIGNED_NBYTES = 16
 class Job:
     """One kernel to compile for one target.
 
-    signature: the Triton type of every argument, in order ("constexpr" for tiles).
-    divisible: arguments that are multiples of 16 (pointers: addresses), so that an access may be
-    128 bits wide. pdl: it waits for the kernel before it by itself (see `dependent`); before_wait:
-    the lines that it then does first. cells: arguments that it is to read on the device (`cells`).
-    contracts: a product and a sum may be one instruction, and so another number in another loop.
+    signature: the Triton type of every argument, in order ("constexpr" for tiles). divisible:
+    arguments (addresses for pointers) that are multiples of 16, which allows 128-bit accesses. pdl:
+    the kernel waits for its predecessor itself (see `dependent`); before_wait: lines to run before
+    the wait. cells: arguments that it reads from device memory. contracts: whether the compiler may
+    fuse a product and a sum (FMA), whose rounding may differ between loops.
     """
 
     name: str
@@ -46,8 +46,8 @@ class Job:
     contracts: bool = True
 
     def digest(self) -> str:
-        """Return a digest of all that shapes the binary, which comments do not: a kernel's header
-        names lines of the user's model."""
+        """Return a digest of everything that affects the binary; comments, which name lines of the
+        user's model, are left out."""
         source = _COMMENTS.sub("", self.source)
         code = dataclasses.replace(self, source=source, before_wait="")
         shown = (_triton_version(), dataclasses.astuple(code))
@@ -55,7 +55,7 @@ class Job:
 
     @property
     def taken(self) -> int:
-        """How many arguments a launch gives it."""
+        """Number of arguments of a launch."""
         return sum(kind != "constexpr" for _, kind in self.signature)
 
 
@@ -70,8 +70,8 @@ def _triton_version() -> str:
 class Binary:
     """A kernel as machine code.
 
-    entry: its name there. arguments: how many its code takes, Triton's own two included.
-    shared_nbytes: dynamic shared memory to launch it with. image: the cubin.
+    entry: the function's name. arguments: their number, including Triton's own two. shared_nbytes:
+    dynamic shared memory of a launch. image: the cubin.
     """
 
     name: str
@@ -90,9 +90,9 @@ class Binary:
 
 
 def read_entry(ptx: str) -> tuple[str, int, int]:
-    """Return the kernel's name in the machine code, its threads and its number of arguments. Raises
-    BuildError for PTX that says no number of threads."""
+    """Return the kernel's name, number of threads and number of arguments from its PTX. Raises
+    BuildError if the PTX does not give the number of threads."""
     entry = re.search(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)\s*\.(?:req|max)ntid\s+(\d+)", ptx)
     if entry is None:
-        raise BuildError("the PTX has no entry that says how many threads it runs with")
+        raise BuildError("the PTX has no entry with a number of threads")
     return entry[1], int(entry[3]), entry[2].count(".param")

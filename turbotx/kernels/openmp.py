@@ -1,7 +1,7 @@
-"""OpenMP: the one library of threads of the process, PyTorch's own, also around a fork.
+"""OpenMP: finds and shares PyTorch's OpenMP library, and prepares it for a fork.
 
-In: nothing; what is loaded is read from the process. Out: its path, its symbols for the kernels
-that are loaded later, and a thread that may fork, for example::
+In: nothing; the loaded libraries are read from the process. Out: its path; its symbols, visible to
+kernels loaded later; a thread that can fork::
 
     find_openmp()  ->  ".../torch/lib/libgomp.so.1"
 """
@@ -17,8 +17,8 @@ _SOFT = 1
 
 
 def find_openmp() -> str | None:
-    """Return the path of the OpenMP library that this process has loaded, None where none is seen
-    (not on Linux, or before PyTorch was imported)."""
+    """Return the path of the loaded OpenMP library, None if not on Linux or PyTorch is not
+    imported."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -47,12 +47,12 @@ def share_openmp() -> str | None:
 
 
 def end_threads() -> None:
-    """End the OpenMP threads that wait for work of the calling thread; its next parallel loop
-    starts others. Called before each fork.
+    """End the calling thread's idle OpenMP threads; its next parallel loop starts new ones. Called
+    before each fork.
 
-    GCC's library, which PyTorch's wheels for Linux bring, keeps these threads in a list, and a
-    forked child has the list without the threads: its first parallel loop, PyTorch's or a kernel's,
-    waited for them forever. LLVM's library sees to that itself.
+    GCC's library (in PyTorch's Linux wheels) keeps these threads in a list, which a forked child
+    inherits without the threads: its first parallel loop would wait for them forever. LLVM's
+    library handles forks itself.
     """
     file = find_openmp()
     if file is not None and Path(file).name.startswith("libgomp"):

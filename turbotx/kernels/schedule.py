@@ -1,8 +1,8 @@
-"""Schedule: how a kernel's loops are cut into tiles for a GPU.
+"""Schedule: the tiling of a kernel's loops for a GPU.
 
-In: an `ir.Kernel`, and dims where a loop's length is only known at run time. Out: a `Schedule`,
-one of a handful for any stream of shapes, because lengths are run-time arguments and tiles come
-from a few sizes. For a LayerNorm over 768 columns, and for a softmax over `seq` = 300 of them::
+In: an `ir.Kernel`, and dims for loops whose length is known only at run time. Out: a `Schedule`,
+one of a handful for all shapes: lengths are run-time arguments, and tiles come from a few sizes.
+For a LayerNorm over 768 columns, and for a softmax over `seq` = 300 of them::
 
     Schedule(rows=1, cols=1024, num_warps=4)    Schedule(rows=1, cols=512, num_warps=4)
 """
@@ -18,22 +18,22 @@ from turbotx import ir
 from turbotx.ir.expr import Expr, evaluate, product
 from turbotx.kernels.heuristics import DEFAULT, Heuristics
 
-# Tiles for a row whose length is only known at run time: five builds and the looped one.
+# Tiles for rows of run-time length: five builds and the looped one.
 ROW_TILES = (64, 256, 1024, 4096, 16384)
 PERSISTENT = ROW_TILES[-1]
 INT32_LIMIT = 2**31
-# Rows above which programs take several tiles each, where a schedule says so. Below, the loop costs
-# more than it saves: 0.7 us of each of BERT-base's norms (H200, 40 and 4,096 rows).
+# Rows above which a program may process several tiles. Below, the loop costs more than it saves:
+# 0.7 us of each of BERT-base's norms (H200, 40 and 4,096 rows).
 MANY_ROWS = 65536
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A tile of `rows` x `cols` elements for each program.
+    """A tile of `rows` x `cols` elements per program.
 
-    looped: the program walks along its row, `cols` at a time, instead of holding it in registers.
-    wide: offsets are computed in 64 bits. programs: about how many there are at most, each of which
-    takes one tile after another; 0: each takes one.
+    looped: the program loops over its row, `cols` at a time, instead of keeping it in registers.
+    wide: 64-bit offsets. programs: about the most programs, each looping over tiles; 0: one tile
+    per program.
     """
 
     rows: int
@@ -51,24 +51,24 @@ class Schedule:
         return tile + "l" * self.looped + "x" * self.wide
 
     def count(self, rows: int) -> int:
-        """Return how many programs work on so many rows: no more than `programs`, each on as many
-        tiles as the others or one fewer."""
+        """Return the number of programs for `rows`, at most `programs`, with evenly distributed
+        tiles."""
         tiles = -(-rows // self.rows)
         return -(-tiles // (1 + tiles // self.programs)) if self.programs else tiles
 
 
 def vector_axes(kernel: ir.Kernel) -> tuple[ir.Axis, ...]:
-    """Return the axes along a tile's columns: the reduced ones, or else the innermost axis."""
+    """Return the axes of a tile's columns: the reduced ones, otherwise the innermost axis."""
     return kernel.columns or kernel.axes[-1:]
 
 
 def outer_axes(kernel: ir.Kernel) -> tuple[ir.Axis, ...]:
-    """Return the axes along a tile's rows, outermost first."""
+    """Return the axes of a tile's rows, outermost first."""
     return kernel.rows if kernel.columns else kernel.axes[:-1]
 
 
 def choose_schedule(kernel: ir.Kernel, dims: Mapping[str, int] | None = None) -> Schedule:
-    """Return the schedule for a kernel at `dims`; without them, for middling run-time lengths."""
+    """Return the schedule for a kernel at `dims`; None: for medium run-time lengths."""
     wide = dims is not None and needs_wide(kernel, dims)
     return schedule_for(kernel, _length(kernel, dims), wide, is_strided(kernel))
 
@@ -76,7 +76,7 @@ def choose_schedule(kernel: ir.Kernel, dims: Mapping[str, int] | None = None) ->
 def schedule_for(
     kernel: ir.Kernel, length: int, wide: bool, strided: bool, numbers: Heuristics = DEFAULT
 ) -> Schedule:
-    """Return the schedule for a kernel whose tiles' columns are `length` long."""
+    """Return the schedule for a kernel with rows of `length` columns."""
     choose = _reduction if kernel.columns else _pointwise
     return replace(choose(kernel, length, strided, numbers), wide=wide)
 
@@ -108,7 +108,7 @@ def _reduction(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristic
         (p.dtype.itemsize for p in kernel.params if p.dtype.is_floating_point), default=4
     )
     rows = max(1, numbers.row_nbytes // narrowest // cols) if kernel.rows else 1
-    # A program of a longer row moves enough for the time that it takes to begin one.
+    # A longer row's program moves enough bytes to amortize its start.
     short = rows * cols * narrowest <= numbers.row_nbytes
     programs = numbers.programs if kernel.rows and short else 0
     return Schedule(rows, cols, _row_warps(rows * cols, numbers), programs=programs)
@@ -117,8 +117,8 @@ def _reduction(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristic
 def _pointwise(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristics) -> Schedule:
     tile, side = numbers.pointwise_tile, numbers.strided
     if sum(isinstance(s, ir.Compute) and s.op in ("sin", "cos") for s in kernel.body) > 2:
-        # Their exact reduction of large angles holds many registers: four of them at eight elements
-        # a thread spilled two words on sm_80, four on sm_100.
+        # The exact argument reduction of sine and cosine needs many registers: four of them at
+        # eight elements per thread spilled two words on sm_80, four on sm_100.
         tile = min(tile, 512)
     if len(kernel.axes) < 2:
         cols = tile if not is_static(kernel) else min(power_above(length), tile)
@@ -139,14 +139,14 @@ def _pointwise(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristic
 
 
 def _row_warps(elements: int, numbers: Heuristics) -> int:
-    """As many warps as leave a thread its share of the rows that are reduced."""
+    """Return the warps for `row_elements` elements per thread of reduced rows."""
     if not numbers.row_elements:
         return _warps(elements, numbers)
     return min(16, max(1, elements // (32 * numbers.row_elements)))
 
 
 def _warps(elements: int, numbers: Heuristics) -> int:
-    """Eight elements a thread, sixteen where there are many; at least four warps, at most 16."""
+    """Return the warps, 4 to 16, for eight elements per thread, or sixteen for large tiles."""
     if elements <= numbers.few:
         return 4
     return 8 if elements <= numbers.many else 16
@@ -158,7 +158,7 @@ def power_above(length: int) -> int:
 
 
 def is_strided(kernel: ir.Kernel) -> bool:
-    """Return whether most tensors have their neighbours along the rows instead of the columns."""
+    """Return whether most tensors are contiguous along the rows instead of the columns."""
     columns, rows = vector_axes(kernel), outer_axes(kernel)
     if not columns or not rows:
         return False
@@ -177,7 +177,7 @@ def needs_wide(kernel: ir.Kernel, dims: Mapping[str, int]) -> bool:
     sizes: list[Expr] = [product(p.shape) for p in kernel.params]
     sizes.append(product([a.extent for a in outer_axes(kernel)]))
     sizes.append(product([a.extent for a in vector_axes(kernel)]))
-    # A masked tile reaches past the end by less than one tile.
+    # A masked tile exceeds the end by less than a tile.
     return any(evaluate(size, dims) >= INT32_LIMIT - PERSISTENT for size in sizes)
 
 
@@ -193,7 +193,7 @@ def grid(kernel: ir.Kernel, schedule: Schedule, dims: Mapping[str, int]) -> tupl
 
 
 def tiles_columns(kernel: ir.Kernel, schedule: Schedule) -> bool:
-    """Return whether a pointwise kernel's rows may take several tiles (else one covers them)."""
+    """Return whether a pointwise kernel's rows may need several tiles."""
     if kernel.columns or not kernel.axes:
         return False
     extent = product([a.extent for a in vector_axes(kernel)])
@@ -201,8 +201,8 @@ def tiles_columns(kernel: ir.Kernel, schedule: Schedule) -> bool:
 
 
 def divisible_sizes(kernel: ir.Kernel) -> tuple[str, ...]:
-    """Return the size arguments that stand in strides: where such a size is a multiple of 16, a
-    build that knows it may load 128 bits at a time."""
+    """Return the size arguments that are strides: if such a size is a multiple of 16, a specialized
+    build can use 128-bit loads."""
     found: set[str] = set()
     for s in kernel.body:
         if isinstance(s, (ir.Load, ir.Store)):

@@ -1,8 +1,8 @@
-"""Tiles of GEMMs and attention: what was asked for or measured, over what the heuristics choose.
+"""Schedule selector: tiles of GEMMs and attention from options, tuning, or heuristics.
 
 In: tags such as "m64n32k128w4s3x2l1p1" (tile, warps, stages, splits of k, and two of
-`GemmSchedule`'s choices), "q64k64w4s2" or "cublas",
-by name or by structure and size. Out: schedules; None where the library's GEMM is to run::
+`GemmSchedule`'s choices), "q64k64w4s2" or "cublas", by name or by structure and size. Out:
+schedules; None for the library's GEMM::
 
     Tiles((("gemm_float16_768x*", "s4"),), "sm_90", load_tuned("NVIDIA H100")).gemm(template, 40)
 """
@@ -39,23 +39,23 @@ from turbotx.kernels.triton.products import choose_product_schedule
 from turbotx.kernels.triton.tags import LIBRARY, PARTS, AttentionTiles, with_tag
 from turbotx.kernels.tuned import Tuned
 
-# What tuning keeps of a program's norms.
+# Tuned choices for a program's norms.
 FOLDED, STORED = "folded", "stored"
-# Float32 sums of a tile that a thread may hold.
+# Most float32 sums of a tile per thread.
 MOST_SUMS = 128
-# How many columns of k a product of int8 or fp8 tiles takes at least.
+# The smallest k tile of int8 and fp8 products.
 FEWEST_NARROW = 32
 
 
 def fewest_inputs(template: GemmTemplate) -> int:
-    """Return how many columns of k a template takes at a time at least."""
+    """Return the smallest k tile of a template."""
     return max(FEWEST_NARROW * (template.narrow is not None), template.group)
 
 
 def structure_of(
     made: GemmTemplate | AttentionKernel | ProductKernel | tuple[GemmTemplate, ...],
 ) -> str:
-    """Return a digest under which tuning keeps what it finds."""
+    """Return the digest that is the key of tuned schedules."""
     if isinstance(made, GemmTemplate) and made.experts:
         return f"{structure_of(replace(made, experts=0))}x{made.experts}"
     if isinstance(made, GemmTemplate) and made.narrow is not None:
@@ -74,7 +74,8 @@ def structure_of(
 
 @dataclass(frozen=True)
 class Tiles:
-    """Chooses for one device. overrides: (pattern of names, tag). gemms, norms: the options."""
+    """Selects schedules for one device. overrides: (name pattern, tag). gemms, norms: the
+    options."""
 
     overrides: Sequence[tuple[str, str]]
     target: str
@@ -83,11 +84,10 @@ class Tiles:
     norms: str = "auto"
 
     def gemm(self, template: GemmTemplate, tokens: int) -> GemmSchedule | None:
-        """Return the tiles for the bucket of `tokens`, or None: the library runs it.
+        """Return the tiles for the bucket of `tokens`, or None for the library.
 
-        Sums are split no further than a program's scratch has room for at the bucket. What has a
-        part in a folded norm has no alternative: `folds` has answered for all of it. Nor has int8
-        or fp8.
+        Split-K is limited by the scratch at the bucket. GEMMs of a folded norm (`folds` decides for
+        all of them) and of int8 or fp8 always use the template.
         """
         bucket = bucket_of(tokens)
         tags = self._tags(template.name, template, bucket)
@@ -95,7 +95,7 @@ class Tiles:
         library = tags[-1] == LIBRARY if tags else not prefers_template(
             template, bucket, self.target
         )  # fmt: skip
-        if self.gemms == "triton":  # what was measured does not matter, what was asked for does
+        if self.gemms == "triton":  # overrides count, tuning does not
             library = self._asked(template.name)[-1:] == [LIBRARY]
         if (library or self.gemms == LIBRARY) and not template.alone:
             return None
@@ -109,8 +109,7 @@ class Tiles:
         return schedule
 
     def experts(self, template: GemmTemplate, each: int) -> GemmSchedule:
-        """Return the tiles where an expert has `each` rows, if all have as many. Sums are not
-        split, and no weight is asked for before it is known which."""
+        """Return the tiles for `each` rows per expert on average, without split-K or prefetch."""
         bucket = bucket_of(each)
         schedule = choose_tiles(template, bucket, self.target)
         for tag in self._tags(template.name, template, bucket):
@@ -120,13 +119,13 @@ class Tiles:
     def folds(
         self, plain: Sequence[GemmTemplate], folded: Sequence[GemmTemplate], tokens: int
     ) -> bool:
-        """Return whether a program folds its norms, or its products quantise what they read, at the
+        """Return whether to run the folded program (norms folded, or quantizing products) at the
         bucket of `tokens`.
 
-        plain, folded: the templates of all GEMMs that this makes a difference to.
+        plain, folded: the templates of all GEMMs that differ.
         """
         quantizes = any(t.quantizes for t in folded)
-        if self.norms != "auto" and not quantizes:  # of which norms are no part
+        if self.norms != "auto" and not quantizes:  # the option is for norms only
             return self.norms == "fold"
         if any(self._asked(t.name)[-1:] == [LIBRARY] for t in folded):
             return False
@@ -139,7 +138,7 @@ class Tiles:
         return prefers_folding(plain, folded, bucket, self.target)
 
     def attention(self, kernel: AttentionKernel | ProductKernel, q_len: int) -> AttentionTiles:
-        """Return the tiles of attention, or of one of its products, for a number of queries."""
+        """Return the tiles of attention or one of its products, for a number of queries."""
         tags = self._tags(kernel.name, kernel, queries_bucket(q_len))
         if isinstance(kernel, ProductKernel):
             cut = choose_product_schedule(kernel, q_len)
@@ -147,7 +146,7 @@ class Tiles:
         return functools.reduce(with_tag, tags, choose_attention_schedule(kernel, q_len))
 
     def _tags(self, name: str, made: Any, bucket: int) -> list[str]:
-        """Return what was tuned, then what was asked for, to be applied in this order."""
+        """Return the tuned tags, then the overrides, in order of application."""
         tuned = self.tuned.get(structure_of(made), {}).get(str(bucket))
         asked = self._asked(name)
         return [tuned, *asked] if tuned is not None else asked
@@ -157,14 +156,14 @@ class Tiles:
 
 
 def queries_bucket(q_len: int) -> int:
-    """Return the power of two that stands for a number of queries."""
+    """Return the bucket of a number of queries, a power of two."""
     return max(FEW_QUERIES, power_above(q_len))
 
 
 def gemm_neighbours(
     template: GemmTemplate, schedule: GemmSchedule | None, tokens: int, target: str
 ) -> list[GemmSchedule | None]:
-    """Return schedules one step away; the library's GEMM is next to all of them."""
+    """Return schedules that differ in one step, and None for the library's GEMM."""
     bucket, device = bucket_of(tokens), device_class(target)
     if schedule is None:
         return [choose_tiles(template, bucket, target)]
@@ -184,7 +183,7 @@ def gemm_neighbours(
 
 
 def attention_neighbours(schedule: AttentionTiles) -> list[AttentionTiles]:
-    """Return schedules of attention, or of one of its products, one step away."""
+    """Return schedules of attention or one of its products that differ in one step."""
     return list(_steps(schedule))
 
 
@@ -192,7 +191,7 @@ def _steps(schedule: Any) -> list[Any]:
     found = []
     for field, low, high in PARTS.values():
         if not hasattr(schedule, field) or field == "prefetch":
-            continue  # launches are timed one by one, where nothing waits
+            continue  # launches are timed one by one, without a predecessor
         value = getattr(schedule, field)
         one_by_one = field in ("num_stages", "late", "once")
         near = (value - 1, value + 1) if one_by_one else (value // 2, value * 2)

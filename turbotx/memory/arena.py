@@ -148,7 +148,7 @@ def _try_out(memory: CudaRange, device: torch.device) -> None:
     memory.map_to(1)
     tensor = view_range(memory, device)
     if tensor.data_ptr() != memory.address:
-        raise RuntimeError("PyTorch copied the mapped memory, where it was to make a view of it")
+        raise RuntimeError("PyTorch copied the mapped memory instead of making a view")
     ends = tensor.fill_(_PROBE_BYTE)[:: tensor.numel() - 1].tolist()
     if ends != [_PROBE_BYTE] * 2:
         raise RuntimeError(f"bytes written as {_PROBE_BYTE} were read back as {ends}")
@@ -213,7 +213,7 @@ class StreamOrder:
 
 
 class StreamOrders:
-    """Lets whoever takes memory wait for all that had it, each on a stream of its own."""
+    """Makes the next user of memory wait for its previous users, which may be on other streams."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

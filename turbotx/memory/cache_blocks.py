@@ -53,7 +53,7 @@ def can_have_blocks(device: torch.device) -> bool:
 
 class CacheBlocks:
     """All blocks of a size that the caches of one model have; several threads may use it, on a GPU
-    on several streams: who takes a block waits for whoever had it (`note_use`).
+    on several streams: the next user of a block waits for the previous ones (`note_use`).
 
     references: how many refer to each block, 0 for a free one. count: told how many bytes are about
     to be taken, or negative how many are free again; it raises where they are too many. device: one

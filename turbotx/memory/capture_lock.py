@@ -1,7 +1,7 @@
 """The capture lock: no device is synchronized while a CUDA graph is being captured.
 
-CUDA aborts a capture, in any thread, if the device is synchronized meanwhile. In: captures, and
-operations that synchronize the device. Out: one of them at a time::
+CUDA aborts a capture in any thread if the device is synchronized during it. In: captures and
+operations that synchronize the device. Out: they run one at a time::
 
     with capture_lock:
         torch.cuda.synchronize(device)

@@ -215,7 +215,7 @@ class KernelBuilder:
         return self._held.get(x.name) is dtype
 
     def before_store(self, x: Element, dtype: torch.dtype) -> Element:
-        """Return a value whose store in memory of `dtype` writes x: a store rounds by itself."""
+        """Return the value to store for x in memory of `dtype`; the store does the rounding."""
         return self._before.get(x.name, x) if self._held.get(x.name) is dtype else x
 
     def exp(self, x: Element) -> Element:

@@ -90,7 +90,7 @@ def pack(captured: Captured) -> PackedCapture:
             graph.erase_node(node)
     left = graph.find_nodes(op="placeholder")
     given = tuple(sources.get(n) or PackedInput(n.name, None, False) for n in left)
-    batch = g.size(fakes["starts"].shape[0], fakes["starts"])
+    batch = g.size(fakes["starts"].shape[0])
     packing = TokenPacking(
         mask, str(batch), str(sizes.seq), given, outputs, packer.from_start, packer.to_end,
         *_find_spare(graph, sizes, batch),
@@ -147,7 +147,7 @@ def _make_fakes(
     batch, seq = value.shape[:2]
     # Inputs may have been captured with different batch symbols; a packed batch has one.
     extents = [(s, e) for n in nodes for s, e in zip(g.tensor(n).shape, g.shape(n), strict=True)]
-    row = g.size(batch, value)
+    row = g.size(batch)
     rows = {expr(s): row for s, e in extents if sizes.is_batch(e)}
     g.remember_names(captured.graph_module, {symbol: dim(TOKENS), **rows})
     lengths = {

@@ -193,7 +193,7 @@ def split(p: Packer, node: fx.Node) -> list[ByToken]:
         if node.target is aten.unbind.int:
             dims = (*x.dims[:d], *x.dims[d + 1 :])
         else:
-            fixed = p.sizes.fixed(g.size(value.shape[d], value))
+            fixed = p.sizes.fixed(g.size(value.shape[d]))
             if fixed is None:
                 raise Refused(node, "is split into parts of no known size")
             dims = (*x.dims[:d], fixed, *x.dims[d + 1 :])

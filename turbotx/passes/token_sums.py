@@ -27,8 +27,8 @@ _BY_SEQUENCE: dict[Any, Any] = {
 
 
 def take_token(p: Packer, node: fx.Node, x: ByToken, last: bool) -> fx.Node:
-    """Return the first or last token of every sequence; that column is then kept whatever the mask
-    says."""
+    """Return the first or last token of every sequence; that column is then kept even if it is
+    masked."""
     p.to_end |= last
     p.from_start |= not last
     return _by_sequence(p, node, x, sequence_token, last)
@@ -82,7 +82,7 @@ def reduce(p: Packer, node: fx.Node) -> Any:
 
 
 def _require_hidden_nothing(p: Packer, node: fx.Node) -> None:
-    """Raise Refused unless masked tokens cannot change the result, whatever their values."""
+    """Raise Refused unless masked tokens cannot change the result for any values."""
     source = g.operand(node, 0)
     value = p.known.hidden(source)
     least = [-math.inf]

@@ -58,7 +58,7 @@ def show_by_strides(node: fx.Node, given: fx.Node, source: ir.Operand) -> tuple[
     source: the argument, laid out as in eager.
     """
     value = g.tensor(node)
-    shape, strides, start = g.shape(node), g.strides(node), g.size(value.storage_offset(), value)
+    shape, strides, start = g.shape(node), g.strides(node), g.size(value.storage_offset())
     furthest = sum(((n - 1) * s for n, s in zip(shape, strides, strict=True)), start)
     window = ir.Operand(source.tensor, g.dtype(node), shape, strides, source.offset + start)
     return window, (product(g.shape(given)) - 1 - furthest).expand()

@@ -51,12 +51,11 @@ def stress(
     compiled: Compiled, tensors: Sequence[torch.Tensor],
     names: Callable[[ir.Launch], str], dims: Mapping[str, int],
 ) -> dict[str, tuple[Error, ...]]:  # fmt: skip
-    """Return, by case, the error of every generated kernel; nothing else may use `compiled`
-    meanwhile.
+    """Return, by case, the error of every generated kernel; not thread-safe for `compiled`.
 
     Attention gets the denormals as q, k and v, and the minus infinities in its bias: scores of 1e8
-    would measure how products are rounded, which concerns GEMMs, in eager as in turbotx.
-    tensors: the call's inputs, for their shapes and integer values.
+    would measure how products are rounded, which concerns GEMMs, in eager as in turbotx. tensors:
+    the call's inputs, for their shapes and integer values.
     """
     sizes = dims_of(compiled, tensors)
     found = {}

@@ -59,7 +59,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
     for which, report in (("first", before), ("second", after)):
         missing = [key for key in _KEYS if key not in report]
         if missing:
-            raise InputError(f"the {which} file is no report.json: it has no {missing[0]!r}")
+            raise InputError(f"the {which} file is not a report.json: it has no {missing[0]!r}")
     first, second = _figures(before), _figures(after)
     names = list(dict.fromkeys([*first, *second]))
     old, new = ({k["name"]: k["signature"] for k in r["kernels"]} for r in (before, after))

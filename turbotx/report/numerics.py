@@ -114,7 +114,7 @@ def measure(
 ) -> Numerics:  # fmt: skip
     """Run a model three ways on one call's inputs.
 
-    names: maps a launch to its function's name. No other thread may run `compiled` meanwhile.
+    names: maps a launch to its function's name. Not thread-safe for `compiled`.
     """
     tensors = tensors_of(args, kwargs)
     watch = LaunchErrors(compiled, names, dims)

@@ -118,7 +118,7 @@ def _nbytes(node: fx.Node) -> Expr:
     total = ZERO
     for v in values:
         if isinstance(v, torch.Tensor):
-            total = total + product([g.size(s, v) for s in v.shape]) * v.dtype.itemsize
+            total = total + product([g.size(s) for s in v.shape]) * v.dtype.itemsize
     return total
 
 

@@ -113,8 +113,8 @@ def profile(
     compiled: Compiled, launches: Sequence[LaunchEntry],
     args: tuple[Any, ...], kwargs: dict[str, Any], runs: int,
 ) -> Profile:  # fmt: skip
-    """Time every launch over `runs` runs; no other thread may run it meanwhile. Raises InputError
-    for inputs of another call."""
+    """Time every launch over `runs` runs; not thread-safe. Raises InputError for inputs of another
+    call."""
     tensors = tensors_of(args, kwargs)
     binding = compiled.program.bind(dims_of(compiled, tensors))
     found = time_program(compiled.program, launches, binding, tensors, runs)
@@ -154,7 +154,7 @@ def time_guards(compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any
             begin = time.perf_counter_ns()
             described, tensors = describe_call(args, kwargs, read_decisive())
             if known.get(described) is None:
-                raise AssertionError("a call is not like itself")
+                raise AssertionError("two traces of one call differ")
             torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
             weights.refresh()
             times.append(time.perf_counter_ns() - begin)

@@ -50,8 +50,8 @@ def dims_of(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> tuple[int, .
 
 
 def replay(compiled: Compiled, tensors: Sequence[torch.Tensor], observer: Observer) -> list[Any]:
-    """Run `compiled`, which nothing else may use meanwhile; return the output's leaves. Raises
-    InputError for inputs of another call."""
+    """Run `compiled` and return the output's leaves; not thread-safe. Raises InputError for inputs
+    of another call."""
     program, dims = compiled.program, dims_of(compiled, tensors)
     watch = _Replay(observer, compiled.captured.dims)
     with torch.no_grad():

@@ -22,7 +22,7 @@ from turbotx.runtime.weights import Weights
 
 
 class NamedOffsets(Mapping[str, int]):
-    """Offsets by name, laid out when one is asked for: only ops of PyTorch and watches do."""
+    """Offsets by name, computed on first access: only PyTorch's ops and watches need them."""
 
     def __init__(self, names: Iterable[str], offsets: np.ndarray[Any, np.dtype[np.int64]]) -> None:
         self._names, self._offsets = names, offsets

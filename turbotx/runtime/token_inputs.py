@@ -65,7 +65,7 @@ def read_sequences(
 ) -> Sequences:
     """Return the inputs as rows by token; raise InputError if their lengths differ."""
     if MASK in given:
-        raise InputError(f"packed() takes no {MASK}: every token that it is given is one")
+        raise InputError(f"packed() takes no {MASK}: all tokens that it gets are shown")
     kind, counted, rows, others = "flat", None, dict[str, torch.Tensor](), dict[str, Any]()
     if longest is not None and _is_on_gpu(lengths):
         return _read_on_device(lengths, longest, given)  # type: ignore[arg-type]

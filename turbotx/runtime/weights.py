@@ -290,7 +290,7 @@ class Weights:
             table[key] = tensor
 
     def _watch_natively(self, native: ctypes.CDLL | None) -> None:
-        """Switch to the native library, which was built meanwhile."""
+        """Switch to the native library, once it is built."""
         with self._lock:
             self.native, self.later, before = native, None, self.watched
             watched = self._new_watch()

@@ -115,7 +115,7 @@ class Decoder:
             named = {k: self.decode(v) for k, v in value.items() if k != "is"}
             check_texts(named.get("dims", ()), self._dims)
             if value["is"] not in KNOWN:
-                raise SavedFileError(f"the file speaks of {value['is']}, which no program has")
+                raise SavedFileError(f"the file refers to {value['is']}, which no program has")
             return KNOWN[value["is"]](**named)
         ((kind, inner),) = value.items()
         if kind == "sizes":
@@ -141,7 +141,7 @@ def decode_program(
     assumptions on values. Raises SavedFileError for invalid names."""
     dims = described["executable"]["dims"]
     if not all(isinstance(name, str) and name.isidentifier() for name in dims):
-        raise SavedFileError(f"the file holds dims that are no names: {dims}")
+        raise SavedFileError(f"the file has dims that are not names: {dims}")
     decode = Decoder(place, dims).decode
     asked = described["decisions"]
     values = [f"value_{k}" for k in range(0 if asked is None else int(asked["count"]))]
@@ -181,7 +181,7 @@ def encode_target(target: Any) -> str:
     for name, known in OWN.items():
         if target is known:
             return name
-    raise SaveError(f"{target} cannot be saved: it is no op that PyTorch finds by name")
+    raise SaveError(f"{target} cannot be saved: PyTorch has no op of that name")
 
 
 def decode_target(name: str) -> Callable[..., Any]:
@@ -195,7 +195,7 @@ def decode_target(name: str) -> Callable[..., Any]:
     except (AttributeError, RuntimeError) as error:
         raise SavedFileError(f"torch {torch.__version__} has no op {name}") from error
     if not isinstance(found, torch._ops.OpOverload):
-        raise SavedFileError(f"{name} is no op of PyTorch")
+        raise SavedFileError(f"{name} is not an op of PyTorch")
     return found
 
 

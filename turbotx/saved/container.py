@@ -146,7 +146,7 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, OSError) as error:
         raise SavedFileError(
-            f"{path} is no whole file of turbotx.save, it was cut short or changed: {error}"
+            f"{path} is not a complete file of turbotx.save, it was truncated or changed: {error}"
         ) from error
     if damaged is not None:
         raise SavedFileError(f"{path} is damaged: {damaged} is not what was written")

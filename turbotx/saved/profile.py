@@ -23,8 +23,7 @@ _UNKNOWN = TrafficEntry(0, 0, 0, "", "", 0, "")
 def profile_saved(
     model: SavedModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], runs: int
 ) -> tuple[Profile, dict[str, int]]:
-    """Return medians over `runs` runs, of a step always from the same past; no other thread may
-    call the model meanwhile."""
+    """Return medians over `runs` runs, of a step always from the same past; not thread-safe."""
     table, args, plain = model.plain_call(args, dict(kwargs))
     call, binding = table.find(args, plain)
     launches = [

@@ -82,7 +82,7 @@ def decode_constant(value: Any) -> Any:
     types = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
     found = getattr(torch, text, None)
     if kind not in types or not isinstance(found, types[kind]):
-        raise SavedFileError(f"the file speaks of {kind} {text!r}, which PyTorch does not know")
+        raise SavedFileError(f"the file refers to {kind} {text!r}, which PyTorch does not know")
     return found
 
 
@@ -182,10 +182,10 @@ def check_texts(texts: Sequence[str], dims: Sequence[str]) -> None:
         try:
             tree = ast.parse(text, mode="eval")
         except (SyntaxError, TypeError, ValueError) as error:
-            raise SavedFileError(f"the file holds sizes that are no arithmetic: {error}") from error
+            raise SavedFileError(f"the file has sizes that are not arithmetic: {error}") from error
         for node in ast.walk(tree):
             if not _is_arithmetic(node, dims):
-                raise SavedFileError(f"the file holds sizes that are no arithmetic: {text}")
+                raise SavedFileError(f"the file has sizes that are not arithmetic: {text}")
 
 
 def _is_arithmetic(node: ast.AST, dims: Sequence[str]) -> bool:

@@ -78,7 +78,7 @@ def create_app(service: Service) -> Starlette:
 
 
 def _root_endpoint(service: Service) -> Endpoint:
-    """Return what ``POST /`` is: the model's own use, as in text-embeddings-inference."""
+    """Return the endpoint of ``POST /``: the one for the first model's head, as in TEI."""
     head = service.model.info.head
     ranks = "/rerank" if len(head.labels) == 1 else "/predict"
     paths = {"embedding": "/embed", "tokens": "/embed_all", "sparse": "/embed_sparse"}
@@ -95,12 +95,12 @@ async def _answer(
         longest = max(m.info.max_length for m in service.models.values())
         shape = Shape(items, items * longest)
         text = await read_body(request, settings, service.left, service.bodies, held, shape)
-        dispatcher = service.dispatcher  # refuses while there is none
+        dispatcher = service.dispatcher  # raises NotReady while there is none
         scope = replace(read_scope(request, dispatcher.now_ms()), facts=facts)
-        if dispatcher.full(scope.priority):  # before any work is spent on it
+        if dispatcher.full(scope.priority):  # checked before the inputs are tokenized
             raise dispatcher.refuse_busy()
         body = await decode_body(service, endpoint, decoder, text)
-        del text  # the record has its parts
+        del text  # free the raw body: `body` holds its fields
         scope = replace(scope, model=service.choose(body.model, endpoint.kind))
         work = endpoint.handler(service, body, scope)
         return json_response(await while_connected(request, work, settings.timeout_ms))

@@ -1,7 +1,7 @@
-"""What every HTTP application here has: its life, its paths, keys, bodies, what it tells of itself.
+"""Shared base of the HTTP applications: lifespan, routes, API keys, bodies, health and metrics.
 
-In: a service, the endpoints that compute and what answers them. Out: the ASGI application; starting
-it up starts the service, shutting it down stops it::
+In: a service, its computing endpoints and the function that answers them. Out: the ASGI
+application; its startup starts the service, its shutdown stops the service::
 
     app = make_application(service, COMPUTING, answer, describe, schemas)
 """
@@ -41,10 +41,11 @@ def make_application(
     service: Served, computing: Sequence[Endpoint], answer: Answer,
     describe: Callable[[], dict[str, Any]], schemas: ModuleType,
 ) -> Starlette:  # fmt: skip
-    """Return the application. It accepts connections at once; ``/ready`` is 200 when it computes.
+    """Return the ASGI application. It accepts connections at once; ``/ready`` is 200 once it can
+    compute.
 
-    computing: the endpoints that `answer` answers, each with a decoder of its body; describe: what
-    ``/info`` tells; schemas: the records of requests and answers.
+    computing: the endpoints that `answer` handles, each with a decoder for its body. describe:
+    returns the JSON of ``/info``. schemas: the module of request and response records.
     """
     telling = [*_telling_endpoints(service, describe), *health_endpoints(service)]
     document = describe_api([*computing, *telling], service.settings.url_prefix, schemas)
@@ -60,7 +61,7 @@ def make_application(
         starting.add_done_callback(lambda done: done.cancelled() or done.exception())
         yield
         service.left.set()
-        if service.preparing:  # no request was answered yet: it is left where it is
+        if service.preparing:  # no request was answered yet: do not wait for the thread
             starting.cancel()
         await asyncio.wait([starting])
         await service.stop()
@@ -90,17 +91,17 @@ def make_application(
 
 
 async def decode_body(service: Served, endpoint: Endpoint, decoder: Decoder, text: bytes) -> Any:
-    """Return the record that a body holds, decoded on a thread where it is large. Raises
-    BadInput."""
+    """Return a JSON body decoded as the endpoint's record; large bodies are decoded on a thread.
+    Raises BadInput if the body does not match the record."""
     try:
         large = len(text) > SMALL_NBYTES
         return await service.apart(decoder.decode, text) if large else decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"the body is not what {endpoint.path} takes: {error}") from error
+        raise BadInput(f"the body does not match {endpoint.path}: {error}") from error
 
 
 def health_endpoints(service: Served) -> list[Endpoint]:
-    """Return what probes ask for."""
+    """Return the endpoints of health probes: ``/health`` and ``/ready``."""
 
     def ready() -> Response:
         accepts = service.state == "ready" and not service.leaving

@@ -1,7 +1,8 @@
-"""Bodies of requests, read in bounds: of bytes, of parts, of time, of memory for all of them.
+"""Reads request bodies within limits of bytes, JSON elements, time and total memory.
 
-In: Starlette's request, the settings. Out: the body's bytes, inflated; what would become too many
-objects is refused while it arrives, and when all bodies together grow too large the largest goes::
+In: Starlette's request and the settings. Out: the body's bytes, decompressed. A body that would
+decode to too many objects is refused while it arrives; if all bodies together take too much memory,
+the largest one that is still arriving is refused::
 
     with memory.hold() as held:
         text = await read_body(request, settings, left, memory, held)
@@ -22,21 +23,22 @@ from turbotx.serving.refusals import BadInput, Busy, NotReady, TimedOut, TooLarg
 from turbotx.serving.settings import Settings
 
 INFLATERS = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # zlib's wbits; 47 finds the header itself
-SMALL_NBYTES = 65_536  # decoded within a millisecond, whatever is in it
-PIECE_NBYTES = 262_144  # inflated at a time, in less than a millisecond
+SMALL_NBYTES = 65_536  # any JSON of this size decodes within a millisecond
+PIECE_NBYTES = 262_144  # decompressed at a time, in less than a millisecond
 
 
 @dataclass(eq=False)
 class Held:
-    """What one request holds of the memory for bodies."""
+    """One request's share of the memory for bodies, in bytes."""
 
     nbytes: int = 0
-    reading: asyncio.Future[bytes] | None = None  # while it arrives
+    reading: asyncio.Future[bytes] | None = None  # set while the body arrives
 
 
 @dataclass
 class BodyMemory:
-    """At most ``most`` bytes of bodies, from their first byte to their answer."""
+    """Limits the bodies of all requests to ``most`` bytes, each from its first byte to its
+    answer."""
 
     most: int
     nbytes: int = 0
@@ -44,7 +46,7 @@ class BodyMemory:
 
     @contextmanager
     def hold(self) -> Iterator[Held]:
-        """Hold nothing yet; what is charged to it is given back at the end of the block."""
+        """Yield an empty share; the bytes charged to it are released when the context ends."""
         held = Held()
         self._held.add(held)
         try:
@@ -54,7 +56,7 @@ class BodyMemory:
             self.nbytes -= held.nbytes
 
     def charge(self, held: Held, nbytes: int) -> None:
-        """Count more bytes. Where they are too many, the largest body that still arrives goes."""
+        """Add bytes to a share. Over the limit, cancels the largest body that is still arriving."""
         held.nbytes += nbytes
         self.nbytes += nbytes
         while self.nbytes > self.most:
@@ -69,7 +71,8 @@ class BodyMemory:
 
 
 class Shape:
-    """Counts the parts of a JSON text as it arrives; what stands between quotes is not counted."""
+    """Counts the elements of a JSON text while it arrives, without parsing it; strings are
+    skipped."""
 
     def __init__(self, most_items: int, most_numbers: int) -> None:
         """most_items: inputs of one request, most_numbers: token ids of all of them."""
@@ -80,7 +83,7 @@ class Shape:
         self._quoted, self._tail = False, b""
 
     def count(self, part: bytes) -> None:
-        """Raise TooLarge for what would become too many objects, without making them."""
+        """Count the elements in the next part of the text; raise TooLarge above the limit."""
         text = self._tail + part
         ending = len(text) - len(text.rstrip(b"\\"))
         text, self._tail = text[: len(text) - ending % 2], b"\\" * (ending % 2)
@@ -94,7 +97,8 @@ class Shape:
             self._commas -= outside.count(b",")
         if min(self._quotes, self._nested, self._commas) < 0:
             raise TooLarge(
-                f"the body has far more parts than {self._items} inputs: send several requests"
+                f"the body has more elements than {self._items} inputs may have: "
+                "send several requests"
             )
 
 
@@ -102,10 +106,11 @@ async def read_body(
     request: Request, settings: Settings, left: asyncio.Event, memory: BodyMemory, held: Held,
     shape: Shape,
 ) -> bytes:  # fmt: skip
-    """Return the whole body, inflated. Raises TooLarge at once, Unsupported, BadInput, Busy.
+    """Return the whole body, decompressed.
 
-    A body that is not there within ``timeout_ms``, or when the server has been told to stop
-    (``left``), is not waited for: NotReady, TimedOut.
+    Raises TooLarge as soon as a limit is exceeded, Unsupported for an unknown Content-Encoding,
+    BadInput for corrupt compressed data, Busy if the memory for all bodies is used up, TimedOut
+    after ``timeout_ms``, NotReady if the server stops (``left``) before the body is complete.
     """
     reading = asyncio.ensure_future(_read(request, settings, memory, held, shape))
     leaving = asyncio.ensure_future(left.wait())
@@ -115,12 +120,12 @@ async def read_body(
             {reading, leaving}, timeout=settings.timeout_ms / 1e3, return_when="FIRST_COMPLETED"
         )
         if reading.cancelled():
-            raise Busy("the bodies of too many requests are arriving", retry_after_s=1.0)
+            raise Busy("the server holds too many request bodies: retry later", retry_after_s=1.0)
         if reading.done():
             return reading.result()
         if leaving.done():
             raise NotReady("the server is shutting down")
-        raise TimedOut(f"the body was not there within {settings.timeout_ms:.0f} ms")
+        raise TimedOut(f"the body did not arrive within {settings.timeout_ms:.0f} ms")
     finally:
         held.reading = None
         for task in (reading, leaving):
@@ -151,7 +156,7 @@ async def _read(
             while nbytes > SMALL_NBYTES and counted < len(parts):
                 shape.count(parts[counted])
                 counted += 1
-            if inflater is not None:  # little on the wire may be much here: others take turns
+            if inflater is not None:  # a small part may decompress to much: let other tasks run
                 await asyncio.sleep(0)
     if inflater is not None and not inflater.eof:
         raise BadInput(f"the body is not {coding}: it ends too early")
@@ -164,7 +169,7 @@ def _inflate(inflater: Any, packed: bytes, coding: str) -> Iterator[bytes]:
             part = inflater.decompress(packed, PIECE_NBYTES)
         except zlib.error as error:
             raise BadInput(f"the body is not {coding}: {error}") from error
-        if inflater.unused_data:  # it is kept, however much comes
+        if inflater.unused_data:  # zlib would keep all of it in memory
             raise BadInput(f"the body is not {coding}: more follows its end")
         if part:
             yield part

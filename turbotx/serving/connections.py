@@ -1,7 +1,7 @@
-"""Connection limits: closes connections that stall in sending or reading, and the most idle ones.
+"""Connection limits: closes connections that stall while sending or reading, then the most idle.
 
-In: the parser that uvicorn would take, two limits. Out: a protocol class for ``uvicorn.Config`` and
-what closes late ones, asked once a second::
+In: limits of time and bytes. Out: a protocol class for ``uvicorn.Config``, and a method that closes
+overdue connections, called once a second::
 
     Config(app, http=make_protocol(limits)); limits.close_late(now_s)
 """
@@ -18,50 +18,50 @@ from typing import Any
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 log = logging.getLogger(__name__)
-MOST_HEAD_NBYTES = 65_536  # of one header, and of what comes before its turn
-# Java's client offers HTTP/2 with every first request; httptools then takes the body for HTTP/2,
-# and that of any other offer, none of which is taken here.
+MOST_HEAD_NBYTES = 65_536  # of one header, and of pipelined data that waits
+# Upgrade headers are removed: none is supported, and httptools would parse the body after Java's
+# "Upgrade: h2c" (sent with its first request) as HTTP/2.
 OFFER = re.compile(rb"(?i)\r\nupgrade:[^\r\n]*(?=\r\n)")
 TOO_LARGE_HEAD = (b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\n"
                   b"connection: close\r\n\r\n")  # fmt: skip
-SPARE_FILES = 64  # descriptors for everything but connections
-FRAMING = 8  # bytes on the wire for each that a body may have: chunks of one byte take 6
+SPARE_FILES = 64  # file descriptors reserved for everything but connections
+FRAMING = 8  # most wire bytes per byte of body: one-byte chunks take 6
 
 
 @dataclass
 class ConnectionLimits:
-    """Of one server.
+    """Connection limits of one server.
 
-    ``receive_s``: for a whole header, and between two parts of a body. ``nbytes``: the most that a
-    body may have, and an eighth of what all answers may have that are not read yet.
+    ``receive_s``: seconds for a whole header, and between two parts of a body. ``nbytes``: the most
+    bytes of a body; all unread answers together may have 8 times as many.
     """
 
     receive_s: float
     most: int
     nbytes: int = 8 << 20
-    open: dict[Any, None] = field(default_factory=dict)  # who was silent longest comes first
-    closed: int = 0  # by either limit
+    open: dict[Any, None] = field(default_factory=dict)  # ordered by last activity, oldest first
+    closed: int = 0  # number closed by these limits
 
     def admit(self, connection: Any) -> None:
-        """Count a new connection; beyond the limit the one that is silent longest goes."""
+        """Register a new connection; above the limit, close the one idle for longest."""
         self.open[connection] = None
         if len(self.open) <= self.most:
             return
         oldest = next((c for c in self.open if not c.busy), connection)
-        if self.closed % 100 == 0:  # an attack must not fill the log too
+        if self.closed % 100 == 0:  # limits the size of the log under attack
             log.warning(
                 "%d connections are open, the limit: the longest silent one is closed", self.most
             )
         self.close(oldest)
 
     def hear(self, connection: Any) -> None:
-        """Record activity of a connection, which makes it the most recently active."""
+        """Record activity of a connection: it becomes the most recently active."""
         if self.open.pop(connection, connection) is None:
             self.open[connection] = None
 
     def close_late(self, now_s: float) -> None:
-        """Close those whose header or next part of a body is overdue, or who do not read; and who
-        has most unread, where that is too much of all together."""
+        """Close connections whose header or next part of a body is overdue or who read no answer;
+        and, if all unread answers exceed the limit, the connection with the most unread bytes."""
         waiting: list[tuple[int, int, Any]] = []
         for k, connection in enumerate(list(self.open)):
             unread = connection.transport.get_write_buffer_size()
@@ -82,14 +82,14 @@ class ConnectionLimits:
             self.close(connection)
 
     def refuse_head(self, connection: Any) -> None:
-        """Say that a header is too large, and close."""
+        """Answer 431 to a header that is too large, and close the connection."""
         self.closed += 1
         self.open.pop(connection, None)
         connection.transport.write(TOO_LARGE_HEAD)
         connection.transport.close()
 
     def close(self, connection: Any) -> None:
-        """Close a connection at once, whatever it is still sent."""
+        """Close a connection at once; what is not sent yet is discarded."""
         self.closed += 1
         self.open.pop(connection, None)
         connection.leave()
@@ -104,12 +104,12 @@ class LimitedProtocol(_BASE):
 
     limits: ConnectionLimits
     heard_s = 0.0
-    unread, read_s = 0, 0.0  # bytes of answers when it was last seen to take some, and when
-    head_since_s: float | None = None  # while a header is awaited or half there
-    head_nbytes = 0  # of the one that is half there, or that comes while another is answered
-    body_nbytes = 0  # of a body, as it came over the wire
-    heads_over = False  # what is said of headers now is what stands behind a body
-    running: Any = None  # what is answered; ``cycle`` is the last that was asked
+    unread, read_s = 0, 0.0  # unread answer bytes at the last progress, and its time
+    head_since_s: float | None = None  # when the wait for a header began; None: no wait
+    head_nbytes = 0  # bytes of the incomplete header, or received while a request is answered
+    body_nbytes = 0  # bytes of the body on the wire, chunk framing included
+    heads_over = False  # header callbacks from now on are trailers of a body
+    running: Any = None  # the request being answered; ``cycle`` is the last one received
 
     @property
     def busy(self) -> bool:
@@ -122,13 +122,13 @@ class LimitedProtocol(_BASE):
         return self.busy and self.cycle.more_body
 
     def connection_made(self, transport: Any) -> None:
-        """Count the connection, as asyncio opens it."""
+        """Register the connection when asyncio opens it."""
         super().connection_made(transport)
         self.heard_s = self.head_since_s = asyncio.get_running_loop().time()
         self.limits.admit(self)
 
     def data_received(self, data: bytes) -> None:
-        """Parse bytes, within the limits of headers and bodies."""
+        """Parse received bytes; close the connection if a header or body exceeds its limit."""
         self.heard_s = asyncio.get_running_loop().time()
         self.limits.hear(self)
         if self.head_since_s is None and not self.busy:
@@ -152,32 +152,33 @@ class LimitedProtocol(_BASE):
             self.limits.refuse_head(self)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Forget the connection, as asyncio closes it."""
+        """Unregister the connection when asyncio closes it."""
         self.limits.open.pop(self, None)
         self.leave()
         super().connection_lost(error)
 
     def leave(self) -> None:
-        """Have what is answered written to nobody: uvicorn tells the last request alone."""
+        """Mark the request being answered as disconnected; uvicorn marks only the last one
+        received."""
         for cycle in (self.running, self.cycle):
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
 
-    # httptools' alone. It gives the trailers of a body as headers, of which there is no end.
+    # Callbacks of httptools only. It reports trailers of a body as headers, in unlimited number.
 
     def on_message_begin(self) -> None:
-        """Begin a request."""
+        """Reset the state for a new request."""
         self.heads_over = False
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """Note that further headers are trailers."""
+        """Record that further headers are trailers."""
         self.heads_over = True
         super().on_headers_complete()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; trailers are left out."""
+        """Pass a header on; trailers are dropped."""
         if not self.heads_over:
             super().on_header(name, value)
 
@@ -187,16 +188,18 @@ class LimitedProtocol(_BASE):
 
 
 def make_protocol(limits: ConnectionLimits) -> type[Any]:
-    """Return uvicorn's HTTP protocol, whichever parser is installed, that keeps the limits.
+    """Return a subclass of uvicorn's HTTP protocol, for whichever parser is installed, that
+    enforces the limits.
 
-    Reads of uvicorn's what both of its protocols have: ``cycle`` with ``response_complete`` and
+    Reads attributes that both of uvicorn's protocols have: ``cycle`` with ``response_complete`` and
     ``more_body``, and ``transport``.
     """
     return type("LimitedProtocol", (LimitedProtocol,), {"limits": limits})
 
 
 def connection_limit(wanted: int) -> int:
-    """As many as wanted, or as there are descriptors for, once the process has taken all it may."""
+    """Return the number of connections to allow: `wanted`, or fewer if the process cannot open that
+    many files. Raises the soft limit of open files to the hard one first."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted + SPARE_FILES and soft != resource.RLIM_INFINITY:
         unlimited = hard == resource.RLIM_INFINITY

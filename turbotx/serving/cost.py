@@ -24,7 +24,7 @@ from turbotx.errors import TurbotxError
 from turbotx.serving import cost_learning
 
 Table = NDArray[np.float64]
-PERSISTENT = math.log(1.25)  # a miss by more than this, twice at a node, is no accident
+PERSISTENT = math.log(1.25)  # of two consecutive errors at a node: the table is wrong
 RELAX_EVERY = 4  # batches
 REFRESH_EVERY = 16
 
@@ -36,9 +36,9 @@ class CostTableError(TurbotxError, ValueError):
 class CostTable:
     """Monotone cost in ms of a batch of ``batch`` requests, each padded to ``length`` tokens.
 
-    The grid nodes are what was measured; between nodes the cost is bilinear. ``observe`` moves the
-    four nodes round an executed batch towards the time it took (a normalised least-mean-squares
-    step of ``learning_rate``), so the table follows the machine it runs on.
+    The grid nodes are measured; between them the cost is interpolated bilinearly. ``observe`` moves
+    the four nodes around an executed batch towards its measured time (a normalised
+    least-mean-squares step of ``learning_rate``), so the table follows the machine's load.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class CostTable:
         self.grid_ms = make_monotone(self.grid_ms)
         self.learning_rate = learning_rate
         self.observations = 0
-        self._trust = np.zeros_like(self.grid_ms)  # 1: a batch was just seen there; it fades
-        self._missed = np.zeros_like(self.grid_ms)  # log of took over predicted, last time
+        self._trust = np.zeros_like(self.grid_ms)  # 1 after a batch at the node, then decays
+        self._missed = np.zeros_like(self.grid_ms)  # log(measured / predicted) of the last batch
         self._dense: dict[tuple[int, int | None], Table] = {}
 
     @classmethod
@@ -99,13 +99,13 @@ class CostTable:
         return self.cost_ms(max(lengths), len(lengths))
 
     def share_ms(self, length: int, max_batch: int | None, max_tokens: int | None) -> float:
-        """Return a request's part of a batch of its like, the fullest that the limits allow."""
+        """Return ms of one request in the largest batch of equal requests that the limits allow."""
         row = self.dense(max_batch, max_tokens)[length]
         most = int(np.flatnonzero(np.isfinite(row))[-1])
         return float(row[most]) / most
 
     def prices(self, max_batch: int | None = None, max_tokens: int | None = None) -> Table:
-        """Return what policies plan by: ``dense``."""
+        """Return the table that policies plan with: ``dense``."""
         return self.dense(max_batch, max_tokens)
 
     def learn(self, lengths: Sequence[int], took_ms: float, rate: float | None = None) -> None:
@@ -116,7 +116,7 @@ class CostTable:
         """(max_length + 1, max_batch + 1) float64, indexed [length, batch]; row and column 0 are 0.
 
         A batch of two or more that exceeds ``max_tokens`` padded tokens costs infinity; a single
-        request is always allowed, whatever its length. Do not write to what is returned.
+        request is always allowed, whatever its length. The result is cached: do not write to it.
         """
         key = (min(max_batch or self.max_batch, self.max_batch), max_tokens)
         if key not in self._dense:
@@ -124,8 +124,8 @@ class CostTable:
         return self._dense[key]
 
     def stale(self, longest_ms: float, max_tokens: int | None) -> list[tuple[float, int, int]]:
-        """(trust, length, batch) of the nodes that no batch has visited lately, and that are
-        thought to take at most so long."""
+        """Return (trust, length, batch) of the nodes that no recent batch has visited and whose
+        estimated time is at most `longest_ms`."""
         return [
             (float(self._trust[i, j]), int(n), int(b))
             for i, n in enumerate(self.lengths)
@@ -137,12 +137,10 @@ class CostTable:
     def observe(self, length: int, batch: int, took_ms: float, rate: float | None = None) -> None:
         """Refine the table with one executed batch.
 
-        rate: how much of the way to what it took; None: ``learning_rate``.
-
-        One outlier must not bend the table: what is further than a factor of 4 from the
-        prediction counts as that factor. Where the batch before missed at this node in the same
-        direction too, the table is wrong: then it moves half the way, and the nodes that no
-        batch has visited lately follow (``cost_learning``).
+        rate: step size towards the measured time, 0 to 1; None: ``learning_rate``. Outliers are
+        clipped to a factor of 4 from the prediction. If the previous batch at this node was off in
+        the same direction too, the table is wrong: the step is then 0.5, and nodes that no recent
+        batch has visited move along (``cost_learning``).
         """
         i, wi = _position(self.lengths, length)
         j, wj = _position(self.batches, batch)
@@ -168,7 +166,7 @@ class CostTable:
             self._dense.clear()
 
     def _spread(self, nearest: tuple[int, int], log_step: float) -> None:
-        """Move nodes that were not visited lately as those that were."""
+        """Move nodes without recent batches by the same relative step as those with some."""
         self._trust *= cost_learning.FORGET
         self._trust[nearest] = 1.0
         relaxing = self.observations % RELAX_EVERY == 0
@@ -180,7 +178,7 @@ class CostTable:
             cost_learning.keep_monotone(self.grid_ms, self._trust)
 
     def _set_node(self, row: int, col: int, value_ms: float) -> None:
-        """Move a node; those it contradicts, not seen as recently, give way."""
+        """Set a node's cost; less recently visited nodes are changed to keep the table monotone."""
         above, below = self.grid_ms[row:, col:], self.grid_ms[: row + 1, : col + 1]
         np.maximum(above, value_ms, out=above)
         np.minimum(below, value_ms, out=below)
@@ -208,12 +206,12 @@ class CostTable:
         }
 
     def save(self, path: Path, *, model: str = "") -> None:
-        """Write JSON, whole or not at all (a temporary file, then a rename)."""
+        """Write JSON atomically (a temporary file, then a rename)."""
         write_whole(path, json.dumps({"model": model, **self.to_dict()}))
 
     @classmethod
     def load(cls, path: Path) -> CostTable:
-        """Read what ``save`` wrote. Raises CostTableError when the file is not such a table."""
+        """Read a file written by ``save``. Raises CostTableError if it is not a cost table."""
         try:
             data = json.loads(path.read_text())
             table = cls(data["lengths"], data["batches"], data["cost_ms"])
@@ -226,7 +224,7 @@ class CostTable:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file by a temporary one beside it, so that nobody reads half of it."""
+    """Write a text file atomically: to a temporary file beside it, then a rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
@@ -239,10 +237,10 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def make_monotone(grid: Table) -> Table:
-    """Return the nearest easy table that never falls along either axis.
+    """Return a table near `grid` that never decreases along either axis.
 
-    The largest value at or below a node, and the smallest at or above it, are both monotone; so is
-    their mean, and it leaves an already monotone table as it is.
+    The running maximum from below and the running minimum from above are both monotone; their mean
+    is returned, which leaves a monotone table unchanged.
     """
     rising = np.maximum.accumulate(np.maximum.accumulate(grid, axis=0), axis=1)
     falling = np.minimum.accumulate(np.minimum.accumulate(grid[::-1, ::-1], axis=0), axis=1)
@@ -259,8 +257,8 @@ def _axis(name: str, values: Sequence[int]) -> NDArray[np.int64]:
 
 
 def _position(axis: NDArray[np.int64], value: int) -> tuple[int, float]:
-    """Return the node at or below ``value`` and how far it lies towards the next, clamped to the
-    ends."""
+    """Return the index of the node at or below ``value`` and the fraction of the way to the next
+    node, clamped to the ends of the axis."""
     i = int(np.searchsorted(axis, value, side="right")) - 1
     if i < 0:
         return 0, 0.0

@@ -1,10 +1,10 @@
 """Cost learning: updates the cost table from executed batches, also for shapes that did not run.
 
-In: a cost grid, how fresh the knowledge of each node is, a step that fresh ones have made. Out:
-the same grid, its stale nodes moved; a shape that looks dear is never run, so nothing else would::
+In: a cost grid, the freshness of each node, the step that fresh nodes made. Out: the same grid with
+its stale nodes moved: a shape that looks expensive is never scheduled, hence never measured::
 
-    follow(grid_ms, trust, log_step=-0.4)       # stale nodes fall as the fresh ones did
-    relax(grid_ms, trust, tokens, lengths)      # and draw near to what the fresh ones suggest
+    follow(grid_ms, trust, log_step=-0.4)       # stale nodes decrease as the fresh ones did
+    relax(grid_ms, trust, tokens, lengths)      # and approach a fit through the fresh ones
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from numpy.typing import NDArray
 
 Table = NDArray[np.float64]
 
-FORGET = 0.98  # of a node's trust, with every batch elsewhere
+FORGET = 0.98  # factor of a node's trust, per batch elsewhere
 FRESH = 0.5  # trust from which a node counts as known
-PULL = 0.25  # of the way to the estimate, each time
-EXPLORE = 0.93  # where nothing can be estimated, each time
-SPREAD = 4.0  # fresh nodes must span this factor of tokens to tell a slope
+PULL = 0.25  # step towards the fitted estimate, per call
+EXPLORE = 0.93  # factor of a stale cost if nothing can be fitted, per call
+SPREAD = 4.0  # fresh nodes must span this factor of tokens to fit a slope
 
 
 def follow(grid_ms: Table, trust: Table, log_step: float) -> None:
     """Move stale nodes, in place, by the mean relative step of the fresh ones.
 
-    A machine that was busy while it was measured made all costs too high alike.
+    If the machine was busy during the measurement, all costs are too high by a similar factor.
     """
     grid_ms *= np.exp(log_step * (1 - trust) / max(trust.sum(), 1.0))
 
 
 def relax(grid_ms: Table, trust: Table, lengths: NDArray[np.int64], batches: NDArray[np.int64]) -> None:  # fmt: skip  # noqa: E501
-    """Draw stale nodes, in place, to a + b * tokens (+ c * length * tokens) through the fresh ones.
+    """Move stale nodes, in place, towards a + b * tokens (+ c * length * tokens), fitted to fresh
+    ones.
 
-    Least squares of relative errors. Where the fresh nodes are too few or too alike to tell, stale
-    ones become a little cheaper, until their shape is tried. An estimate that is too low heals
-    itself: its shape is chosen, and measured.
+    The fit minimizes squared relative errors. If the fresh nodes are too few or too similar for a
+    fit, stale costs are lowered a little per call until their shape is scheduled. An estimate that
+    is too low corrects itself: its shape is then scheduled and measured.
     """
     tokens = np.multiply.outer(lengths, batches).astype(np.float64)
     fresh, stale = trust >= FRESH, trust < FRESH
@@ -44,7 +45,7 @@ def relax(grid_ms: Table, trust: Table, lengths: NDArray[np.int64], batches: NDA
         return
     features = np.stack([np.ones_like(tokens), tokens, tokens * lengths[:, None]], -1)
     for count in (3, 2):
-        # Of one column, by tokens alone, a square is no attention: it would be an extrapolation.
+        # A table with one column is over tokens alone: there is no length for a quadratic term.
         if fresh.sum() <= count or count > 1 + len(batches):
             continue
         rows = features[fresh][:, :count] / grid_ms[fresh][:, None]
@@ -56,7 +57,8 @@ def relax(grid_ms: Table, trust: Table, lengths: NDArray[np.int64], batches: NDA
 
 
 def keep_monotone(grid_ms: Table, trust: Table) -> None:
-    """Make the grid rise along both axes, in place: stale nodes give way to fresh ones."""
+    """Make the grid non-decreasing along both axes, in place, changing stale nodes before fresh
+    ones."""
     fresh = trust >= FRESH
     low = np.where(fresh, grid_ms, 0.0)
     low = np.maximum.accumulate(np.maximum.accumulate(low, axis=0), axis=1)

@@ -1,6 +1,6 @@
 """Daemon thread: runs slow start-up work without blocking the process's exit.
 
-In: work. Out: its result, in the event loop; who is told to stop need not wait for it::
+In: a function. Out: an awaitable of its result; the process may exit while the thread still runs::
 
     table = await run_in_daemon_thread(measure, ended=lambda: None)
 """
@@ -17,8 +17,10 @@ Result = TypeVar("Result")
 
 
 async def run_in_daemon_thread(work: Callable[[], Result], ended: Callable[[], object]) -> Result:
-    """Return what the work returns, or raise what it raises; `ended` is called in the loop then,
-    also where nobody awaits it any more."""
+    """Return the result of `work`, run in a daemon thread, or raise its exception.
+
+    ended: called in the event loop when the work ends, also if this coroutine was cancelled
+    before."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Result] = loop.create_future()
 
@@ -37,7 +39,7 @@ async def run_in_daemon_thread(work: Callable[[], Result], ended: Callable[[], o
             found = work()
         except BaseException as caught:
             error = caught
-        with contextlib.suppress(RuntimeError):  # the loop was left meanwhile
+        with contextlib.suppress(RuntimeError):  # the event loop has been closed
             loop.call_soon_threadsafe(finish, found, error)
 
     threading.Thread(target=run, name="turbotx-start", daemon=True).start()

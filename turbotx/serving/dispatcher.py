@@ -1,7 +1,7 @@
 """Dispatcher: runs the scheduler in real time, between an event loop and the engine's thread.
 
-In: token rows, each awaited by its requests. Out: their vectors; identical rows in flight are
-computed once, rows whose requests were cancelled leave the queue::
+In: token rows, each awaited by one or more requests. Out: their vectors; identical rows in flight
+are computed once, rows whose requests were all cancelled are removed from the queue::
 
     vector = await dispatcher.compute(row, deadline_ms=dispatcher.now_ms() + 500)
 """
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Lane:
-    """A model: what computes it, and what tells its answers from those of others in the cache."""
+    """One model: its engine, and the parts of the cache key that identify it."""
 
     engine: BatchEngine
     revision: str = ""
@@ -44,7 +44,7 @@ class Lane:
 
 @dataclass
 class PendingRow:
-    """One row in flight and those who await it."""
+    """One row in flight and the requests that await it."""
 
     key: int
     row: TokenRow
@@ -53,15 +53,15 @@ class PendingRow:
     done: asyncio.Future[NDArray[np.float32]] = field(repr=False)
     lane: Lane
     awaited_by: int = 1
-    queued_ms: float = math.nan  # how long it waited for its batch to start
-    took_ms: float = math.nan  # how long its batch ran
+    queued_ms: float = math.nan  # time until its batch started
+    took_ms: float = math.nan  # duration of its batch
 
 
-Joined = PendingRow | NDArray[np.float32]  # what a row became: a row in flight, or a kept answer
+Joined = PendingRow | NDArray[np.float32]  # a row in flight, or a cached vector
 
 
 class Dispatcher:
-    """Owns the scheduler; every method but ``_execute`` runs on the event loop."""
+    """Owns the scheduler; every method runs on the event loop but ``_compute``."""
 
     def __init__(
         self,
@@ -81,9 +81,9 @@ class Dispatcher:
         self._jobs: dict[Hashable, PendingRow] = {}
         self._in_flight: dict[CacheKey, PendingRow] = {}
         self._keys = itertools.count()
-        self._turns: deque[asyncio.Future[None]] = deque()  # of requests that hold rows back
-        self._entering = 0  # such requests, waiting for their turn or having it
-        self._held_ms = 0.0  # estimated work of the rows held back
+        self._turns: deque[asyncio.Future[None]] = deque()  # large requests waiting
+        self._entering = 0  # large requests that have not queued all rows yet
+        self._held_ms = 0.0  # estimated ms of their rows that are not queued yet
         self._wake = asyncio.Event()
         metrics.queue_size.set_function(lambda: len(scheduler))
         self._closing = False
@@ -91,24 +91,24 @@ class Dispatcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="turbotx-engine")
 
     def now_ms(self) -> float:
-        """Return the time in ms on the clock that deadlines and arrivals are stated on."""
+        """Return the current time in ms, on the clock of deadlines and arrivals."""
         return time.perf_counter() * 1e3
 
     def start(self) -> None:
-        """Begin to run batches, in the running event loop."""
+        """Start the task that runs batches, in the running event loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
     def alive(self) -> bool:
-        """Whether the task that runs batches is there and has not ended."""
+        """Whether the task that runs batches was started and has not ended."""
         return self._task is not None and not self._task.done()
 
     def full(self, priority: int) -> bool:
-        """Whether the next request would be refused; costs nothing to ask."""
+        """Whether the next request of this priority would be refused; O(1)."""
         return self.scheduler.full(priority)
 
     def refuse_busy(self, message: str = "the queue is full") -> Busy:
-        """Return the error for a request that finds no room; retry_after_s is half of the
+        """Return the error for a request that is not admitted; its retry_after_s is half the
         estimated backlog."""
         work_ms = self.scheduler.backlog_ms + self._held_ms
         return Busy(message, retry_after_s=max(work_ms / 2e3, 0.001))
@@ -116,14 +116,15 @@ class Dispatcher:
     async def compute(
         self, row: TokenRow, *, deadline_ms: float = math.inf, priority: int = 0
     ) -> NDArray[np.float32]:
-        """Return the row's vector. Raises Busy, BackendFailed, NotReady; cancelling forgets the
-        row. A float32 array."""
+        """Return the row's float32 vector. Cancelling removes the row from the queue.
+
+        Raises Busy, Late, BackendFailed, NotReady."""
         return (await self.compute_all([row], deadline_ms=deadline_ms, priority=priority))[0]
 
     def inspect(self) -> dict[str, float]:
-        """Return what is under way: rows that wait or run ("rows"), distinct inputs among them
-        ("inputs"), requests that enter by turns ("entering") and the estimated work in ms of their
-        rows that are held back ("held_ms")."""
+        """Return the current load: rows waiting or running ("rows"), distinct inputs among them
+        ("inputs"), large requests that have not queued all rows ("entering") and the estimated ms
+        of those rows ("held_ms")."""
         return {
             "rows": len(self._jobs), "inputs": len(self._in_flight),
             "entering": self._entering, "held_ms": self._held_ms,
@@ -143,12 +144,10 @@ class Dispatcher:
         priority: int = 0,
         model: str = "",
     ) -> tuple[list[NDArray[np.float32]], float, float]:
-        """Return the rows' vectors, and the longest that one waited and was computed, in s.
+        """Return the rows' vectors, the longest wait and the longest computation of a row, in s.
 
-        All or nothing: the first row that fails takes the others off the queue.
-
-        Many rows are admitted as one request, whatever work they are, and enter the queue by
-        turns: each ages from its own entry, and leaves room for other clients' rows.
+        The first row that fails cancels the others. Many rows are admitted as one request and are
+        queued in turn with other requests' rows; each row ages from the time it was queued.
         """
         found: list[Joined] = []
         asked = Request("", 1, 0.0, deadline_ms, priority, model)
@@ -173,7 +172,7 @@ class Dispatcher:
                     self._leave(job)
 
     def _admit(self, priority: int) -> None:
-        """Raise Busy where other requests of many rows hold back enough work already."""
+        """Raise Busy if large requests already hold back the admitted amount of work."""
         if self._closing:
             raise NotReady("the server is shutting down")
         work_ms = self._held_ms + self.scheduler.backlog_ms
@@ -183,7 +182,7 @@ class Dispatcher:
     async def _enter_by_turns(
         self, rows: Sequence[TokenRow], found: list[Joined], asked: Request
     ) -> None:
-        """Append what each row joined to ``found``, as there is room."""
+        """Queue the rows as there is room; append each one's pending row or vector to ``found``."""
         shares_ms = [self.scheduler.share_ms(len(row), asked.model) for row in rows]
         left_ms = sum(shares_ms)
         self._entering += 1
@@ -202,9 +201,10 @@ class Dispatcher:
 
     @property
     def _room(self) -> bool:
-        """Whether a row of many may enter, lest the engine run dry before the next turn.
+        """Whether a row of a large request may be queued.
 
-        A quarter of what is admitted: the rest is for those who come with one row.
+        Large requests may fill a quarter of the work that is admitted, enough to keep the engine
+        busy until the next turn; the rest is for small requests.
         """
         scheduler = self.scheduler
         return not len(scheduler) or (
@@ -213,7 +213,7 @@ class Dispatcher:
         )
 
     async def _turn(self, found: Sequence[Joined]) -> None:
-        """Wait until there is room again, behind those who wait already."""
+        """Wait, first come first served, until there is room for another row."""
         turn = asyncio.get_running_loop().create_future()
         self._turns.append(turn)
         try:
@@ -221,7 +221,7 @@ class Dispatcher:
         finally:
             if turn in self._turns:
                 self._turns.remove(turn)
-        for job in found:  # one row that has failed meanwhile fails them all
+        for job in found:  # a row that has failed fails the whole request
             if isinstance(job, PendingRow) and job.done.done():
                 job.done.result()
 
@@ -232,9 +232,9 @@ class Dispatcher:
                 turn.set_result(None)
 
     def _join(self, row: TokenRow, asked: Request) -> Joined:
-        """Return the vector from the cache, the equal row in flight, or a new one in the queue.
+        """Return the cached vector, the equal row in flight, or a newly queued row.
 
-        asked: how it is to be queued; its key, length and time are the row's own.
+        asked: priority, deadline and weight; key, length and arrival are set from the row.
         """
         lane = self.lanes[asked.model]
         key = CacheKey.of(lane.revision, f"{asked.model} {lane.engine.head.kind}", row)
@@ -258,10 +258,10 @@ class Dispatcher:
             self._forget(job)
             job.done.cancel()
             self.metrics.dropped.inc()
-            self._wake.set()  # there may be room for a row of many
+            self._wake.set()  # there may be room for a row of a large request
 
     async def drain(self) -> None:
-        """Finish what was accepted, accept no more, stop the engine's thread."""
+        """Refuse new rows, finish the accepted ones, stop the engine's thread."""
         self._closing = True
         self._wake.set()
         if self._task is not None:
@@ -273,7 +273,8 @@ class Dispatcher:
             raise NotReady("the server is shutting down")
         loop = asyncio.get_running_loop()
         job = PendingRow(next(self._keys), row, key, self.now_ms(), loop.create_future(), lane)
-        # Its requests may have been cancelled: then the error is not retrieved, and need not be.
+        # If all its requests were cancelled, nobody retrieves the error: suppress asyncio's
+        # warning.
         job.done.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             self.scheduler.submit(
@@ -292,7 +293,7 @@ class Dispatcher:
             del self._in_flight[job.cache_key]
 
     async def _run(self) -> None:
-        """Until closed and empty: ask the scheduler, run the batch, answer, again."""
+        """Run batches until closed and empty: take one from the scheduler, compute, set results."""
         while True:
             now_ms = self.now_ms()
             for late in self.scheduler.expire(now_ms):
@@ -313,7 +314,7 @@ class Dispatcher:
             await self._wait(now_ms)
 
     async def _wait(self, now_ms: float) -> None:
-        """Until something happens, or a batch is due; who waits for long may measure costs."""
+        """Wait for an event or the next due batch; measure costs after a long wait."""
         wait_s = (self.scheduler.wake_ms(now_ms) - self.now_ms()) / 1e3
         timeout_s = None if math.isinf(wait_s) else max(wait_s, 0.0)
         idle = self.idle if timeout_s is None else None
@@ -330,7 +331,7 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         try:
             took_ms = await loop.run_in_executor(self._thread, idle.time_ms, shape)
-        except Exception as error:  # as a batch that fails: nobody waits for it
+        except Exception as error:  # logged only: no request waits for it
             log.warning("a batch of %d x %d to be timed failed: %s", shape[2], shape[1], error)
             self.idle = None
         else:
@@ -344,7 +345,7 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         try:
             vectors = await loop.run_in_executor(self._thread, self._compute, jobs)
-        except Exception as error:  # whatever the model raises is that batch's own misfortune
+        except Exception as error:  # an error of the model fails this batch only
             log.warning("batch of %d up to %d tokens failed: %s", len(jobs), batch.length, error)
             await self._compute_apart(jobs, error)
             return
@@ -361,7 +362,7 @@ class Dispatcher:
         return vectors
 
     async def _compute_apart(self, jobs: Sequence[PendingRow], error: Exception) -> None:
-        """One bad request must not fail its batch: try each alone, once."""
+        """After a batch failed, compute each row alone once, so that only bad rows fail."""
         loop = asyncio.get_running_loop()
         for job in jobs:
             begin_ms = self.now_ms()

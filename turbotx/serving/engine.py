@@ -1,6 +1,6 @@
-"""Batch engines: token rows in, one vector per row out.
+"""Batch engines: compute token rows, one array per row.
 
-An engine is called from one thread, one batch at a time: a PyTorch module, or the same module
+An engine is called from one thread, one batch at a time. It wraps a PyTorch module, eager or
 optimized by turbotx::
 
     TorchEngine(SentenceModel(bert, steps), Head("embedding")).run(rows)    # (n, 384) float32
@@ -23,65 +23,67 @@ from turbotx.serving.tokens import TokenRow
 log = logging.getLogger(__name__)
 Padding = Literal["auto", "packed", "padded"]
 Vectors = NDArray[np.float32]
-Rows = Vectors | Sequence[Vectors]  # one array for each row of a batch
+Rows = Vectors | Sequence[Vectors]  # one array per row of the batch
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a row's answer is: a pooled embedding, the logits of a classifier, a vector for each of
-    its tokens, or the words of the vocabulary that have a weight, as (index, weight) each."""
+    """The kind of result of a row: a pooled embedding, a classifier's logits, one vector per token,
+    or a sparse vector over the vocabulary as (index, weight) pairs."""
 
     kind: Literal["embedding", "classifier", "tokens", "sparse"]
-    pooling: str = "mean"  # as the files call it; several modes are joined by +
-    normalize: bool = False  # the model's files say so; the server normalises on request
+    pooling: str = "mean"  # sentence-transformers' name; several modes are joined by +
+    normalize: bool = False  # default from the model's files; applied after the engine
     labels: tuple[str, ...] = ()
-    sigmoid: bool = False  # each class has a probability of its own, else one of all is true
+    sigmoid: bool = False  # multi-label: sigmoid per class; False: softmax over the classes
 
 
 class BatchEngine(Protocol):
-    """Computes batches. ``run`` may raise anything: only that batch fails."""
+    """Computes batches. An exception of ``run`` fails only its batch."""
 
     @property
     def head(self) -> Head:
-        """What its vectors are: pooled embeddings or logits."""
+        """The kind of results, such as pooled embeddings or logits."""
 
     @property
     def packs(self) -> bool | None:
-        """Whether batches are without padding, known once it has run; None: others compute."""
+        """Whether batches run without padding, valid after the first run; None: computed
+        elsewhere."""
 
     def run(self, rows: Sequence[TokenRow]) -> Rows:
-        """Return a float32 array for each row: (width,) raw pooled embeddings or logits,
-        (tokens, width) of a model of tokens, (words, 2) of a sparse one."""
+        """Return a float32 array per row: (width,) unnormalized embedding or logits, (tokens,
+        width) of a token model, (words, 2) of a sparse model."""
 
     def figures(self) -> Mapping[str, float]:
-        """Numbers about its memory and programs for the metrics, by name."""
+        """Return gauges of memory and programs for the metrics, by name."""
 
 
 @dataclass
 class TorchEngine:
-    """A module of ``input_ids`` and ``attention_mask`` to (batch, width), any (batch, seq).
+    """Runs a module that maps int64 ``input_ids`` and ``attention_mask`` (batch, seq) to (batch,
+    width).
 
-    Rows are filled up on the right, whatever side the tokenizer would take: positions then begin
-    at the first token, and no row's vector depends on the length of another. A module that is asked
-    for ``padding`` "packed" runs them one behind the other instead, by its ``packed``; with "auto"
-    the first batch finds out whether it can, and is padded where not.
+    Rows are padded on the right, whatever the tokenizer's own side: positions then start at the
+    first token, and a row's result does not depend on the other rows' lengths. With ``padding``
+    "packed" rows are concatenated without padding (``module.packed``); with "auto" the first batch
+    decides whether that is possible, otherwise batches are padded.
     """
 
     module: Any
     head: Head
     pad_id: int = 0
-    takes_types: bool = True  # whether the module reads token_type_ids
+    takes_types: bool = True  # whether the module takes token_type_ids
     device: str = "cpu"
     padding: Padding = "padded"
     calls: int = field(default=0, init=False)
 
     @property
     def packs(self) -> bool:
-        """Whether it runs batches without padding."""
+        """Whether batches run without padding."""
         return self.padding != "padded" and bool(self.module.packs)
 
     def run(self, rows: Sequence[TokenRow]) -> Rows:
-        """Call the module on the rows, padded or not, and return a float32 array for each."""
+        """Run the module on the rows; return a float32 array per row."""
         if not self.packs:
             return self._run_padded(rows)
         try:
@@ -132,15 +134,15 @@ class TorchEngine:
         return [only_weights(x) for x in result] if self.head.kind == "sparse" else result
 
     def keep(self) -> None:
-        """Keep what was compiled for the next start, where the module does."""
+        """Save the compiled program for the next start, if the module supports that."""
         keep = getattr(self.module, "keep", None)
         if callable(keep):
             keep()
 
     def figures(self) -> Mapping[str, float]:
-        """Return the number of batches, and what an optimized module counts of itself."""
+        """Return the number of batches and the statistics of an optimized module."""
         found = {"batches": float(self.calls)}
-        stats = getattr(self.module, "stats", None)  # an optimized module's: plans, arena, builds
+        stats = getattr(self.module, "stats", None)  # an optimized module has plans, arena, builds
         if callable(stats):
             found.update({name: float(value) for name, value in stats().items()})
         return found
@@ -149,7 +151,8 @@ class TorchEngine:
 def pad_rows(
     rows: Sequence[TokenRow], pad_id: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """(batch, longest) int64 each: ids padded on the right, attention mask, segment ids."""
+    """Return ids padded on the right, attention mask and segment ids, (batch, longest) int64
+    each."""
     longest = max(len(row) for row in rows)
     ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -163,13 +166,13 @@ def pad_rows(
 
 
 def only_weights(weights: Vectors) -> Vectors:
-    """(vocabulary,) to (words, 2): index and weight of those that are not zero."""
+    """Return the non-zero entries of (vocabulary,) weights as (words, 2): index and weight."""
     words = np.flatnonzero(weights)
     return np.stack([words.astype(np.float32), weights[words]], axis=1)
 
 
 def normalize_rows(vectors: Vectors) -> Vectors:
-    """Each row scaled to length 1; a zero row stays zero. float32, (..., width)."""
+    """Return (..., width) float32 vectors scaled to L2 norm 1; zero vectors stay zero."""
     norm = np.linalg.norm(vectors, axis=-1, keepdims=True)
     result: Vectors = vectors / np.maximum(norm, 1e-12)
     return result

@@ -1,9 +1,9 @@
-"""An idle server measures costs again, a shape at a time.
+"""Measures batch costs again while the server is idle, one shape at a time.
 
-In: the models' engines and cost tables. Out: the shape to time next, while nobody asks; who comes
-meanwhile waits for one short batch at most::
+In: the models' engines and cost tables. Out: the next shape to time. A request that arrives
+meanwhile waits for at most one short batch::
 
-    shape = idle.next_shape()                       # ("", 128, 4), None: all are known
+    shape = idle.next_shape()                       # ("", 128, 4), None: all are measured
     idle.learn(shape, idle.time_ms(shape))
 """
 
@@ -20,21 +20,21 @@ from turbotx.serving.token_costs import BatchCosts
 from turbotx.serving.tokens import TokenRow
 
 Shape = tuple[str, int, int]  # a model, a length, a batch size
-ROUNDS = 3  # of a shape while nobody comes
-FIRST_S, NEXT_S = 5.0, 0.25  # without a request before the first one, and before each further one
+ROUNDS = 3  # measurements per shape and idle period
+FIRST_S, NEXT_S = 5.0, 0.25  # idle time before the first measurement, and between two
 
 
 @dataclass
 class IdleMeasuring:
-    """Owned by the event loop; ``time_ms`` alone runs in the engine's thread."""
+    """Used on the event loop, except ``time_ms``, which runs in the engine's thread."""
 
     engines: Mapping[str, BatchEngine]
     tables: Mapping[str, BatchCosts]
-    tokens: Mapping[str, int]  # one that each model knows
-    longest_ms: float  # no shape that is thought to take longer: somebody might come
-    max_tokens: int | None = None  # padded: others never run
+    tokens: Mapping[str, int]  # a valid token id of each model
+    longest_ms: float  # shapes expected to take longer are not measured
+    max_tokens: int | None = None  # padded tokens; larger batches never run
     first_s: float = FIRST_S
-    finished: Callable[[], None] = lambda: None  # all is known: the time to keep it
+    finished: Callable[[], None] = lambda: None  # called after the last: saves the tables
     _timed: Counter[Shape] = field(default_factory=Counter, init=False)
     _over: bool = field(default=False, init=False)
 
@@ -51,7 +51,8 @@ class IdleMeasuring:
         self._over = False
 
     def next_shape(self) -> Shape | None:
-        """Return the one unvisited for longest; None, and ``finished`` called, after the last."""
+        """Return the shape least recently measured; after the last, call ``finished``, return
+        None."""
         known = [
             (self._timed[model, length, batch], trust, (model, length, batch))
             for model, table in self.tables.items()
@@ -68,7 +69,7 @@ class IdleMeasuring:
         return None
 
     def time_ms(self, shape: Shape) -> float:
-        """Run it once."""
+        """Run a batch of the shape once; return its ms."""
         model, length, batch = shape
         rows = [TokenRow((self.tokens[model],) * length)] * batch
         begin = time.perf_counter()
@@ -76,7 +77,7 @@ class IdleMeasuring:
         return max((time.perf_counter() - begin) * 1e3, 1e-3)
 
     def learn(self, shape: Shape, took_ms: float) -> None:
-        """Half the way each time: nothing else ran in this process, and it is seen again."""
+        """Move the cost table by half the difference (nothing else ran in this process)."""
         model, length, batch = shape
         self._timed[shape] += 1
         self.tables[model].learn([length] * batch, took_ms, rate=0.5)

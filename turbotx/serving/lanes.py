@@ -1,7 +1,7 @@
-"""Lanes: the queues of several models that share one engine, and which runs its batch next.
+"""Lanes: one scheduler per model on a shared engine, with the interface of one scheduler.
 
-In: a scheduler for each model; requests that name theirs. Out: what one scheduler gives, so that
-the dispatcher need not know how many there are::
+In: a scheduler per model; requests with their model's name. Out: the next batch of any of them, so
+that the dispatcher does not depend on the number of models::
 
     lanes = Lanes({"a": Scheduler(costs_a), "b": Scheduler(costs_b)})
     lanes.submit(Request("key", length=9, arrival_ms=0.0, model="b")); lanes.next(now_ms=0.0)
@@ -20,9 +20,9 @@ from turbotx.serving.scheduler import Overloaded, Scheduler
 class Lanes:
     """All models share the engine's time: admission and urgency count the work of all of them.
 
-    Each queue plans its own next batch. Of those runs the one with a request that has waited a
-    third of the age bound; else, while a twelfth of the bound in work waits, one of the highest
-    class; else the one with most urgency per millisecond, as within a queue (``policies.Aged``).
+    Each queue plans its next batch. The batch that runs is the one with a request that has waited a
+    third of the age bound; otherwise, while more than a twelfth of the bound in work waits, one of
+    the highest priority; otherwise the one with most urgency per ms (as ``policies.Aged``).
     """
 
     def __init__(self, queues: Mapping[str, Scheduler]) -> None:
@@ -36,21 +36,22 @@ class Lanes:
 
     @property
     def waiting(self) -> list[Request]:
-        """The requests of all queues that no batch has taken."""
+        """The waiting requests of all queues."""
         return [r for queue in self.queues.values() for r in queue.waiting]
 
     @property
     def backlog_ms(self) -> float:
-        """Estimated time to compute everything that waits."""
+        """Estimated ms to compute all waiting requests."""
         return sum(queue.backlog_ms for queue in self.queues.values())
 
     def full(self, priority: int = 0) -> bool:
-        """Whether the next request of this class would be refused, whichever model it is for."""
+        """Whether the next request of this priority would be refused, for any model."""
         most_ms = self._first.most_ms(priority)
         return len(self) >= self.max_queue or self.backlog_ms > most_ms
 
     def submit(self, request: Request) -> None:
-        """As ``Scheduler.submit``; the limits are of all queues together. Raises Overloaded."""
+        """Queue a request, see ``Scheduler.submit``; the limits hold for all queues together.
+        Raises Overloaded."""
         if not request.patient and self.full(request.priority):
             raise Overloaded(
                 f"{len(self)} requests wait, about {self.backlog_ms:.0f} ms of work",
@@ -66,19 +67,19 @@ class Lanes:
             queue.raise_to(key, deadline_ms, priority, weight)
 
     def cancel(self, key: Hashable) -> bool:
-        """Forget a waiting request; False when it is not waiting (any more)."""
+        """Remove a waiting request; return False if it is not waiting."""
         return any(queue.cancel(key) for queue in self.queues.values())
 
     def expire(self, now_ms: float) -> list[Request]:
-        """Take requests off their queues that have waited ``max_age_ms``."""
+        """Remove and return requests that have waited ``max_age_ms``."""
         return [r for queue in self.queues.values() for r in queue.expire(now_ms)]
 
     def overdue(self, now_ms: float) -> list[Request]:
-        """Take requests off their queues whose deadline has passed."""
+        """Remove and return requests whose deadline has passed."""
         return [r for queue in self.queues.values() for r in queue.overdue(now_ms)]
 
     def next(self, now_ms: float) -> Batch | None:
-        """Take the batch to run now off its queue, or None before ``wake_ms``."""
+        """Remove and return the batch to run now; None before ``wake_ms``."""
         planned = [(q.peek(now_ms), q) for q in self.queues.values()]
         ready = [(batch, queue) for batch, queue in planned if batch is not None]
         if not ready:
@@ -88,7 +89,7 @@ class Lanes:
         return batch
 
     def wake_ms(self, now_ms: float) -> float:
-        """Return when to ask ``next`` again if nothing arrives: infinity for empty queues."""
+        """Return when to call ``next`` again if nothing arrives; infinity for empty queues."""
         return min(queue.wake_ms(now_ms) for queue in self.queues.values())
 
     def complete(self, batch: Batch, took_ms: float) -> None:
@@ -96,11 +97,11 @@ class Lanes:
         self.queues[batch.requests[0].model].complete(batch, took_ms)
 
     def share_ms(self, length: int, model: str) -> float:
-        """Return a request's part of a full batch of its like, of its model."""
+        """Return ms of one request in a full batch of equal requests of its model."""
         return self.queues[model].share_ms(length)
 
     def _rank(self, batch: Batch, now_ms: float) -> tuple[float, float, float]:
-        """Return what decides, the greatest first: age beyond bounds, class, urgency."""
+        """Return the sort key of a batch: age above its bound, priority, urgency per ms."""
         drain_ms = max(self.backlog_ms, batch.cost_ms)
         oldest_ms = max(now_ms - r.arrival_ms for r in batch.requests)
         strict = drain_ms > self.max_age_ms / 12

@@ -1,7 +1,7 @@
-"""A process that listens: one application, until it is told to stop.
+"""Listener: serves one application over HTTP until SIGINT or SIGTERM.
 
-In: a service, its application, a port. Out: requests are answered until SIGINT or SIGTERM; what was
-accepted is finished then::
+In: a service, its application, a bound socket. Out: requests are answered until the signal; those
+accepted before it are finished::
 
     listen(service, application, host="127.0.0.1", port=8080, listener=open_port("127.0.0.1", 8080))
 """
@@ -24,14 +24,13 @@ from turbotx.serving.connections import ConnectionLimits, connection_limit, make
 from turbotx.serving.served import Served
 from turbotx.serving.settings import SettingsError
 
-SWITCH_S = 0.001  # the event loop waits this long for other threads' Python at each of its turns
+SWITCH_S = 0.001  # sys.setswitchinterval: how long the event loop may wait for the GIL
 
 
 def listen(
     service: Served, application: Any, *, host: str, port: int, listener: socket.socket
 ) -> None:
-    """Run an application until it is told to stop. Raises ModelFailed where the model cannot
-    run."""
+    """Run an application until a signal. Raises ModelFailed if the model cannot run."""
     settings = service.settings
     shown = f"[{host}]" if ":" in host else host
     service.url = f"http://{shown}:{listener.getsockname()[1]}{settings.url_prefix}"
@@ -53,14 +52,15 @@ def listen(
         sys.setswitchinterval(before_s)
     if service.failure is not None:
         raise service.failure
-    if service.preparing:  # its thread cannot be stopped, and no request was answered yet
+    if service.preparing:  # the thread cannot be stopped; no request was answered yet
         logging.shutdown()
         os._exit(0)
 
 
 def open_port(host: str, port: int) -> socket.socket:
-    """Return a socket bound to the address; it does not listen yet. Raises SettingsError."""
-    if not 0 <= port < 65_536:  # getaddrinfo takes the number modulo 65536
+    """Return a socket bound to the address, not listening yet. Raises SettingsError if it
+    cannot."""
+    if not 0 <= port < 65_536:  # getaddrinfo would wrap the number modulo 65536
         raise SettingsError(f"port {port} is not in 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -75,9 +75,8 @@ def open_port(host: str, port: int) -> socket.socket:
 
 
 class GracefulServer(uvicorn.Server):
-    """Says so on ``/ready`` as soon as it is told to stop, and exits with 0 when it is done.
-
-    It also stops where the model turns out not to run: nothing would ever be answered.
+    """uvicorn's server with a graceful shutdown: ``/ready`` fails at the first signal, accepted
+    requests are finished, the exit code is 0. It also stops if the model fails to run.
     """
 
     should_exit: bool
@@ -89,11 +88,11 @@ class GracefulServer(uvicorn.Server):
         self._frozen = False
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second."""
+        """Close late connections; called by uvicorn ten times a second."""
         if counter % 10 == 0:
             self._limits.close_late(asyncio.get_running_loop().time())
         if self._service.state == "ready" and not self._frozen:
-            # The model's millions of objects stay: no collection need ever look at them again.
+            # Exclude the model's millions of objects from garbage collection.
             self._frozen = True
             gc.collect()
             gc.freeze()
@@ -102,7 +101,7 @@ class GracefulServer(uvicorn.Server):
         return await super().on_tick(counter) or self._service.failure is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Refuse new requests and finish those that are there; a second signal ends at once."""
+        """Refuse new requests and finish the accepted ones; a second signal stops at once."""
         self._service.leaving = True
-        self.force_exit = self.should_exit  # the second signal does not wait
+        self.force_exit = self.should_exit  # True at the second signal
         self.should_exit = True

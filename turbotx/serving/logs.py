@@ -1,7 +1,6 @@
 """Structured logs: one JSON object a line.
 
-In: ordinary logging records, with ``extra={"fields": {…}}`` for what is to be searched. Out: lines
-such as::
+In: logging records, with ``extra={"fields": {…}}`` for searchable fields. Out: lines such as::
 
     {"ts": "2026-01-02T03:04:05.678Z", "level": "info", "event": "request", "ms": 8.1}
 """
@@ -17,10 +16,10 @@ from turbotx.engine.logs import TOPICS
 
 
 class JsonFormatter(logging.Formatter):
-    """The message as ``event``, the fields beside it, an exception as ``error``."""
+    """Formats a record as JSON: the message as ``event``, its fields, an exception as ``error``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a record as one line of JSON, with the fields that its caller added."""
+        """Return a record as one line of JSON."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
             "ts": f"{stamp}.{int(record.msecs):03d}Z",
@@ -35,7 +34,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_as_json(level: str = "info") -> None:
-    """Send the logs of turbotx and of uvicorn to stderr in this form."""
+    """Log turbotx and uvicorn to stderr as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     for name in ("turbotx", "uvicorn"):
@@ -43,7 +42,7 @@ def log_as_json(level: str = "info") -> None:
         logger.handlers[:] = [handler]
         logger.setLevel(level.upper())
         logger.propagate = False
-    for topic in TOPICS:  # what TURBOTX_LOGS has turned on is shown as all else is
+    for topic in TOPICS:  # topics enabled by TURBOTX_LOGS use the same handler
         logger = logging.getLogger(f"turbotx.{topic}")
         logger.handlers.clear()
         logger.propagate = True

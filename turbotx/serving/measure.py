@@ -1,7 +1,7 @@
-"""Warm-up: measures what batches cost on this machine, on a small grid.
+"""Warm-up: measures the cost of batches on this machine, on a small grid.
 
-In: an engine and its limits. Out: a ``CostTable``, or without padding ``TokenCosts``, read from
-disk where this model and device have been measured before::
+In: an engine and its limits. Out: a ``CostTable``, or ``TokenCosts`` for batches without padding;
+read from disk if this model was measured on this device before::
 
     measure_costs(engine, max_length=512, max_batch=32)     # 7 x 4 shapes, the best of 3 runs
 """
@@ -33,17 +33,17 @@ TELL_S = 2.0
 
 
 def length_grid(max_length: int) -> list[int]:
-    """1, then doubling from 16, then the end."""
+    """Return the lengths to measure: 1, powers of 2 from 16 on, and `max_length`."""
     return [1, *(2**k for k in range(4, 20) if 2**k < max_length), max_length][: max_length or 1]
 
 
 def batch_grid(max_batch: int) -> list[int]:
-    """Return the batch sizes to measure: powers of 4 below `max_batch`, and that itself."""
+    """Return the batch sizes to measure: powers of 4 below `max_batch`, and `max_batch`."""
     return [*(4**k for k in range(8) if 4**k < max_batch), max_batch]
 
 
 def warm_up(engine: BatchEngine, max_length: int, token: int = 100) -> None:
-    """Run a short batch: the first one may capture and build for seconds."""
+    """Run a short batch: the first one captures and builds, which may take seconds."""
     engine.run([TokenRow((token,) * min(8, max_length))])
 
 
@@ -58,9 +58,9 @@ def measure_costs(
 ) -> CostTable:
     """Time the engine on a grid of (length, batch), see ``time_batches``.
 
-    The runs of a shape are rounds apart: a burst of other work on the machine then spoils one of
-    them, not all. Shapes over ``max_tokens`` padded tokens are never run later, so they are not
-    timed either but extended in proportion to the tokens; so is what ``budget_ms`` did not reach.
+    The runs of a shape are spread over rounds, so that a burst of other load on the machine
+    disturbs only one of them. Shapes above ``max_tokens`` padded tokens, and shapes beyond the time
+    budget ``budget_ms``, are extrapolated in proportion to their tokens.
     """
     lengths, batches = length_grid(max_length), batch_grid(max_batch)
     grid = np.full((len(lengths), len(batches)), np.inf)
@@ -86,9 +86,9 @@ def measure_token_costs(
     budget_ms: float = 20_000.0,
     token: int = 100,
 ) -> TokenCosts:
-    """Time an engine without padding: short sequences of a few numbers of tokens in all, and single
-    ones as long, whose attention costs more; what ``budget_ms`` did not reach is extended in
-    proportion to the tokens."""
+    """Time an engine that packs: batches of short sequences, and single sequences with as many
+    tokens, whose attention costs more. Beyond ``budget_ms`` costs are extrapolated in proportion to
+    the tokens."""
     most = max(max_tokens or max_batch * max_length, max_length)
     nodes = sorted({*(n for n in TOKEN_GRID if n < most), max_length, most})
     short = [[SHORT] * (n // SHORT) + [n % SHORT] * (n % SHORT > 0) for n in nodes]
@@ -110,10 +110,10 @@ def measure_token_costs(
 def time_batches(
     engine: BatchEngine, batches: Sequence[Sequence[int]], budget_ms: float, token: int
 ) -> list[float]:
-    """Return the least ms of up to three runs of batches of these lengths; infinity for those that
-    ``budget_ms`` did not reach.
+    """Return the minimum ms of up to three runs of each batch of lengths; infinity beyond
+    ``budget_ms``.
 
-    One that takes long is run once: no burst of other work fills it.
+    Long batches run once: bursts of other load matter less there.
     """
     took = [math.inf] * len(batches)
     order = sorted(range(len(batches)), key=lambda k: sum(batches[k]))
@@ -125,7 +125,7 @@ def time_batches(
             log.info("measuring costs %d/%d", done, total)
             told_s = time.perf_counter()
         tokens = sum(batches[k])
-        # A single batch of a long model may take as long as everything else.
+        # One long batch may take as long as all others together.
         over = spent_ms + tokens * ms_per_token > budget_ms and math.isfinite(took[order[0]])
         if over or LONG_MS < took[k] < math.inf:
             continue
@@ -137,7 +137,8 @@ def time_batches(
 
 
 def _extend(grid: np.ndarray, lengths: list[int], batches: list[int]) -> np.ndarray:
-    """Fill what was not measured: the largest measured shape inside it, by padded tokens."""
+    """Fill unmeasured nodes in proportion to padded tokens, from the largest measured shape
+    inside."""
     full = grid.copy()
     for i, j in zip(*np.where(np.isinf(grid)), strict=True):
         inside = [
@@ -167,8 +168,9 @@ def load_or_measure(
     token: int = 100,
     packed: bool = False,
 ) -> BatchCosts:
-    """Return the costs kept at ``path`` where they fit the limits, else new ones; packed: of
-    batches without padding."""
+    """Return the costs saved at ``path`` if they cover the limits, else measure them.
+
+    packed: for batches without padding."""
     most = max(max_tokens or max_batch * max_length, max_length)
     if path is not None and path.exists():
         try:
@@ -181,7 +183,7 @@ def load_or_measure(
                 if (table.max_length, table.max_batch) == (max_length, max_batch):
                     return table
         except CostTableError:
-            pass  # unreadable: measured again and replaced below
+            pass  # unreadable: measure again and overwrite
     measure = measure_token_costs if packed else measure_costs
     found: BatchCosts = measure(
         engine, max_length=max_length, max_batch=max_batch, max_tokens=max_tokens, token=token
@@ -190,7 +192,7 @@ def load_or_measure(
 
 
 def describe_device(device: str) -> str:
-    """Return a name for the machine that the table holds for."""
+    """Return the machine's name, part of the table's file name."""
     if device.startswith("cuda"):
         import torch
 
@@ -201,6 +203,6 @@ def describe_device(device: str) -> str:
 
 
 def cost_file(folder: Path, model: str, revision: str, device: str, backend: str) -> Path:
-    """One file per model, backend and device."""
+    """Return the path of a cost table: one file per model, backend and device."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{model}-{revision}-{backend}-{device}").strip("-")
     return folder / f"costs-{name}.json"

@@ -1,6 +1,6 @@
-"""Prometheus metrics, under the names of text-embeddings-inference where it has one.
+"""Prometheus metrics, with text-embeddings-inference's names where it has the same metric.
 
-In: counts and durations as they happen. Out: the text that ``/metrics`` serves::
+In: counts and durations. Out: the text of ``/metrics``::
 
     metrics.requests.labels("/embed").inc()
     metrics.render()      # b'# HELP te_request_count ...'
@@ -27,8 +27,8 @@ RATIOS = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 2, 3, 5, 10)
 class MetricsRegistry:
     """One registry per server, so that two servers in a process do not mix."""
 
-    requests: Any  # a counter by path
-    failed: Any  # one by kind of refusal
+    requests: Any  # counter by path
+    failed: Any  # counter by kind of refusal
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -42,7 +42,7 @@ class MetricsRegistry:
         return Histogram(name, text, buckets=buckets, registry=self.registry)
 
     def watch(self, figures: Callable[[], Mapping[str, float]]) -> None:
-        """Collect gauges named ``turbotx_…`` from a function at every scrape."""
+        """Export the function's values as gauges ``turbotx_…`` at every scrape."""
         self.registry.register(Figures(figures))
 
     def render(self) -> bytes:
@@ -52,7 +52,7 @@ class MetricsRegistry:
 
 
 class Metrics(MetricsRegistry):
-    """Those of embeddings and classes."""
+    """Metrics of the embedding and classification server."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Metrics(MetricsRegistry):
         self.dropped = counter("turbotx_dropped", "rows taken off the queue: their client left")
 
     def count_batch(self, batch: Batch, took_ms: float) -> None:
-        """Record a batch's size, padding, and its time in ms over the estimate."""
+        """Record a batch's size, padding and ratio of measured to estimated time."""
         self.batch_size.observe(len(batch.requests))
         self.batch_tokens.observe(batch.padded_tokens)
         self.padding.observe(batch.padded_tokens / batch.tokens)
@@ -89,27 +89,26 @@ class Metrics(MetricsRegistry):
         self.padded_tokens.inc(batch.padded_tokens)
 
     def count_row(self, queued_ms: float, computed_ms: float) -> None:
-        """Record how long a row waited for its batch and how long that ran, in ms."""
+        """Record a row's queue time and its batch's duration, in ms."""
         self.queueing.observe(queued_ms / 1e3)
         self.inference.observe(computed_ms / 1e3)
 
     def render(self) -> bytes:
-        """Return the text of a scrape, with the very names of text-embeddings-inference's counters.
+        """Return the text of a scrape, with counters named as in text-embeddings-inference.
 
-        prometheus_client gives every counter the ending _total, and a second series with the time
-        it was created.
+        prometheus_client appends _total to counters and adds a _created series; both are removed.
         """
         text = re.sub(rb"(?m)^.*\bte_\w+_created\b.*\n", b"", super().render())
         return re.sub(rb"\b(te_request_(?:count|success|failure))_total\b", rb"\1", text)
 
 
 class Figures:
-    """Gauges named ``turbotx_…`` that a function gives at every scrape."""
+    """Collector of gauges ``turbotx_…`` from a function, for prometheus_client."""
 
     def __init__(self, figures: Callable[[], Mapping[str, float]]) -> None:
         self._figures = figures
 
     def collect(self) -> Any:
-        """Give a gauge for each figure, as prometheus_client asks for them."""
+        """Yield a gauge per value of the function."""
         for name, value in self._figures().items():
             yield GaugeMetricFamily(f"turbotx_{name}", name.replace("_", " "), value=value)

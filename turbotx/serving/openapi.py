@@ -1,4 +1,4 @@
-"""The description of the HTTP API, made from the same records that decode it.
+"""OpenAPI description of the HTTP API, generated from the records that decode requests.
 
 In: the endpoints. Out: an OpenAPI 3.1 document as plain data, served at ``/openapi.json``::
 
@@ -33,15 +33,16 @@ REFUSALS = {
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One path. ``body`` is None for GET; ``returns`` a JSON schema, or a record's name."""
+    """One path. body: the request record, None for GET. returns: a JSON schema or a record's
+    name."""
 
     path: str
     summary: str
     handler: Any
     body: Any = None
     returns: Any = None
-    kind: str | None = None  # of model: the first of that kind where a request names none
-    openai: bool = False  # refusals in OpenAI's shape
+    kind: str | None = None  # head kind; selects the model if a request names none
+    openai: bool = False  # errors in OpenAI's format
     aliases: tuple[str, ...] = ()
 
     @property
@@ -63,8 +64,7 @@ def record(name: str) -> dict[str, Any]:
 def describe_api(
     endpoints: Sequence[Endpoint], prefix: str = "", schemas: ModuleType = embedding_schemas
 ) -> dict[str, Any]:
-    """Return the whole document; ``prefix`` is what every path begins with, ``schemas`` a module
-    of records."""
+    """Return the OpenAPI document. prefix: of every path; schemas: the module of records."""
     records = [
         getattr(schemas, name)
         for name in sorted(vars(schemas))
@@ -93,7 +93,7 @@ def describe_api(
 
 
 def _describe_unions(components: dict[str, Any]) -> None:
-    """Say what lists of several kinds may hold, where the records only say that they are lists."""
+    """Describe the items of mixed lists, which the records declare only as lists."""
     fields = {"EmbeddingsRequest": "input", "EmbedRequest": "inputs", "EmbedAllRequest": "inputs",
               "CompletionRequest": "prompt"}  # fmt: skip
     for name, field in fields.items():
@@ -139,7 +139,7 @@ def _operation(endpoint: Endpoint, path: str) -> dict[str, Any]:
 
 
 def describe_in_html(document: dict[str, Any]) -> str:
-    """Return the same as one page, without scripts: each path, its fields and its refusals."""
+    """Return the document as an HTML page without scripts: paths, fields, errors."""
     parts = [f"<!doctype html><title>{document['info']['title']}</title><h1>HTTP API</h1>"]
     schemas = document["components"]["schemas"]
     for path, methods in document["paths"].items():

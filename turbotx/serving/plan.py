@@ -1,7 +1,7 @@
-"""Sorted lengths into contiguous groups, by dynamic programming.
+"""Plan: splits sorted lengths into contiguous groups of least cost, by dynamic programming.
 
-In: lengths in ascending order and a dense cost table. Out: the groups, as index pairs, that cost
-least in total. Each group may be charged its own price for server time::
+In: lengths in ascending order and a dense cost table. Out: the groups, as index pairs, with the
+least total cost; each group's cost may be weighted by a price::
 
     split([3, 4, 90], table)         # ((0, 2), (2, 3)): the long one runs alone
 """
@@ -34,18 +34,19 @@ class Groups(NamedTuple):
         return float(self.cost_ms.sum())
 
     def pairs(self) -> tuple[tuple[int, int], ...]:
-        """Begin and end of each group among the sorted lengths, half open."""
+        """Begin and end of each group in the sorted lengths, half-open."""
         return tuple(zip(self.starts.tolist(), self.ends.tolist(), strict=True))
 
 
 def split(lengths: Sequence[int] | Ints, table: Table, price: Table | None = None) -> Groups:
     """Run the paper's program: S[j] = min over b of S[j-b] + price[j-b] * cost[length_j][b].
 
-    ``lengths`` ascend; ``table`` is ``CostTable.dense()``. With no ``price`` (all ones) the groups
-    have the least total cost of any partition of the queue whose table is monotone, contiguous or
-    not (an exchange argument: giving the shorter of two groups the shorter requests never costs
-    more). O(n * max_batch). Algorithm: Fang et al., PPoPP'21, arXiv 2010.05680, section 5. Raises
-    ValueError for lengths that descend, CostTableError for those beyond the table.
+    lengths: ascending. table: ``CostTable.dense()``. price: weight of a group's cost by its start;
+    None: all ones, and then the groups have the least total cost of any partition, contiguous or
+    not, if the table is monotone (exchange argument: giving the shorter of two groups the shorter
+    requests never costs more). O(n * max_batch). Algorithm: Fang et al., PPoPP'21, arXiv
+    2010.05680, section 5. Raises ValueError for lengths that descend, CostTableError for those
+    beyond the table.
     """
     length = np.ascontiguousarray(lengths, dtype=np.int64)
     n = len(length)
@@ -80,7 +81,7 @@ def _fill(length: Ints, table: Table, price: Table) -> Ints:
 
 
 def fill_in_python(length: Ints, table: Table, price: Table) -> Ints:
-    """Do what ``native.SOURCE`` does, where there is no compiler."""
+    """Compute the same as ``native.SOURCE`` in Python, for machines without a compiler."""
     max_batch = table.shape[1] - 1
     rows = {n: table[n].tolist() for n in set(length.tolist())}
     prices = price.tolist()

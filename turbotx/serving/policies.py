@@ -1,7 +1,7 @@
 """Which requests run together, and which group runs first.
 
-In: the waiting requests, the time, a dense cost table. Out: batches in the order in which to run
-them. A policy that ``replans`` is asked again before every batch; the others run what they said::
+In: the waiting requests, the time, a dense cost table. Out: batches in execution order. A policy
+that ``replans`` is called again before every batch; the plan of others is executed as a whole::
 
     Aged().plan(waiting, now_ms=12.0, table=table)[0]      # the batch to run now
 """
@@ -24,20 +24,22 @@ Floats = NDArray[np.float64]
 
 
 class Policy(Protocol):
-    """Turns a queue into batches; has no state and no clock of its own."""
+    """Groups a queue into batches; stateless, without a clock."""
 
     @property
     def replans(self) -> bool:
-        """Whether a plan is made anew before each batch; otherwise it is worked off as a whole."""
+        """Whether to plan again before each batch, rather than execute a plan as a whole."""
 
     def plan(self, waiting: Sequence[Request], now_ms: float, table: Any) -> list[Batch]:
-        """Return batches of waiting requests, the first to run first. table: (length + 1, batch
-        + 1) ms; without padding, `token_costs.TokenPrices`."""
+        """Return batches of waiting requests in execution order.
+
+        table: float64 (length + 1, batch + 1) in ms; without padding a
+        `token_costs.TokenPrices`."""
 
 
 @dataclass(frozen=True)
 class Single:
-    """No batching: the request that came first, alone."""
+    """No batching: first come, first served."""
 
     replans: ClassVar[bool] = True
 
@@ -49,18 +51,18 @@ class Single:
 
 @dataclass(frozen=True)
 class Fifo:
-    """Padded first come, first served: as many of the oldest as a batch holds."""
+    """First come, first served, in padded batches of the largest size."""
 
     replans: ClassVar[bool] = True
 
     def plan(self, waiting: Sequence[Request], now_ms: float, table: Table) -> list[Batch]:
-        """Return the oldest requests, as many as one batch may have."""
+        """Return one batch of the oldest requests, as many as the limits allow."""
         return slice_in_order(sorted(waiting, key=_by_arrival), table)[:1]
 
 
 @dataclass(frozen=True)
 class SortAndSlice:
-    """Sort up to ``batches`` batches of the oldest by length and cut them up (as Infinity)."""
+    """Sort the oldest requests of up to ``batches`` batches by length, then slice (as Infinity)."""
 
     replans: ClassVar[bool] = False
     batches: int = 8
@@ -74,7 +76,7 @@ class SortAndSlice:
 
 @dataclass(frozen=True)
 class PaperDP:
-    """The paper's scheduler: split the whole queue at least total cost, run it shortest first."""
+    """The paper's scheduler: partition the whole queue at least total cost, shortest first."""
 
     replans: ClassVar[bool] = False
 
@@ -87,7 +89,7 @@ class PaperDP:
 
 @dataclass(frozen=True)
 class Aging:
-    """What the default policies have in common: how urgent a request is."""
+    """Base of the default policies: the urgency of a request."""
 
     replans: ClassVar[bool] = True
     max_age_ms: float = math.inf
@@ -99,11 +101,12 @@ class Aging:
     def urgency(
         self, waiting: Sequence[Request], arrival: Floats, now_ms: float, drain_ms: float
     ) -> Floats:
-        """Return each request's urgency, relative to the greatest. drain_ms: of the whole queue.
-        float64, (requests); times in ms."""
+        """Return each request's urgency relative to the greatest, float64 (requests,).
+
+        arrival: (requests,) in ms. drain_ms: estimated ms of the whole queue."""
         slack = np.array([r.deadline_ms for r in waiting]) - now_ms
         age = np.maximum(np.maximum(now_ms - arrival, drain_ms - slack), 0.0)
-        # In logarithms, and relative to the largest: ages of many drains would overflow.
+        # Logarithms relative to the largest: powers of large ages would overflow.
         weight = np.array([r.weight for r in waiting])
         grade = self.patience * (1 + weight.sum() / self.crowd) * np.log1p(age / drain_ms)
         grade += math.log(self.class_factor) * np.array([r.priority for r in waiting])
@@ -114,33 +117,29 @@ class Aging:
 
 @dataclass(frozen=True)
 class Aged(Aging):
-    """The default: priced dynamic program, then the most urgent group per millisecond.
+    """The default: dynamic program with prices, then the group with most urgency per millisecond.
 
-    1. *Price.* A millisecond of the server delays everyone who still waits for it: the n - i
-       requests of this group and the later ones. Split so that the sum of price times cost is
-       least: for a short queue that is the least mean latency over partitions run shortest first.
-       Those who will arrive meanwhile are delayed too; a longer queue means more of them, so the
-       price has a second part, n * n / ``burst``, and for long queues the split tends to the
-       paper's, of least total time.
-    2. *Urgency.* A request's is (1 + age / drain) ** p, where drain is the time that the whole
-       queue takes: fresh queues run the group with most requests per millisecond first (Smith's
-       rule), and one that has waited as long as the queue takes weighs 2**p. The exponent is
-       ``patience`` * (1 + n / ``crowd``): the longer the queue, the more the oldest decide, since
-       there the tail suffers first.
-       A deadline nearer than drain counts as that much age; each step of priority multiplies by
-       ``class_factor``; of a client's many that came together each has its part of one request's.
-       The group with most urgency per millisecond runs.
+    1. *Price.* A millisecond of the engine delays the n - i requests of this group and the later
+       ones. The partition minimizes the sum of price times cost: for a short queue, the mean
+       latency when run shortest first. Requests that arrive meanwhile are delayed too, more of them
+       for a longer queue: a second term, n * n / ``burst``, makes the partition of long queues tend
+       to the paper's, of least total time.
+    2. *Urgency.* A request's is (1 + age / drain) ** p, where drain is the estimated time of the
+       whole queue: new requests run in the order of most requests per millisecond (Smith's rule);
+       one with age = drain has weight 2**p. The exponent p = ``patience`` * (1 + n / ``crowd``)
+       grows with the queue, to bound tail latency. A deadline nearer than drain counts as that much
+       age; each step of priority multiplies by ``class_factor``; the rows of one large request
+       share the weight of one. The group with most urgency per millisecond runs.
     3. *Age bound.* Once a request has waited a third of ``max_age_ms``, the group of the oldest
-       request runs, whatever the rest. ``Scheduler`` admits no more than a third of the bound in
-       work, so waits stay under it with a third to spare for uneven batches.
-    4. *Overload.* While all that waits is more work than a twelfth of the bound, classes are
-       strict: the highest is planned as if it were alone, and a batch takes the oldest others that
-       are no longer than it is, as long as it does not cost twice as much.
+       request runs. ``Scheduler`` admits at most a third of the bound in work, which leaves a third
+       for errors of the estimate.
+    4. *Overload.* While more than a twelfth of the bound in work waits, priorities are strict: the
+       highest is planned alone, then its batch is filled with the oldest other requests that are no
+       longer, up to twice its cost.
     """
 
     def plan(self, waiting: Sequence[Request], now_ms: float, table: Table) -> list[Batch]:
-        """Return the batches of least total waiting time, those first that a request's age or
-        priority demands."""
+        """Return batches in execution order; see the class."""
         length = np.array([r.length for r in waiting])
         arrival = np.array([r.arrival_ms for r in waiting])
         by_length = np.lexsort((arrival, length))
@@ -171,8 +170,8 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def fill_up(batch: Batch, others: Sequence[Request], table: Table) -> Batch:
-    """Return the batch and the oldest of the others that fit its length, at twice its cost at
-    most."""
+    """Return the batch with the oldest other requests added that fit its length, up to twice its
+    cost."""
     row = table[batch.length]
     room = int(np.searchsorted(row[1:], 2 * batch.cost_ms, side="right")) - len(batch.requests)
     fitting = [r for r in others if r.length <= batch.length]
@@ -182,7 +181,7 @@ def fill_up(batch: Batch, others: Sequence[Request], table: Table) -> Batch:
 
 
 def slice_in_order(ordered: Sequence[Request], table: Table) -> list[Batch]:
-    """Cut a given order into batches, each as long as the table allows (size, padded tokens)."""
+    """Slice a given order into the largest batches that the table allows (size, padded tokens)."""
     most = table.shape[1] - 1
     batches: list[Batch] = []
     members: list[Request] = []

@@ -1,7 +1,7 @@
-"""Scale-out on Ray Serve: one front that speaks HTTP, replicas that compute.
+"""Scale-out on Ray Serve: an HTTP front end and replicas that compute.
 
-In: a model and settings. Out: a Ray Serve application. Each replica has turbotx's scheduler inside,
-the router sends like lengths to the same replica, a request whose replica dies goes to another::
+In: a model and settings. Out: a Ray Serve application. Each replica runs turbotx's scheduler; the
+router sends similar lengths to the same replica; if a replica dies, its requests are retried::
 
     ray.serve.run(build_app("minilm", replicas=2, backend="eager"), route_prefix="/")
 """
@@ -35,8 +35,8 @@ from turbotx.serving.settings import Settings
 from turbotx.serving.tokens import TokenRow
 
 REFUSALS = {kind.__name__: kind for kind in (Busy, Late, NotReady, BackendFailed)}
-EXPORT_S = 10.0  # between two looks at a replica's metrics
-ATTEMPTS = 3  # a row whose replica dies is computed again: it has no side effects
+EXPORT_S = 10.0  # interval of exporting a replica's metrics
+ATTEMPTS = 3  # retries after a replica's death are safe: no side effects
 
 
 def build_app(
@@ -49,11 +49,10 @@ def build_app(
     num_cpus: float = 1.0,
     num_gpus: float = 0.0,
 ) -> Any:
-    """Return the application to give to ``ray.serve.run``; the options are those of
-    ``server.serve``."""
+    """Return the application for ``ray.serve.run``; options as of ``server.serve``."""
     settings = settings or Settings()
     options = {"model": model, "backend": backend, "device": device}
-    deployment: Any = serve.deployment  # its overloads and pydantic's defeat the type checker
+    deployment: Any = serve.deployment  # its overloads confuse the type checker
     router_config: Any = RequestRouterConfig
     compute = deployment(
         Replica,
@@ -74,14 +73,13 @@ class LengthAwareRouter(FIFOMixin, RequestRouter):
     is its length in tokens."""
 
     def initialize_state(self, **kwargs: Any) -> None:
-        """Begin with no knowledge of lengths; kwargs: of `LengthRouting`."""
+        """Create the routing state; kwargs: of `LengthRouting`."""
         self._routing = LengthRouting(**kwargs)
 
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: Any = None
     ) -> list[list[Any]]:
-        """Return the replicas in the order in which a request of its length tries them, one a
-        rank."""
+        """Return the replicas in order of preference for the request's length, one per rank."""
         if not candidate_replicas:
             return []
         ordered = sorted(candidate_replicas, key=lambda r: r.replica_id.unique_id)
@@ -93,23 +91,23 @@ class LengthAwareRouter(FIFOMixin, RequestRouter):
         return [[by_name[name]] for name in names]
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
-        """Count a request's tokens as outstanding at its replica."""
+        """Add a request's tokens to its replica's outstanding ones."""
         if len(pending_request.args) >= 2:
             key = pending_request.metadata.internal_request_id
             self._routing.sent(replica_id.unique_id, key, int(pending_request.args[1]))
 
     def on_request_completed(self, replica_id: Any, internal_request_id: str) -> None:
-        """Count a request's tokens as done."""
+        """Subtract a request's tokens from its replica's outstanding ones."""
         self._routing.done(internal_request_id)
 
     def on_replica_actor_died(self, replica_id: Any) -> None:
-        """Forget what was outstanding at a replica."""
+        """Remove a dead replica's state."""
         self._routing.forget(replica_id.unique_id)
         super().on_replica_actor_died(replica_id)
 
 
 class Replica:
-    """One engine behind one scheduler, without HTTP."""
+    """Ray actor: one engine with its scheduler, without HTTP."""
 
     def __init__(self, options: Mapping[str, Any], settings: Settings) -> None:
         self._service = Service(load_model(**options), settings)
@@ -117,7 +115,7 @@ class Replica:
         self._exporting: asyncio.Task[None] | None = None
 
     async def prepare(self) -> str:
-        """Measure the costs. Returns why the model cannot run, empty where it can."""
+        """Measure the costs. Returns the reason if the model cannot run, else an empty string."""
         if self._starting is None:
             self._starting = asyncio.ensure_future(self._service.start())
             self._exporting = asyncio.ensure_future(self._export())
@@ -130,9 +128,9 @@ class Replica:
     async def compute(
         self, rows: Sequence[TokenRow], tokens: int, due_in_ms: float, priority: int
     ) -> tuple[str, Any, Any]:
-        """("ok", vectors, None), or a refusal's class, message and time to return.
+        """Return ("ok", vectors, None), or the name, message and retry_after_s of a refusal.
 
-        ``tokens`` is for the router. The deadline is relative: machines have their own clocks.
+        tokens: read by the router. due_in_ms: relative, since machines' clocks differ.
         """
         why = await self.prepare()
         if why:
@@ -150,15 +148,15 @@ class Replica:
             await asyncio.sleep(EXPORT_S)
 
     def process_id(self) -> int:
-        """Return the id of the process that computes."""
+        """Return the replica's process id."""
         return os.getpid()
 
 
 def export_samples(registry: Any, gauges: dict[str, Any], make: Callable[..., Any]) -> None:
-    """Set one of Ray's gauges for each series of a registry; Ray adds the replica's name.
+    """Copy every series of a Prometheus registry to a Ray gauge; Ray adds the replica's name.
 
-    gauges: those made before, by name; new ones are added. Ray serves them with its own metrics,
-    at each node, as ``ray_te_queue_size`` and so on.
+    gauges: by name, reused between calls; missing ones are created by `make`. Ray exports them with
+    its own metrics on each node, such as ``ray_te_queue_size``.
     """
     for family in registry.collect():
         for sample in family.samples:
@@ -172,7 +170,7 @@ def export_samples(registry: Any, gauges: dict[str, Any], make: Callable[..., An
 
 
 class RemoteEngine:
-    """Describes the engine that is elsewhere."""
+    """Placeholder engine of the front end: has a head, does not compute."""
 
     packs = None
 
@@ -181,31 +179,31 @@ class RemoteEngine:
 
     def run(self, rows: Sequence[TokenRow]) -> Vectors:
         """Raise NotReady: the replicas compute."""
-        raise NotReady("this process does not compute: its replicas do")
+        raise NotReady("this process does not compute: send requests to the replicas")
 
     def figures(self) -> Mapping[str, float]:
-        """Return nothing: the replicas have figures of their own."""
+        """Return no gauges: the replicas export their own."""
         return {}
 
 
 class RemoteQueue:
-    """Stands where a local dispatcher would: the queues are in the replicas."""
+    """Placeholder dispatcher of the front end: the queues are in the replicas."""
 
     def full(self, priority: int) -> bool:
-        """Return False: the replicas refuse by themselves."""
+        """Return False: admission is decided in the replicas."""
         return False
 
     def now_ms(self) -> float:
-        """Return the time in ms on the clock that deadlines are stated on."""
+        """Return the current time in ms, on the clock of deadlines."""
         return time.perf_counter() * 1e3
 
     def refuse_busy(self) -> Busy:
-        """Return the error for a request that no replica takes."""
+        """Return the error for a request that no replica accepts."""
         return Busy("the replicas are full", retry_after_s=1.0)
 
 
 class FrontService(Service):
-    """Tokenises here, computes there."""
+    """Service of the front end: tokenizes locally, computes on replicas."""
 
     def __init__(self, model: LoadedModel, settings: Settings, handle: Any) -> None:
         super().__init__(model, settings)
@@ -214,13 +212,14 @@ class FrontService(Service):
 
     @property
     def dispatcher(self) -> Any:
-        """Raises NotReady before a replica is ready, with its reason where it never will be."""
+        """The placeholder queue. Raises NotReady before a replica is ready, with the reason if the
+        model failed."""
         if self.state != "ready":
             raise NotReady(str(self.failure or "the replicas are loading"), retry_after_s=1.0)
         return self._queue
 
     async def start(self) -> None:
-        """Ready when a replica is."""
+        """Wait until a replica is ready."""
         while self.state == "loading":
             try:
                 why = await self._handle.prepare.remote()
@@ -231,8 +230,8 @@ class FrontService(Service):
             self.state = "failed" if why else "ready"
 
     async def compute(self, rows: Sequence[TokenRow], scope: Scope) -> list[NDArray[np.float32]]:
-        """Return a vector for each row from a replica; tries again where a replica dies. Raises
-        NotReady, or what the replica refused with. float32, one array a row."""
+        """Return a float32 vector per row, computed by a replica; retries if a replica dies. Raises
+        NotReady, or the refusal of the replica."""
         tokens = max(len(row) for row in rows)
         due_in_ms = scope.deadline_ms - self._queue.now_ms()
         for attempt in range(ATTEMPTS):
@@ -244,7 +243,9 @@ class FrontService(Service):
                 raise self._queue.refuse_busy() from error
             except RayActorError as error:
                 if attempt == ATTEMPTS - 1:
-                    raise NotReady("the replicas keep dying", retry_after_s=1.0) from error
+                    raise NotReady(
+                        f"{ATTEMPTS} replicas died while computing this request", retry_after_s=1.0
+                    ) from error
                 continue
             if kind == "ok":
                 return list(found)
@@ -253,7 +254,7 @@ class FrontService(Service):
 
 
 class Front:
-    """The HTTP application of ``turbotx serve`` in front of the replicas."""
+    """Ray deployment with the HTTP application of ``turbotx serve``."""
 
     def __init__(self, options: Mapping[str, Any], settings: Settings, handle: Any) -> None:
         tokenizer, info = describe_model(**options)
@@ -263,8 +264,8 @@ class Front:
         self._starting: asyncio.Task[None] | None = None
 
     async def __call__(self, request: Request) -> Response:
-        """Run the application on a request that Ray has already read."""
-        if self._starting is None:  # the first one, as a probe of /ready
+        """Run the ASGI application on a request already received by Ray."""
+        if self._starting is None:  # start with the first request, such as a probe of /ready
             self._starting = asyncio.ensure_future(self._service.start())
         pending = [{"type": "http.request", "body": await request.body(), "more_body": False}]
         sent: list[Any] = []
@@ -272,7 +273,7 @@ class Front:
         async def receive() -> Any:
             if pending:
                 return pending.pop()
-            await asyncio.Event().wait()  # Ray cancels this call when its client leaves
+            await asyncio.Event().wait()  # Ray cancels this call when the client disconnects
             raise AssertionError("unreachable")
 
         async def send(message: Any) -> None:

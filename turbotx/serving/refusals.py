@@ -1,7 +1,7 @@
-"""Why a request was not answered: one class per reason, with its HTTP status.
+"""Refusals: exceptions for requests that are not answered, one class per HTTP status and reason.
 
-In: a message for the client. Out: an exception that the routes turn into a response body in the
-shape of the API that was called::
+In: a message for the client. Out: an exception that the routes convert to an error response in the
+called API's format::
 
     raise TooLarge("the text has 812 tokens, the model takes 512: shorten it or set truncate")
 """
@@ -23,25 +23,25 @@ class Refusal(TurbotxError):
 
 
 class BadInput(Refusal):
-    """The body parses, or nearly does, but does not say what was asked for."""
+    """The body or a header is invalid."""
 
     status, kind = 422, "validation"
 
 
 class TooLarge(Refusal):
-    """Body, batch or sequence over its limit."""
+    """The body, batch or sequence exceeds a limit."""
 
     status, kind = 413, "too_large"
 
 
 class Missing(Refusal):
-    """There is nothing of that name."""
+    """No model or path of that name."""
 
     status, kind = 404, "not_found"
 
 
 class Unsupported(Refusal):
-    """The body's encoding is not one that is read here."""
+    """The body's Content-Encoding is not supported."""
 
     status, kind = 415, "validation"
 
@@ -53,7 +53,7 @@ class Unauthorized(Refusal):
 
 
 class Busy(Refusal):
-    """The queue is full; ``retry_after_s`` says when it may not be."""
+    """The queue is full; ``retry_after_s``: when to retry."""
 
     status, kind = 429, "overloaded"
 
@@ -65,18 +65,18 @@ class BackendFailed(Refusal):
 
 
 class NotReady(Refusal):
-    """Starting, or shutting down."""
+    """The server is starting or shutting down."""
 
     status, kind = 503, "unavailable"
 
 
 class Late(Refusal):
-    """Its deadline passed before its turn came: it was not computed."""
+    """The request's deadline passed while it waited; it was not computed."""
 
     status, kind = 504, "timeout"
 
 
 class TimedOut(Refusal):
-    """Accepted, but not answered within the time-out."""
+    """Accepted, but not answered within the server's time-out."""
 
     status, kind = 503, "timeout"

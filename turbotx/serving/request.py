@@ -1,7 +1,7 @@
-"""What is scheduled: requests in, batches out.
+"""Request and batch, the scheduler's input and output.
 
-A ``Request`` is one sequence; a ``Batch`` is what the runtime executes at once, padded to its
-longest member, or without padding::
+A ``Request`` is one sequence; a ``Batch`` is executed by one call, padded to its longest member or
+without padding::
 
     Batch.of([Request("a", 5, 0.0), Request("b", 9, 1.0)], cost_ms=4.4).padded_tokens     # 18
 """
@@ -15,26 +15,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence that waits to be computed. All times are on the caller's clock."""
+    """One waiting sequence. Times are in ms on the caller's clock."""
 
-    key: Hashable  # the caller's name for it, unique among the waiting
+    key: Hashable  # chosen by the caller, unique among waiting requests
     length: int  # tokens, >= 1
     arrival_ms: float
-    deadline_ms: float = math.inf  # when its answer is due
-    priority: int = 0  # each step up is worth a factor of urgency, see policies.Aged
-    model: str = ""  # whose batches it may be in, where there are several: see lanes
-    weight: float = 1.0  # of its urgency: of a client's many, admitted together, each has its part
-    patient: bool = False  # of a client's many, admitted together: it may wait for any time
+    deadline_ms: float = math.inf  # absolute time
+    priority: int = 0  # each step multiplies the urgency, see policies.Aged
+    model: str = ""  # the model's name on a server of several, see lanes
+    weight: float = 1.0  # factor of its urgency; rows of one large request share 1
+    patient: bool = False  # part of an admitted large request: no further admission, no age limit
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Requests to run together."""
+    """Requests that run in one call."""
 
     requests: tuple[Request, ...]
-    length: int  # of the longest request: every row is padded to it, unless it is packed
-    cost_ms: float  # what the costs predict
-    packed: bool = False  # without padding
+    length: int  # tokens of the longest request; rows are padded to it unless packed
+    cost_ms: float  # estimated
+    packed: bool = False  # runs without padding
 
     @classmethod
     def of(cls, requests: Sequence[Request], cost_ms: float, packed: bool = False) -> Batch:
@@ -48,7 +48,7 @@ class Batch:
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens that the batch computes, padding included."""
+        """Tokens that the batch computes, including padding."""
         return self.tokens if self.packed else self.length * len(self.requests)
 
     @property

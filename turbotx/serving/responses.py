@@ -1,7 +1,7 @@
-"""Responses: records and refusals as HTTP, for every application here.
+"""Responses: converts records and refusals to HTTP, for all applications.
 
-In: plain data, a refusal, work that a client waits for. Out: a response; a client that
-leaves stops its work::
+In: plain data, a refusal, or work that a client waits for. Out: a response. The work is cancelled
+when its client disconnects::
 
     return json_response(await while_connected(request, work, timeout_ms=30_000))
 """
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 async def while_connected(request: Request, work: Any, timeout_ms: float | None) -> Any:
-    """Await the work, unless its client leaves or its time is up: then it is cancelled.
+    """Await the work; cancel it if the client disconnects or the time-out passes.
 
     Raises ClientDisconnect, TimedOut.
     """
@@ -51,7 +51,7 @@ async def while_connected(request: Request, work: Any, timeout_ms: float | None)
 
 
 async def answer_or_refuse(work: Awaitable[Response], failed: Any, openai: bool) -> Response:
-    """Await an answer; where there is none, count why in `failed`, by kind, and return that."""
+    """Await a response; on a refusal count its kind in `failed` and return it as a response."""
     try:
         return await work
     except Refusal as refusal:
@@ -59,7 +59,7 @@ async def answer_or_refuse(work: Awaitable[Response], failed: Any, openai: bool)
         return refusal_response(refusal, openai)
     except ClientDisconnect:
         failed.labels("disconnected").inc()
-        return Response(status_code=499)  # the client has left
+        return Response(status_code=499)  # the client disconnected
     except Exception:
         failed.labels("internal").inc()
         log.exception("a request failed")
@@ -67,9 +67,9 @@ async def answer_or_refuse(work: Awaitable[Response], failed: Any, openai: bool)
 
 
 async def refuse_http(request: Request, error: Exception) -> Response:
-    """Return Starlette's own refusals, as of an unknown path, in the shape of ours."""
+    """Return Starlette's own errors, such as an unknown path, in the refusals' format."""
     assert isinstance(error, HTTPException)
-    # Not by request.url, which is put together with the Host that a client made up.
+    # Not request.url: it contains the client's Host header.
     body = schemas.ErrorResponse(f"{request.scope['path']}: {error.detail}", "validation")
     response = json_response(body, error.status_code)
     response.headers.update(error.headers or {})
@@ -77,7 +77,7 @@ async def refuse_http(request: Request, error: Exception) -> Response:
 
 
 def refusal_response(refusal: Refusal, openai: bool) -> Response:
-    """Return a refusal as its status and body, in OpenAI's shape or text-embeddings-inference's."""
+    """Return a refusal's status and body, in OpenAI's or text-embeddings-inference's format."""
     body: Any = schemas.ErrorResponse(str(refusal), refusal.kind)
     if openai:
         body = schemas.OpenAIErrorResponse(schemas.OpenAIError(str(refusal), refusal.kind))

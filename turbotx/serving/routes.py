@@ -1,7 +1,7 @@
-"""Routes: the handlers of the decoded bodies.
+"""Routes: the handlers of decoded bodies, independent of HTTP and JSON.
 
-In: the service, a body record, the request's scope. Out: the response as a record or plain data.
-Neither HTTP nor JSON in here; refusals are exceptions::
+In: the service, a body record, the request's scope. Out: the response as a record or plain data;
+refusals are exceptions::
 
     await embed(service, EmbedRequest(inputs="hello"), Scope())     # [[0.03, ...]]
 """
@@ -51,14 +51,14 @@ from turbotx.serving.settings import Settings
 from turbotx.serving.tokens import TokenRow
 
 Vector = NDArray[np.float32]
-MANY_NUMBERS = 16_384  # written in a few ms
-MOST_NUMBERS = 1 << 21  # in one answer of /embed_all: some 40 MB
+MANY_NUMBERS = 16_384  # serialized in a few ms
+MOST_NUMBERS = 1 << 21  # in one response of /embed_all: about 40 MB
 PATHS = {"embedding": "/embed", "classifier": "/predict or /rerank", "tokens": "/embed_all",
          "sparse": "/embed_sparse"}  # fmt: skip
 
 
 async def embeddings(service: Service, body: EmbeddingsRequest, scope: Scope) -> EmbeddingsResponse:
-    """OpenAI's embeddings: too long a text is refused, vectors are as the model's files say."""
+    """Answer /v1/embeddings: texts that are too long are refused; normalization is the model's."""
     head = require_head(service, "embedding", scope)
     rows = await read_inputs(service, body.input, scope, Reading())
     vectors = await service.compute(rows, scope)
@@ -76,7 +76,7 @@ async def embeddings(service: Service, body: EmbeddingsRequest, scope: Scope) ->
 
 
 async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[Any]:
-    """Answer /embed: a vector for each input, normalized where the request or the model says so."""
+    """Answer /embed: a vector per input, normalized if the request or the model asks for it."""
     head = require_head(service, "embedding", scope)
     rows = await read_inputs(service, body.inputs, scope, reading_of(body), body.prompt_name)
     normalize = head.normalize if body.normalize is None else body.normalize
@@ -85,19 +85,19 @@ async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[Any]
 
 
 async def embed_all(service: Service, body: EmbedAllRequest, scope: Scope) -> list[Any]:
-    """Answer /embed_all: a vector for each token of each input, the special ones included. Raises
-    TooLarge for too many numbers."""
+    """Answer /embed_all: a vector per token of each input, including special tokens. Raises
+    TooLarge if the response would have more than MOST_NUMBERS numbers."""
     require_head(service, "tokens", scope)
     rows = await read_inputs(service, body.inputs, scope, reading_of(body), body.prompt_name)
     numbers = sum(map(len, rows)) * service.model_of(scope).info.width
     if numbers > MOST_NUMBERS:
-        raise TooLarge(f"the answer would have {numbers} numbers, at most {MOST_NUMBERS}: "
+        raise TooLarge(f"the response would have {numbers} numbers, at most {MOST_NUMBERS}: "
                        "send several requests")  # fmt: skip
     return await write_rows(service, await service.compute(rows, scope))
 
 
 async def embed_sparse(service: Service, body: EmbedAllRequest, scope: Scope) -> list[Any]:
-    """Answer /embed_sparse: the words of the vocabulary that have a weight, in their order."""
+    """Answer /embed_sparse: index and value of the non-zero weights, by index."""
     require_head(service, "sparse", scope)
     rows = await read_inputs(service, body.inputs, scope, reading_of(body), body.prompt_name)
     found = await service.compute(rows, scope)
@@ -111,11 +111,11 @@ async def embed_sparse(service: Service, body: EmbedAllRequest, scope: Scope) ->
 
 
 async def similarity(service: Service, body: SimilarityRequest, scope: Scope) -> list[float]:
-    """Return the cosine of the angle between the source's vector and each of the others'. Raises
-    BadInput without sentences."""
+    """Answer /similarity: cosine similarity of the source with each sentence. Raises BadInput for
+    an empty list."""
     require_head(service, "embedding", scope)
     if not body.inputs.sentences:
-        raise BadInput("sentences is empty: nothing to compare with")
+        raise BadInput("sentences is empty: give at least one to compare with")
     texts = [body.inputs.source_sentence, *body.inputs.sentences]
     options = body.parameters or SimilarityParameters()
     rows = await read_inputs(service, texts, scope, reading_of(options), options.prompt_name)
@@ -127,7 +127,7 @@ async def similarity(service: Service, body: SimilarityRequest, scope: Scope) ->
 async def predict(
     service: Service, body: PredictRequest, scope: Scope
 ) -> list[Prediction] | list[list[Prediction]]:
-    """Answer /predict: every label's score for each text or pair, the highest first."""
+    """Answer /predict: each label's score per text or pair, highest first."""
     head = require_head(service, "classifier", scope)
     texts, single = read_pairs(body.inputs)
     service.check_batch(len(texts))
@@ -140,7 +140,7 @@ async def predict(
 
 
 async def rerank(service: Service, body: RerankRequest, scope: Scope) -> list[Rank]:
-    """Answer /rerank: the texts' scores against the query, the highest first."""
+    """Answer /rerank: the texts' scores against the query, highest first."""
     logits = await _score(service, body.query, body.texts, scope, reading_of(body))
     scores = logits if body.raw_scores else [_sigmoid(x) for x in logits]
     ranks = [
@@ -153,7 +153,7 @@ async def rerank(service: Service, body: RerankRequest, scope: Scope) -> list[Ra
 async def rerank_documents(
     service: Service, body: RerankDocumentsRequest, scope: Scope
 ) -> RerankResponse:
-    """Cohere's and Jina's shape: too long a document is cut, as theirs are."""
+    """Answer /v1/rerank, Cohere's and Jina's format: documents that are too long are truncated."""
     texts = [d if isinstance(d, str) else d.text for d in body.documents]
     logits = await _score(service, body.query, texts, scope, Reading(truncate=True))
     ranks = [
@@ -169,19 +169,19 @@ async def rerank_documents(
 async def _score(
     service: Service, query: str, texts: Sequence[str], scope: Scope, reading: Reading
 ) -> list[float]:
-    """Return the one logit of the query with each text."""
+    """Return the logit of the query paired with each text; BadInput if the model has several."""
     head = require_head(service, "classifier", scope)
     if len(head.labels) != 1:
         raise BadInput(f"this model has {len(head.labels)} classes, reranking needs one score")
     if not texts:
-        raise BadInput("there are no texts: nothing to rank")
+        raise BadInput("texts is empty: give at least one to rank")
     service.check_batch(len(texts))
     rows = await service.encode([(query, text) for text in texts], scope, reading)
     return [float(v[0]) for v in await service.compute(rows, scope)]
 
 
 async def decode(service: Service, body: DecodeRequest, scope: Scope) -> list[str]:
-    """Return the texts of one list of ids, or of many. Raises BadInput for a mixture."""
+    """Answer /decode: the text of one list of ids, or of several. Raises BadInput for a mixture."""
     kinds = {type(item) for item in body.ids}
     if kinds == {int}:
         rows: list[Any] = [body.ids]
@@ -194,7 +194,7 @@ async def decode(service: Service, body: DecodeRequest, scope: Scope) -> list[st
 
 
 async def tokenize(service: Service, body: TokenizeRequest, scope: Scope) -> list[list[Token]]:
-    """Answer /tokenize: the tokens of each input with their places in the text."""
+    """Answer /tokenize: the tokens of each input with their character offsets."""
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     service.check_batch(len(texts))
     prompt = prompt_of(service, body.prompt_name, scope) if body.prompt_name else ""
@@ -203,7 +203,7 @@ async def tokenize(service: Service, body: TokenizeRequest, scope: Scope) -> lis
 
 
 def describe_service(service: Service) -> dict[str, Any]:
-    """Return what ``/info`` answers, in text-embeddings-inference's fields and some of our own."""
+    """Return the response of ``/info``: text-embeddings-inference's fields and further ones."""
     found = describe_model(service.model, service.settings)
     if len(service.models) > 1:
         others = service.models.values()
@@ -244,8 +244,7 @@ def describe_model(model: LoadedModel, settings: Settings) -> dict[str, Any]:
 
 
 def require_head(service: Service, kind: str, scope: Scope) -> Head:
-    """Return the model's head; raise BadInput where it is of another kind than the endpoint
-    needs."""
+    """Return the model's head; raise BadInput if its kind is not the endpoint's."""
     info = service.model_of(scope).info
     if info.head.kind != kind:
         raise BadInput(f"{info.name} is a {info.head.kind} model: use {PATHS[info.head.kind]}")
@@ -253,13 +252,12 @@ def require_head(service: Service, kind: str, scope: Scope) -> Head:
 
 
 def reading_of(body: Any) -> Reading:
-    """Return how a request wants long inputs to be cut."""
+    """Return the request's truncation settings."""
     return Reading(body.truncate, (body.truncation_direction or "right").lower() == "left")
 
 
 def prompt_of(service: Service, name: str | None, scope: Scope) -> str:
-    """Return the text that goes before an input. Raises BadInput for a name that the model
-    lacks."""
+    """Return the prompt to prepend to inputs. Raises BadInput for an unknown name."""
     prompts = service.model_of(scope).info.prompts
     if name is None:
         return prompts.default
@@ -279,9 +277,9 @@ async def read_inputs(
     reading: Reading,
     prompt_name: str | None = None,
 ) -> list[TokenRow]:
-    """One text, many texts, one list of ids or many. Raises BadInput for a mixture or nothing.
+    """Return token rows of a text, texts, a list of ids or lists of ids.
 
-    A prompt goes before texts; who sends ids has put it there already.
+    The prompt is prepended to texts, not to ids. Raises BadInput for an empty or a mixed list.
     """
     prompt = prompt_of(service, prompt_name, scope)
     if isinstance(inputs, str):
@@ -307,8 +305,8 @@ async def read_inputs(
 
 
 def read_pairs(inputs: str | list[Any]) -> tuple[list[str | tuple[str, str]], bool]:
-    """Return the texts and pairs of ``/predict``, and whether it was a single one. Raises BadInput
-    for another shape."""
+    """Return the texts and pairs of ``/predict``, and whether the input was a single one. Raises
+    BadInput for anything else."""
     if isinstance(inputs, str):
         return [inputs], True
     if inputs and all(isinstance(item, str) for item in inputs):
@@ -327,7 +325,8 @@ def _pair_of(texts: Sequence[str]) -> str | tuple[str, str]:
 
 
 def finish(vectors: Sequence[Vector], normalize: bool, dimensions: int | None) -> Vector:
-    """Cut to ``dimensions``, then normalise. Raises BadInput when the model has fewer."""
+    """Stack vectors, truncate to ``dimensions``, then normalize. Raises BadInput if the model has
+    fewer dimensions."""
     stacked = np.stack(vectors)
     if dimensions is not None:
         if dimensions > stacked.shape[1]:
@@ -337,7 +336,7 @@ def finish(vectors: Sequence[Vector], normalize: bool, dimensions: int | None) -
 
 
 async def write_rows(service: Service, rows: Vector | Sequence[Vector]) -> list[Any]:
-    """Return the rows as lists; many numbers as JSON, written row by row off the event loop."""
+    """Return the rows as lists; large results as JSON, serialized on a thread."""
     if sum(row.size for row in rows) <= MANY_NUMBERS:
         return [row.tolist() for row in rows]
 
@@ -348,7 +347,9 @@ async def write_rows(service: Service, rows: Vector | Sequence[Vector]) -> list[
 
 
 def rank_labels(logits: Vector, head: Head, function: str | None) -> list[Prediction]:
-    """Scores, best first: none, sigmoid or softmax of the logits, or what the model is for."""
+    """Return the labels' scores, highest first.
+
+    function: "none", "sigmoid" or "softmax" of the logits; None: the model's own."""
     if function is None:
         function = "sigmoid" if head.sigmoid or len(logits) == 1 else "softmax"
     if function == "none":

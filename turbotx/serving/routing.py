@@ -1,7 +1,7 @@
-"""Which of several replicas gets a request, by its length.
+"""Routing: which replica gets a request, by its length.
 
-In: a length in tokens. Out: the replicas, best first: like lengths go to one replica, where the
-scheduler pads them little, until that replica has clearly more to do than another::
+In: a length in tokens. Out: the replicas in order of preference. Similar lengths go to one replica,
+which reduces padding, unless that replica has clearly more outstanding work::
 
     homes = LengthRouting(); homes.rank(["a", "b"], length=7)      # ["a", "b"]
 """
@@ -17,10 +17,10 @@ Replica = TypeVar("Replica", bound=Hashable)
 
 
 class LengthRouting:
-    """Each replica is home to an equal share of the recent lengths, in order.
+    """Each replica is the home of an equal share of the recent lengths, in ascending order.
 
     A request goes to the replica with the least outstanding tokens, where each step away from its
-    home counts as ``stickiness`` requests of average length. Bookkeeping only: no clock.
+    home counts as ``stickiness`` requests of average length. It has no clock.
     """
 
     def __init__(self, stickiness: float = 4.0, window: int = 512) -> None:
@@ -31,7 +31,7 @@ class LengthRouting:
         self._sent: dict[Hashable, tuple[Hashable, int]] = {}
 
     def rank(self, replicas: Sequence[Replica], length: int) -> list[Replica]:
-        """Return the replicas, most suitable first. Does not yet count the request."""
+        """Return the replicas in order of preference, without recording the request."""
         self._learn(length)
         first = bisect.bisect_left(self.sorted_lengths, length)
         last = bisect.bisect_right(self.sorted_lengths, length)
@@ -45,22 +45,22 @@ class LengthRouting:
         return [replicas[place] for place in sorted(range(len(replicas)), key=work)]
 
     def sent(self, replica: Hashable, request: Hashable, length: int) -> None:
-        """Count a request's tokens as outstanding at a replica, and its length as seen."""
+        """Record a request sent to a replica."""
         self._sent[request] = (replica, length)
         self._outstanding[replica] = self.outstanding(replica) + length
 
     def done(self, request: Hashable) -> None:
-        """Forget a request that was answered, or failed; unknown ones are ignored."""
+        """Record that a request was answered or failed; unknown requests are ignored."""
         replica, length = self._sent.pop(request, (None, 0))
         if replica in self._outstanding:
             self._outstanding[replica] -= length
 
     def outstanding(self, replica: Hashable) -> int:
-        """Tokens sent to it and not yet answered."""
+        """Return the tokens sent to a replica and not yet answered."""
         return self._outstanding.get(replica, 0)
 
     def forget(self, replica: Hashable) -> None:
-        """Forget a replica that is gone, and what was sent to it."""
+        """Remove a dead replica and its outstanding requests."""
         self._outstanding.pop(replica, None)
         self._sent = {k: v for k, v in self._sent.items() if v[0] != replica}
 

@@ -1,10 +1,10 @@
 """Scheduler: the queue between request handlers and the engine; it selects the next batch.
 
-In: requests, and the time whenever it is asked (it has no clock). Out: the batch to run now, or
-when to ask again::
+In: requests, and the current time with each call (it has no clock). Out: the batch to run now, or
+when to call again::
 
-    scheduler.submit(request, now_ms)      # raises Overloaded when it could not be served in time
-    batch = scheduler.next(now_ms)         # None: nothing to do before scheduler.wake_ms()
+    scheduler.submit(request, now_ms)      # raises Overloaded if it could not be served in time
+    batch = scheduler.next(now_ms)         # None: no batch is due before scheduler.wake_ms()
     scheduler.complete(batch, took_ms)     # refines the cost table
 """
 
@@ -24,7 +24,7 @@ from turbotx.serving.token_policies import AgedTokens
 
 
 class Overloaded(TurbotxError):
-    """The queue is full: ask again after ``retry_after_ms``."""
+    """The queue is full: retry after ``retry_after_ms``."""
 
     def __init__(self, message: str, retry_after_ms: float) -> None:
         super().__init__(message)
@@ -32,33 +32,33 @@ class Overloaded(TurbotxError):
 
 
 class Trigger(Protocol):
-    """Decides when an idle engine gets a batch."""
+    """Decides when an idle engine starts a batch."""
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
-        """Return the time from which a batch may run; ``now_ms`` or less means now."""
+        """Return the earliest time of a batch; ``now_ms`` or less means now."""
 
 
 @dataclass(frozen=True)
 class Hungry:
-    """Whenever the engine is idle and a request waits."""
+    """Starts a batch whenever the engine is idle and a request waits."""
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
-        """Return now: waiting requests run as soon as the engine is idle."""
+        """Return `now_ms`."""
         return now_ms
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """When the oldest has waited ``timeout_ms``, or a full batch waits."""
+    """Starts a batch if it is full or its oldest request has waited ``timeout_ms``."""
 
     timeout_ms: float
     max_batch: int
-    max_tokens: int | None = None  # padded, unless packed
+    max_tokens: int | None = None  # including padding, if batches are padded
     packed: bool = False
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
-        """Return when a batch is due: now if it is full, else when its oldest request has waited
-        `timeout_ms`."""
+        """Return `now_ms` for a full batch, else arrival of the oldest request plus
+        ``timeout_ms``."""
         if len(waiting) >= self.max_batch:
             return now_ms
         if self.max_tokens is not None:
@@ -71,15 +71,15 @@ class Lazy:
 
 @dataclass
 class Scheduler:
-    """Waiting requests, a policy, a trigger and limits. Not thread-safe: one owner calls it."""
+    """A queue with a policy, a trigger and limits. Not thread-safe."""
 
-    costs: BatchCosts  # padded, or without padding
-    policy: Policy | None = None  # None: Aged, or AgedTokens, with this age bound
+    costs: BatchCosts  # a CostTable, or TokenCosts without padding
+    policy: Policy | None = None  # None: Aged or AgedTokens
     trigger: Trigger = field(default_factory=Hungry)
-    max_batch: int | None = None  # None: the costs'
-    max_batch_tokens: int | None = None  # padded, if they are; a single request may exceed it
+    max_batch: int | None = None  # None: the costs' limit
+    max_batch_tokens: int | None = None  # a single request may exceed it
     max_queue: int = 4096
-    max_age_ms: float = math.inf  # longest wait of a request: a third of it in work is admitted
+    max_age_ms: float = math.inf  # bound of the wait; a third of it in work is admitted
 
     def __post_init__(self) -> None:
         if self.policy is None:
@@ -87,55 +87,56 @@ class Scheduler:
             self.policy = kind(max_age_ms=self.max_age_ms)
         self._waiting: dict[Hashable, Request] = {}
         self._planned: list[Batch] = []
-        self._backlog_ms = 0.0  # of those waiting, each at its share of a well-filled batch
+        self._backlog_ms = 0.0  # sum of share_ms of the waiting requests
         self._shares: dict[Hashable, float] = {}
-        self._excess = 1.0  # what batches cost over the sum of their requests' shares, smoothed
+        self._excess = 1.0  # smoothed ratio of batch cost to the sum of its requests' share_ms
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     @property
     def waiting(self) -> list[Request]:
-        """The requests that no batch has taken, oldest first."""
+        """The waiting requests, oldest first."""
         return list(self._waiting.values())
 
     @property
     def packed(self) -> bool:
-        """Whether batches are without padding."""
+        """Whether batches run without padding."""
         return isinstance(self.costs, TokenCosts)
 
     @property
     def prices(self) -> Prices:
-        """What the policy plans by: estimated ms of batches within the limits."""
+        """The policy's cost table: estimated ms of batches within the limits."""
         return self.costs.prices(self.max_batch, self.max_batch_tokens)
 
     @property
     def backlog_ms(self) -> float:
-        """Estimated time to compute everything that waits, at the recent batches' efficiency."""
+        """Estimated ms to compute all waiting requests, scaled by the efficiency of recent
+        batches."""
         return self._backlog_ms * self._excess if self._waiting else 0.0
 
     def full(self, priority: int = 0) -> bool:
-        """Whether the next request of this class would be refused; costs nothing to ask.
+        """Whether the next request of this priority would be refused; O(1).
 
-        Each class begins to be refused while the next higher one is still admitted.
+        Lower priorities are refused first, see ``most_ms``.
         """
         return len(self._waiting) >= self.max_queue or self.backlog_ms > self.most_ms(priority)
 
     def most_ms(self, priority: int) -> float:
-        """Work that may wait when a request of this class comes: half, one, one and a half thirds
-        of the age bound for low, normal and high."""
+        """Return the ms of waiting work up to which a priority is admitted: 1/6, 1/3 and 1/2 of the
+        age bound for low, normal and high."""
         return self.max_age_ms / 3 * max(1 + priority / 2, 0.25)
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises Overloaded, CostTableError (length), ValueError (key in use).
 
-        For a patient one the limits have been asked before, for all that came with it.
+        Patient requests were admitted before, with their whole large request.
         """
         if request.key in self._waiting:
             raise ValueError(f"a request with the key {request.key!r} already waits")
         if not 1 <= request.length <= self.costs.max_length:
             raise CostTableError(
-                f"a request of {request.length} tokens, but the cost table covers 1 to "
+                f"a request has {request.length} tokens, the cost table covers 1 to "
                 f"{self.costs.max_length}: truncate it or measure longer ones"
             )
         if not request.patient and self.full(request.priority):
@@ -152,8 +153,8 @@ class Scheduler:
     def raise_to(
         self, key: Hashable, deadline_ms: float, priority: int, weight: float = 0.0
     ) -> None:
-        """Join a request to an equal one that waits: that takes the higher class and weight of
-        both, and the later deadline. One that does not wait (any more) stays as it is."""
+        """Merge a request into an equal waiting one, which gets the higher priority and weight of
+        both and the later deadline. Does nothing if `key` is not waiting."""
         request = self._waiting.get(key)
         if request is not None:
             self._waiting[key] = replace(
@@ -164,7 +165,7 @@ class Scheduler:
             )
 
     def cancel(self, key: Hashable) -> bool:
-        """Forget a waiting request; False when it is not waiting (any more)."""
+        """Remove a waiting request; return False if it is not waiting."""
         request = self._waiting.get(key)
         if request is None:
             return False
@@ -181,9 +182,9 @@ class Scheduler:
         return True
 
     def expire(self, now_ms: float) -> list[Request]:
-        """Take those off the queue that have waited ``max_age_ms``: they are to be refused.
+        """Remove and return requests that have waited ``max_age_ms``; the caller refuses them.
 
-        Happens only where batches cost far more than the table said when they were admitted.
+        This happens only if batches took far longer than the table predicted.
         """
         late = [
             r for r in self._waiting.values()
@@ -194,21 +195,21 @@ class Scheduler:
         return late
 
     def overdue(self, now_ms: float) -> list[Request]:
-        """Take requests off the queue whose deadline has passed."""
+        """Remove and return requests whose deadline has passed."""
         late = [r for r in self._waiting.values() if r.deadline_ms < now_ms]
         for request in late:
             self.cancel(request.key)
         return late
 
     def next(self, now_ms: float) -> Batch | None:
-        """Take the batch to run now off the queue, or None before ``wake_ms``."""
+        """Remove and return the batch to run now; None before ``wake_ms``."""
         batch = self.peek(now_ms)
         if batch is not None:
             self.take(batch)
         return batch
 
     def peek(self, now_ms: float) -> Batch | None:
-        """Return the batch that ``next`` would take."""
+        """Return the batch that ``next`` would return, without removing it."""
         if self._planned:
             return self._planned[0]
         if not self._waiting or self.trigger.ready_ms(self.waiting, now_ms) > now_ms:
@@ -220,17 +221,17 @@ class Scheduler:
         return batches[0]
 
     def take(self, batch: Batch) -> None:
-        """Take what ``peek`` gave off the queue."""
+        """Remove a batch returned by ``peek`` from the queue."""
         if self._planned:
             self._planned.pop(0)
         excess = batch.cost_ms / sum(self._shares[r.key] for r in batch.requests)
-        if len(self._waiting) > len(batch.requests):  # a batch of all that waits shows no choice
+        if len(self._waiting) > len(batch.requests):  # the policy had a choice
             self._excess += 0.1 * (excess - self._excess)
         for request in batch.requests:
             self._forget(request)
 
     def wake_ms(self, now_ms: float) -> float:
-        """Return when to ask ``next`` again if nothing arrives: infinity for an empty queue."""
+        """Return when to call ``next`` again if nothing arrives; infinity for an empty queue."""
         if not self._waiting:
             return math.inf
         if self._planned:
@@ -242,7 +243,7 @@ class Scheduler:
         self.costs.learn(batch.lengths, took_ms)
 
     def share_ms(self, length: int, model: str = "") -> float:
-        """Return the request's part of a batch of its like, the fullest that the limits allow."""
+        """Return ms of one request in the largest batch of equal requests that the limits allow."""
         return self.costs.share_ms(length, self.max_batch, self.max_batch_tokens)
 
     def _forget(self, request: Request) -> None:

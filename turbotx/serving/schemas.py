@@ -1,4 +1,4 @@
-"""The bodies of the HTTP API: OpenAI's embeddings, and text-embeddings-inference's own.
+"""Request and response bodies: OpenAI's embeddings API and text-embeddings-inference's.
 
 In: JSON. Out: typed records, or a msgspec.ValidationError that names the field::
 
@@ -18,13 +18,13 @@ Direction = Literal["Left", "Right", "left", "right"]
 
 
 class KnownFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """null is as if absent; a field that is not known might change the answer."""
+    """Base of request records: null means absent; unknown fields are an error."""
 
 
 class RequestBody(KnownFields, kw_only=True):
-    """A request.
+    """Base of all request bodies.
 
-    ``model``: which of several is meant; a server of one model takes any name.
+    model: the model's name; a server of one model accepts any name.
     """
 
     model: str | None = None
@@ -40,7 +40,7 @@ class EmbeddingsRequest(RequestBody, kw_only=True):
 
 
 class EmbedRequest(RequestBody, kw_only=True):
-    """``/embed``. ``normalize`` unset: as the model's files say."""
+    """``/embed``. normalize: None for the model's default."""
 
     inputs: str | list[str | int | list[int]]
     normalize: bool | None = None
@@ -51,7 +51,7 @@ class EmbedRequest(RequestBody, kw_only=True):
 
 
 class EmbedAllRequest(RequestBody, kw_only=True):
-    """``/embed_all``, a vector for each token, and ``/embed_sparse``, the words with a weight."""
+    """``/embed_all`` (a vector per token) and ``/embed_sparse`` (non-zero weights)."""
 
     inputs: str | list[str | int | list[int]]
     truncate: bool | None = None
@@ -60,7 +60,7 @@ class EmbedAllRequest(RequestBody, kw_only=True):
 
 
 class PredictParameters(KnownFields, kw_only=True):
-    """Of Hugging Face's client: how logits become scores, and how many are wanted."""
+    """Parameters of Hugging Face's client: the function of the logits, and the number of labels."""
 
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
     top_k: PositiveInt | None = None
@@ -77,7 +77,7 @@ class PredictRequest(RequestBody, kw_only=True):
 
 
 class RerankRequest(RequestBody, kw_only=True):
-    """``/rerank``: score every text against the query."""
+    """``/rerank``: texts to score against the query."""
 
     query: str
     texts: list[str]
@@ -88,13 +88,13 @@ class RerankRequest(RequestBody, kw_only=True):
 
 
 class Document(msgspec.Struct):
-    """A document of Cohere's or Jina's; fields beside its text are not ranked by."""
+    """A document in Cohere's and Jina's format; only its text is used."""
 
     text: str
 
 
 class RerankDocumentsRequest(RequestBody, kw_only=True):
-    """``/v1/rerank``: Cohere's and Jina's fields. What is too long is cut."""
+    """``/v1/rerank`` in Cohere's and Jina's format; long documents are truncated."""
 
     query: str
     documents: list[str | Document]
@@ -103,14 +103,14 @@ class RerankDocumentsRequest(RequestBody, kw_only=True):
 
 
 class SimilarityInputs(KnownFields, kw_only=True):
-    """A sentence, and those that it is compared to."""
+    """The source sentence and the sentences to compare with it."""
 
     source_sentence: str
     sentences: list[str]
 
 
 class SimilarityParameters(KnownFields, kw_only=True):
-    """How long inputs are cut, and the prompt that is put in front of each."""
+    """Truncation, and the prompt to prepend to each sentence."""
 
     truncate: bool | None = None
     truncation_direction: Direction | None = None
@@ -118,21 +118,21 @@ class SimilarityParameters(KnownFields, kw_only=True):
 
 
 class SimilarityRequest(RequestBody, kw_only=True):
-    """``/similarity``: one sentence against others."""
+    """``/similarity``: compare one sentence with others."""
 
     inputs: SimilarityInputs
     parameters: SimilarityParameters | None = None
 
 
 class DecodeRequest(RequestBody, kw_only=True):
-    """``/decode``: one list of token ids, or many."""
+    """``/decode``: one list of token ids, or several."""
 
     ids: list[int | list[int]]
     skip_special_tokens: bool | None = None
 
 
 class TokenizeRequest(RequestBody, kw_only=True):
-    """``/tokenize``."""
+    """``/tokenize``: texts to tokenize."""
 
     inputs: str | list[str]
     add_special_tokens: bool | None = None
@@ -140,14 +140,14 @@ class TokenizeRequest(RequestBody, kw_only=True):
 
 
 class Usage(msgspec.Struct):
-    """Tokens of all inputs together."""
+    """Number of tokens of all inputs."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class EmbeddingItem(msgspec.Struct):
-    """The vector of one input, by its place in the request."""
+    """The vector of one input. index: its position in the request."""
 
     embedding: list[float] | str  # str: little-endian float32 in base64
     index: int
@@ -155,7 +155,7 @@ class EmbeddingItem(msgspec.Struct):
 
 
 class EmbeddingsResponse(msgspec.Struct):
-    """Answer of /v1/embeddings, an item an input."""
+    """Response of /v1/embeddings, one item per input."""
 
     data: list[EmbeddingItem]
     model: str
@@ -164,7 +164,7 @@ class EmbeddingsResponse(msgspec.Struct):
 
 
 class Weight(msgspec.Struct, gc=False):
-    """A word of the vocabulary, and how much it counts."""
+    """A non-zero entry of a sparse vector: vocabulary index and weight."""
 
     index: int
     value: float
@@ -178,7 +178,7 @@ class Prediction(msgspec.Struct):
 
 
 class Rank(msgspec.Struct, omit_defaults=True):
-    """The score of one text against the query, by its place in the request."""
+    """The score of one text. index: its position in the request."""
 
     index: int
     score: float
@@ -186,7 +186,7 @@ class Rank(msgspec.Struct, omit_defaults=True):
 
 
 class RankedDocument(msgspec.Struct, omit_defaults=True):
-    """The score of one document against the query, by its place in the request."""
+    """The score of one document. index: its position in the request."""
 
     index: int
     relevance_score: float
@@ -194,13 +194,13 @@ class RankedDocument(msgspec.Struct, omit_defaults=True):
 
 
 class TotalUsage(msgspec.Struct):
-    """Tokens of the query and all documents together."""
+    """Number of tokens of the query and all documents."""
 
     total_tokens: int
 
 
 class RerankResponse(msgspec.Struct):
-    """Answer of /v1/rerank, the highest score first."""
+    """Response of /v1/rerank, highest score first."""
 
     model: str
     results: list[RankedDocument]
@@ -209,8 +209,7 @@ class RerankResponse(msgspec.Struct):
 
 
 class Token(msgspec.Struct, gc=False):
-    """A token of an input, and the characters start <= i < stop that it stands for; null for
-    special ones."""
+    """A token of an input and its characters start <= i < stop; null for special tokens."""
 
     id: int
     text: str
@@ -220,14 +219,14 @@ class Token(msgspec.Struct, gc=False):
 
 
 class ErrorResponse(msgspec.Struct):
-    """A refusal in text-embeddings-inference's shape."""
+    """An error in text-embeddings-inference's format."""
 
     error: str
     error_type: str
 
 
 class OpenAIError(msgspec.Struct):
-    """An error as OpenAI's clients read it."""
+    """The error object of OpenAI's API."""
 
     message: str
     type: str
@@ -236,6 +235,6 @@ class OpenAIError(msgspec.Struct):
 
 
 class OpenAIErrorResponse(msgspec.Struct):
-    """A refusal in OpenAI's shape, for ``/v1``."""
+    """An error in OpenAI's format, for ``/v1``."""
 
     error: OpenAIError

@@ -1,7 +1,7 @@
-"""Sentence files: a sentence-transformers directory's chain of modules, prompts and lengths.
+"""Sentence files: reads the modules, prompts and lengths of a sentence-transformers directory.
 
-In: a directory with ``modules.json``, in any layout that sentence-transformers wrote. Out: plain
-data; a module, an option or a mode that is not known here is refused by its name::
+In: a directory with ``modules.json``, written by any version of sentence-transformers. Out: plain
+data; unknown modules, options and modes are errors that name them::
 
     read_sentence_files(folder).steps     # (Pooling(width=768, modes=("cls",)), Dense(768, 256, …))
 """
@@ -18,7 +18,7 @@ from typing import Any
 from turbotx.errors import TurbotxError
 
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
-# Before 5.4 one flag a mode; several that are on are joined in this order.
+# Before version 5.4: one flag per mode; the enabled ones are joined in this order.
 FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -35,8 +35,8 @@ OUTPUTS = {"feature-extraction": "last_hidden_state", "sequence-classification":
            "fill-mask": "logits"}  # fmt: skip
 KINDS = {"feature-extraction": "SentenceTransformer", "sequence-classification": "CrossEncoder",
          "fill-mask": "SparseEncoder"}  # fmt: skip
-SPARSE_ACTIVATIONS = {"relu": 1, "log1p_relu": 2}  # how often log1p is taken of what is positive
-ARGUMENTS = {  # of from_pretrained: those that cannot change what an answer is, or are passed on
+SPARSE_ACTIVATIONS = {"relu": 1, "log1p_relu": 2}  # how many times log1p is applied after ReLU
+ARGUMENTS = {  # from_pretrained arguments that do not change results, or are passed on
     "model": {"add_pooling_layer", "attn_implementation", "dtype", "torch_dtype"},
     "tokenizer": {"model_max_length", "padding_side", "use_fast"},
     "config": {"use_cache"},
@@ -45,13 +45,13 @@ NEWER_NAMES = {"model": "model", "tokenizer": "processor", "config": "config"}  
 
 
 class ModelFilesError(TurbotxError):
-    """The directory is not a model that can be served."""
+    """A model directory is incomplete, unreadable, or has features that are not supported."""
 
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Within it, whatever transformers and the readers of its files raise is a ModelFilesError that
-    names `what`; turbotx's own errors stay as they are."""
+    """Context that converts exceptions of transformers and file readers to a ModelFilesError naming
+    `what`; turbotx's own errors pass through."""
     try:
         yield
     except TurbotxError:
@@ -65,7 +65,7 @@ def loading(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Pooling:
-    """Token vectors to one: the modes' vectors, one after the other."""
+    """Pooling of token vectors: the modes' results, concatenated."""
 
     width: int
     modes: tuple[str, ...]
@@ -73,7 +73,7 @@ class Pooling:
 
 @dataclass(frozen=True)
 class Dense:
-    """A linear layer and ``activation``, a class of ``torch.nn``; weights are in ``folder``."""
+    """A linear layer. activation: name of a class in ``torch.nn``; folder: has the weights."""
 
     folder: Path
     in_features: int
@@ -85,7 +85,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class LayerNorm:
-    """A LayerNorm over the vector: where its weights are, and the vector's width."""
+    """A LayerNorm over the vector. folder: has the weights; width: the vector's."""
 
     folder: Path
     width: int
@@ -93,21 +93,21 @@ class LayerNorm:
 
 @dataclass(frozen=True)
 class Normalize:
-    """Vectors of length 1."""
+    """L2 normalization."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The first ``width`` numbers: ``truncate_dim``."""
+    """Truncation to the first ``width`` numbers (``truncate_dim``)."""
 
     width: int
 
 
 @dataclass(frozen=True)
 class Splade:
-    """Logits of a masked language model to one weight a word of the vocabulary."""
+    """SPLADE pooling: masked-language-model logits to one weight per vocabulary entry."""
 
-    strategy: str = "max"  # or sum, over the tokens
+    strategy: str = "max"  # over the tokens: max or sum
     logarithms: int = 1
 
 
@@ -116,16 +116,16 @@ Step = Pooling | Dense | LayerNorm | Normalize | Cut | Splade
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is put before a text, by name; ``default`` before those that name none."""
+    """Prompts by name. default: the prompt of requests that name none."""
 
     texts: Mapping[str, str] = field(default_factory=dict)
     default: str = ""
-    pooled: bool = True  # False: a text's vector is to leave its prompt out, which is not supported
+    pooled: bool = True  # False: exclude prompts from pooling, which is not supported
 
 
 @dataclass(frozen=True)
 class SentenceFiles:
-    """The whole chain. ``transformer`` is the folder of weights, configuration and tokenizer."""
+    """All modules. transformer: the folder of weights, configuration and tokenizer."""
 
     transformer: Path
     steps: tuple[Step, ...] = ()
@@ -135,11 +135,10 @@ class SentenceFiles:
 
 
 def read_sentence_files(folder: Path, task: str) -> SentenceFiles | None:
-    """Read the directory; None where there is no ``modules.json``.
+    """Read the directory; return None if it has no ``modules.json``.
 
-    task: ``feature-extraction`` or ``sequence-classification``, what the transformer is used for;
-    where ``modules.json`` names SpladePooling, it is ``fill-mask``. Raises ModelFilesError with the
-    name of whatever is not known.
+    task: ``feature-extraction`` or ``sequence-classification``; becomes ``fill-mask`` if
+    ``modules.json`` has a SpladePooling. Raises ModelFilesError with the name of anything unknown.
     """
     modules = read_json(folder / "modules.json", list)
     if modules is None:
@@ -182,9 +181,9 @@ def read_sentence_files(folder: Path, task: str) -> SentenceFiles | None:
 
 
 def check_widths(steps: list[Step], folder: Path) -> None:
-    """Raise ModelFilesError where a step does not take what the one before it gives."""
+    """Raise ModelFilesError if a step's input width is not the output width before it."""
     if not steps or (isinstance(steps[0], Splade) and len(steps) == 1):
-        return  # of one vector a token, or of one weight a word
+        return  # a token model or a sparse model
     if not isinstance(steps[0], Pooling):
         raise ModelFilesError(
             f"{folder}/modules.json does not pool the tokens right after the Transformer: of "
@@ -197,13 +196,13 @@ def check_widths(steps: list[Step], folder: Path) -> None:
             takes = step.in_features if isinstance(step, Dense) else step.width  # type: ignore[union-attr]
         if takes != width:
             raise ModelFilesError(
-                f"{folder}: {type(step).__name__} takes {takes} numbers, but gets {width}"
+                f"{folder}: {type(step).__name__} takes vectors of {takes}, but gets {width}"
             )
         width = width_after(step, width)
 
 
 def width_after(step: Step, width: int) -> int:
-    """Return a vector's width behind a step, given the width in front of it."""
+    """Return a step's output width, given its input width."""
     if isinstance(step, Pooling):
         return step.width * len(step.modes)
     if isinstance(step, Dense):
@@ -212,7 +211,8 @@ def width_after(step: Step, width: int) -> int:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """Return the file's content, None where there is no such file. Raises ModelFilesError."""
+    """Return a JSON file's content, None if there is no file. Raises ModelFilesError if it is not
+    JSON of the type `kind`."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError) as error:
@@ -223,7 +223,8 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def _kind_of(module: Any, folder: Path) -> str:
-    """Return the class of a module, where it is one of sentence-transformers' own."""
+    """Return the class name of a module; ModelFilesError if it is not sentence-transformers'
+    own."""
     if not (isinstance(module, dict) and isinstance(module.get("type"), str)):
         raise ModelFilesError(f"{folder}/modules.json has an entry without a type: {module!r}")
     path = module.setdefault("path", "")
@@ -328,7 +329,7 @@ READERS: dict[str, Any] = {
 
 
 def _transformer_options(folder: Path, task: str) -> dict[str, Any]:
-    """``max_length`` and ``lower_case``; whatever else would change an answer is refused."""
+    """Return ``max_length`` and ``lower_case``; options that would change results are errors."""
     for name in TRANSFORMER_FILES:
         path = folder / name
         options = read_json(path, dict)
@@ -359,7 +360,7 @@ def _transformer_options(folder: Path, task: str) -> dict[str, Any]:
 
 
 def _read_model_options(folder: Path, kind: str) -> tuple[Prompts, int | None]:
-    """Prompts and ``truncate_dim`` of ``config_sentence_transformers.json``."""
+    """Return prompts and ``truncate_dim`` of ``config_sentence_transformers.json``."""
     path = folder / "config_sentence_transformers.json"
     options = read_json(path, dict) or {}
     _known(options, {"model_type", "__version__", "prompts", "default_prompt_name", "truncate_dim",

@@ -1,7 +1,7 @@
-"""The module that a server runs: a transformer and what comes after it, one vector per row.
+"""Sentence modules: a transformer with pooling and projections as one module.
 
-In: a transformer and the steps of its files. Out: a ``nn.Module`` of ids and mask to a (batch,
-width) tensor, optimized as one, so that pooling and projections are compiled with the model::
+In: a transformer and the steps of its files. Out: a ``nn.Module`` from ids and mask (batch, seq) to
+(batch, width), optimized as a whole, so that pooling is compiled with the model::
 
     SentenceModel(bert, [Pooling(384, ("mean",)), Normalize()])(input_ids=ids, attention_mask=mask)
 """
@@ -19,7 +19,7 @@ from turbotx.serving import sentence_files as files
 
 
 class SentenceModel(nn.Module):
-    """Hidden states of the last layer, pooled, then through the other steps."""
+    """A transformer's last hidden states, pooled, then the remaining steps."""
 
     def __init__(self, transformer: nn.Module, steps: Sequence[files.Step]) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class SentenceModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """(batch, seq) int64 each, rows padded on the right. Returns (batch, width)."""
+        """Return (batch, width). Inputs: (batch, seq) int64 each, rows padded on the right."""
         found = run(self.transformer, input_ids, attention_mask, token_type_ids)
         vectors: Tensor = self.steps[0](found["last_hidden_state"], attention_mask)
         for step in self.steps[1:]:
@@ -38,7 +38,7 @@ class SentenceModel(nn.Module):
 
 
 class TokenModel(nn.Module):
-    """Hidden states of the last layer as they are: (batch, seq, width)."""
+    """A transformer's last hidden states, (batch, seq, width)."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class TokenModel(nn.Module):
 
 
 class SpladeModel(nn.Module):
-    """One weight a word of the vocabulary, (batch, vocabulary): most of them are zero."""
+    """SPLADE: one weight per vocabulary entry, (batch, vocabulary), most of them zero."""
 
     def __init__(self, transformer: nn.Module, step: files.Splade) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class SpladeModel(nn.Module):
 
 
 class ClassifierModel(nn.Module):
-    """The logits of a model with a classification head."""
+    """Logits of a model with a classification head."""
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
@@ -92,10 +92,10 @@ class ClassifierModel(nn.Module):
 
 
 class LastTokenClassifier(nn.Module):
-    """A decoder's classification head, of the last token that the mask keeps.
+    """A decoder's classification head on each row's last token, by the mask.
 
-    transformers looks for the last token that is not the pad token, and takes one row at a time
-    where the configuration has none.
+    transformers looks for the last non-pad token instead, and runs one row at a time if the
+    configuration has no pad token.
     """
 
     def __init__(self, classifier: Any) -> None:
@@ -106,33 +106,34 @@ class LastTokenClassifier(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """Return logits, (batch, labels), of the last token that the mask (batch, seq) shows."""
+        """Return (batch, labels) logits at each row's last token with a nonzero mask (batch,
+        seq)."""
         found = run(self.transformer, input_ids, attention_mask, token_type_ids)
         logits: Tensor = self.score(last_token(found["last_hidden_state"], attention_mask))
         return logits
 
 
 def run(module: nn.Module, ids: Tensor, mask: Tensor, types: Tensor | None) -> Any:
-    """Call a transformer; many of them have no parameter for segment ids."""
+    """Call a transformer, with segment ids only if given: many models do not take them."""
     more = {} if types is None else {"token_type_ids": types}
     return module(input_ids=ids, attention_mask=mask, **more)
 
 
 class Pool(nn.Module):
-    """Each mode's vector over the tokens that the mask keeps, side by side."""
+    """Pooling over the unmasked tokens; several modes are concatenated."""
 
     def __init__(self, modes: Sequence[str]) -> None:
         super().__init__()
         self.modes = tuple(modes)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """(batch, seq, width) and (batch, seq) int64 to (batch, width * modes)."""
+        """Return (batch, width * modes) of (batch, seq, width) and an int64 mask (batch, seq)."""
         pooled = [POOLERS[mode](hidden, mask) for mode in self.modes]
         return pooled[0] if len(pooled) == 1 else torch.cat(pooled, -1)
 
 
 class Project(nn.Module):
-    """A linear layer, its activation, and where the files say so what it was given added."""
+    """A linear layer, its activation, and optionally a residual connection."""
 
     def __init__(self, step: files.Dense) -> None:
         super().__init__()
@@ -151,8 +152,7 @@ class Project(nn.Module):
             self.residual = nn.Linear(step.in_features, step.out_features, bias=False)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Return (batch, out_features) of (batch, in_features), the residual added where there
-        is one."""
+        """Return (batch, out_features) of (batch, in_features)."""
         found: Tensor = self.activation_function(self.linear(vectors))
         if not self.use_residual:
             return found
@@ -167,33 +167,33 @@ class Norm(nn.Module):
         self.norm = nn.LayerNorm(step.width)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Return (batch, width) vectors, each normalized by mean and variance."""
+        """Return the LayerNorm of (batch, width) vectors."""
         found: Tensor = self.norm(vectors)
         return found
 
 
 class UnitLength(nn.Module):
-    """Division of each vector by its length."""
+    """L2 normalization of each vector."""
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Return (batch, width) vectors of length 1."""
+        """Return (batch, width) vectors scaled to norm 1."""
         return nn.functional.normalize(vectors, dim=-1)
 
 
 class FirstNumbers(nn.Module):
-    """The first numbers of each vector, as Matryoshka embeddings allow."""
+    """Truncation of Matryoshka embeddings to their first numbers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Return (batch, width) of longer vectors."""
+        """Return the first `width` columns of (batch, ...) vectors."""
         return vectors[:, : self.width]
 
 
 def make_step(step: files.Step) -> nn.Module:
-    """Return the module of a step, its weights read from its folder. Raises WeightsError. Raises
+    """Return the module of a step, with weights from its folder. Raises WeightsError, and
     ModelFilesError for a SpladePooling that is not the first step."""
     if isinstance(step, files.Pooling):
         return Pool(step.modes)
@@ -202,15 +202,15 @@ def make_step(step: files.Step) -> nn.Module:
     if isinstance(step, files.Cut):
         return FirstNumbers(step.width)
     if isinstance(step, files.Splade):
-        raise files.ModelFilesError("SpladePooling takes logits, and nothing may come before it")
+        raise files.ModelFilesError("SpladePooling takes logits: it must be the first step")
     module = Project(step) if isinstance(step, files.Dense) else Norm(step)
     load_weights(module, step.folder)
     return module
 
 
 def last_token(hidden: Tensor, mask: Tensor) -> Tensor:
-    """(batch, width): the last token of each row, which is padded on the right."""
-    # Not a gather: a sum of which one token is left is one over packed tokens too.
+    """Return the last token's vector of each row, (batch, width), for rows padded on the right."""
+    # A masked sum rather than a gather, so that it also works on packed tokens.
     place = torch.arange(mask.shape[1], device=mask.device)
     is_last = (place == mask.sum(1, keepdim=True) - 1) & (mask != 0)
     return hidden.masked_fill(is_last.logical_not().unsqueeze(-1), 0.0).sum(1)
@@ -225,7 +225,7 @@ def _mean_sqrt(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def _weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean in which the n-th token counts n times."""
+    """Return the mean with weight n for the n-th token."""
     weight = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return (_sum(hidden, weight) / _count(weight)).to(hidden.dtype)
 
@@ -235,7 +235,8 @@ def _max(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def _sum(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Add up in float32, also in half precision, as sentence-transformers does."""
+    """Return the weighted sum in float32, also for half precision, as sentence-transformers
+    does."""
     return (hidden.float() * weight.unsqueeze(-1)).sum(1)
 
 

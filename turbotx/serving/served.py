@@ -1,9 +1,9 @@
-"""What every service has: a state that `/ready` tells, a model to prepare, threads, bodies.
+"""Served: base class of the services: state for `/ready`, preparation, threads, body memory.
 
-In: settings, the names of models, metrics. Out: the base of `Service` and `GenerationService`; a
-subclass prepares its models in `start` and finishes what was accepted in `drain`::
+In: settings, the models' names, metrics. Out: the base of `Service` and `GenerationService`; a
+subclass prepares its models in `start` and finishes accepted requests in `drain`::
 
-    nbytes = await self.prepare(work)       # on a thread that who stops need not wait for
+    nbytes = await self.prepare(work)       # runs on a daemon thread
 """
 
 from __future__ import annotations
@@ -24,48 +24,48 @@ from turbotx.serving.tokenizer_pool import TokenizerPool
 
 State = Literal["loading", "ready", "draining", "failed"]
 log = logging.getLogger(__name__)
-BODIES = 8  # of the largest size, arriving or being answered at a time
+BODIES = 8  # memory for bodies, in bodies of the largest size
 Result = TypeVar("Result")
 
 
 class ModelFailed(TurbotxError):
-    """The model was loaded, and cannot compute."""
+    """The model was loaded but cannot run."""
 
 
 class Served:
-    """``start`` and all after it belong to one event loop."""
+    """Base of services. `start` and all later calls belong to one event loop."""
 
     def __init__(self, settings: Settings, names: Sequence[str], metrics: MetricsRegistry) -> None:
-        """names: of the models, the first one answers where a request names none."""
+        """names: the models' names; the first is the default."""
         self.settings, self.names, self.metrics = settings, tuple(names), metrics
         self.state: State = "loading"
-        self.url = ""  # where it listens, for the line that says that it is ready
+        self.url = ""  # shown in the log when ready
         self.failure: ModelFailed | None = None
-        self.preparing = False  # a thread runs a model for the first time
-        self._prepared = names[0]  # the model that a failure is of
-        self.left = asyncio.Event()  # told to stop: bodies that are half there are not waited for
-        self.leaving = False  # told to stop: ready for nothing new, though still answering
+        self.preparing = False  # a thread is running a model for the first time
+        self._prepared = names[0]  # the model named in a failure
+        self.left = asyncio.Event()  # set at shutdown: incomplete bodies are refused
+        self.leaving = False  # shutting down: not ready, still answering
         self.bodies = BodyMemory(BODIES * settings.max_body_nbytes)
         self._tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_body_nbytes)
         self._large = ThreadPoolExecutor(1, thread_name_prefix="turbotx-large")
         metrics.watch(self.figures)
 
     async def start(self) -> None:
-        """Get ready for requests. Raises ModelFailed where that is not possible."""
+        """Prepare the models. Raises ModelFailed if one cannot run."""
         raise NotImplementedError
 
     async def drain(self) -> None:
-        """Finish what was accepted."""
+        """Finish accepted requests."""
         raise NotImplementedError
 
     def figures(self) -> Mapping[str, float]:
-        """Gauges for the metrics, by name."""
+        """Return gauges for the metrics, by name."""
         raise NotImplementedError
 
     async def prepare(self, work: Callable[[], Result]) -> Result:
-        """Run the models for the first time, on a thread that who stops need not wait for.
+        """Run `work`, the models' first run, on a daemon thread, which shutdown does not wait for.
 
-        Raises ModelFailed for whatever the work raises, with its first line; the state is failed.
+        On any exception the state becomes "failed" and ModelFailed is raised with its first line.
         """
 
         def end() -> None:
@@ -74,9 +74,9 @@ class Served:
         self.preparing = True
         try:
             return await run_in_daemon_thread(work, end)
-        except Exception as error:  # whatever the model raises
+        except Exception as error:  # any exception of the model
             said = str(error).strip().splitlines() or [""]
-            if said[0].endswith(":"):  # what follows is the cause, as a compiler's first complaint
+            if said[0].endswith(":"):  # add the next line, such as a compiler's first error
                 said[0] = " ".join(said[:2])
             self.state = "failed"
             self.failure = ModelFailed(
@@ -86,29 +86,25 @@ class Served:
             raise self.failure from error
 
     def when_ready(self, worker: Result | None) -> Result:
-        """Return what computes; raise NotReady while there is nothing that accepts."""
+        """Return `worker`; raise NotReady if it is None or the service is not ready."""
         if worker is None or self.state != "ready":
             raise NotReady(f"the server is {self.state}", retry_after_s=1.0)
         return worker
 
     async def stop(self) -> None:
-        """Finish what was accepted, end the threads.
-
-        Who is told to stop while a model is being prepared does not wait for it.
-        """
+        """Finish accepted requests and end the threads, without waiting for a preparing thread."""
         self.state = "draining"
         await self.drain()
         self._tokenizers.shutdown()
         self._large.shutdown(wait=True)
 
     async def apart(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Large bodies and answers, one at a time on a thread, so that the event loop goes on.
+        """Run work on large bodies and responses on one thread, so that the event loop stays free.
 
-        The interpreter runs one of them at a time anyway; side by side they would only take turns
-        away from everybody else.
+        One at a time: because of the GIL, more threads would only slow down the event loop.
         """
         return await asyncio.get_running_loop().run_in_executor(self._large, work, *arguments)
 
     async def tokenize(self, characters: int, work: Callable[[], Result]) -> Result:
-        """Run work that reads so many characters in the tokenizers' threads. Raises Busy."""
+        """Run work that reads this many characters in the tokenizers' threads. Raises Busy."""
         return await self._tokenizers.run(characters, work)

@@ -1,7 +1,7 @@
 """``turbotx serve``: loads, measures, listens, and shuts down gracefully.
 
-In: the command line's arguments. Out: a server on host and port until it is told to stop; then it
-answers what it has accepted and exits::
+In: the command line's arguments. Out: a server on host and port until SIGINT or SIGTERM; it then
+finishes accepted requests and exits::
 
     serve("minilm", port=8080, policy="aged", api_keys=("secret",))
 """
@@ -50,11 +50,11 @@ def serve(
 ) -> None:
     """Serve model directories over HTTP until SIGINT or SIGTERM.
 
-    ``settings`` are the fields of ``Settings``; costs are kept in turbotx's cache unless
-    ``cost_folder`` says where. The others are those of ``load_model``; of several models each has
-    its name of ``served_model_name`` or its directory's, and what their files say: what is said
-    about one model is refused. ``task`` generate makes texts by one causal language model;
-    ``generation`` are the fields of ``GenerationSettings``. Raises ModelFilesError, SettingsError,
+    settings: the fields of ``Settings``; costs are saved in turbotx's cache unless ``cost_folder``
+    is given. served_model_name: a name per model, by default its directory's. task: "embed", or
+    "generate" for one causal language model, with ``generation``, the fields of
+    ``GenerationSettings``. The other arguments are those of ``load_model``; choices for a single
+    model, such as pooling, are errors with several. Raises ModelFilesError, SettingsError,
     WeightsError.
     """
     settings["cost_folder"] = settings.get("cost_folder") or cost_folder()
@@ -68,10 +68,10 @@ def serve(
     }  # fmt: skip
     models = [models] if isinstance(models, str) else models
     names = check_models(models, served_model_name, choices)
-    # The pool has threads of its own; tokenizers' would take the engine's cores too.
+    # The pool has its own threads; the library's would compete with the engine.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if task == "generate":
-        # Not at the top: a server of embeddings does without.
+        # A lazy import: an embedding server does not need it.
         from turbotx.serving.generation.server import GenerationSettings, serve_generation
 
         refuse_choices(models, {**choices, "backend": None if backend == "turbotx" else backend})
@@ -102,9 +102,9 @@ def run(
     costs: CostTable | None = None,
     listener: socket.socket | None = None,
 ) -> None:
-    """Listen with a model that is already loaded. No ``costs``: measured at the start.
+    """Serve loaded models. costs: None to measure at the start.
 
-    Raises ModelFailed where the model cannot run, SettingsError where the port is taken.
+    Raises ModelFailed if a model cannot run, SettingsError if the port is taken.
     """
     listener = listener or open_port(host, port)
     service = Service(model, settings, costs)
@@ -112,18 +112,18 @@ def run(
 
 
 def refuse_choices(models: Sequence[str], choices: Mapping[str, Any]) -> None:
-    """Raise SettingsError for what has no meaning where texts are made."""
+    """Raise SettingsError for choices that do not apply to task generate."""
     if len(models) > 1:
-        raise SettingsError(f"{len(models)} models with task generate: a server makes texts by one")
+        raise SettingsError(f"{len(models)} models with task generate: it serves one model")
     said = [n for n, value in choices.items() if value is not None and n != "max_length"]
     if said:
-        raise SettingsError(f"{', '.join(said)} is of embeddings: leave it out with task generate")
+        raise SettingsError(f"{', '.join(said)} is for task embed: leave it out with task generate")
 
 
 def check_models(
     models: Sequence[str], names: Sequence[str], choices: Mapping[str, Any]
 ) -> Sequence[str | None]:
-    """Return a name for each model, None where its directory gives it. Raises SettingsError."""
+    """Return a name per model, None for its directory's. Raises SettingsError."""
     if not models:
         raise SettingsError("no model: name a directory, or minilm")
     if names and len(names) != len(models):
@@ -132,10 +132,10 @@ def check_models(
         )
     said = [name for name, value in choices.items() if value is not None]
     if said and len(models) > 1:
-        raise SettingsError(f"{', '.join(said)} is of one model: serve several as their files say")
+        raise SettingsError(f"{', '.join(said)} applies to one model: leave it out for several")
     return names or [None] * len(models)
 
 
 def cost_folder() -> Path:
-    """Where measured costs are kept: beside turbotx's other caches."""
+    """Return the folder of measured costs, in turbotx's cache."""
     return cache_directory() / "serving"

@@ -1,6 +1,6 @@
-"""Loaded models, the tokenizer threads and the dispatcher: everything but HTTP.
+"""Service: loaded models, tokenizer threads and the dispatcher, without HTTP.
 
-In: texts or token ids, and for which model. Out: vectors, and the state that ``/ready`` tells::
+In: texts or token ids, and the model's name. Out: vectors, and the state shown by ``/ready``::
 
     service = Service(load_model("minilm"), Settings())
     await service.start()                 # measures costs, then state == "ready"
@@ -39,21 +39,21 @@ from turbotx.serving.token_policies import TOKEN_POLICIES
 from turbotx.serving.tokens import CHARACTERS_PER_TOKEN, TokenRow
 
 log = logging.getLogger(__name__)
-MOST_TOKENS = 32_768  # described in one answer: about 2 MB of JSON
+MOST_TOKENS = 32_768  # in one response of /tokenize: about 2 MB of JSON
 
 
 @dataclass
 class Facts:
-    """What one HTTP request was found to be while it was answered; times in s."""
+    """Measurements of one HTTP request, times in s."""
 
     characters: int = 0
     tokens: int = 0
     tokenizing_s: float = 0.0
-    queueing_s: float = 0.0  # the longest of its rows
+    queueing_s: float = 0.0  # the maximum over its rows
     inference_s: float = 0.0
 
     def headers(self, took_s: float, device: str) -> dict[str, str]:
-        """text-embeddings-inference's headers; times in ms."""
+        """Return text-embeddings-inference's response headers, times in ms."""
         seconds = {"total-time": took_s, "compute-time": took_s, "queue-time": self.queueing_s,
                    "tokenization-time": self.tokenizing_s, "inference-time": self.inference_s}  # fmt: skip  # noqa: E501
         found = {f"x-{name}": str(round(value * 1e3)) for name, value in seconds.items()}
@@ -64,24 +64,24 @@ class Facts:
 
 @dataclass(frozen=True)
 class Scope:
-    """Of one HTTP request: when it is due, how urgent it is, and which model's it is."""
+    """Deadline, priority and model of one HTTP request."""
 
     deadline_ms: float = math.inf
     priority: int = 0
     facts: Facts = field(default_factory=Facts)
-    model: LoadedModel | None = None  # None: the first
+    model: LoadedModel | None = None  # None: the first model
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How one request's texts are cut."""
+    """How one request's texts are truncated."""
 
-    truncate: bool | None = None  # cut what is too long, or refuse it; None: as the settings say
-    keep_end: bool = False  # cut at the beginning
+    truncate: bool | None = None  # False: long texts are an error; None: the settings' default
+    keep_end: bool = False  # truncate at the beginning
 
 
 class Service(Served):
-    """Models behind one engine thread."""
+    """Models that share one engine thread."""
 
     metrics: Metrics
 
@@ -91,7 +91,7 @@ class Service(Served):
         settings: Settings,
         costs: BatchCosts | None = None,
     ) -> None:
-        """``costs`` are of every model, where they are not to be measured."""
+        """costs: of every model; None: measured."""
         models = [model] if isinstance(model, LoadedModel) else list(model)
         self.models = {m.info.name: m for m in models}
         if len(self.models) < len(models):
@@ -105,11 +105,11 @@ class Service(Served):
 
     @property
     def dispatcher(self) -> Dispatcher:
-        """Raises NotReady while there is none that accepts."""
+        """The dispatcher. Raises NotReady while the service does not accept requests."""
         return self.when_ready(self._dispatcher)
 
     async def start(self) -> None:
-        """Measure the costs (once per model and device where they are kept), accept requests.
+        """Measure the costs, unless saved for this model and device, then accept requests.
 
         Raises ModelFailed.
         """
@@ -140,11 +140,11 @@ class Service(Served):
             ResponseCache(settings.cache_nbytes),
             self.metrics,
             coalesce=settings.coalesce,
-            idle=idle if self._costs is None else None,  # what is given is not measured
+            idle=idle if self._costs is None else None,  # given costs are not measured again
         )
 
     async def drain(self) -> None:
-        """Answer all that was accepted, keep what was learnt about costs."""
+        """Answer accepted requests and save the refined costs."""
         if self._dispatcher is not None:
             await self._dispatcher.drain()
             self._keep_costs()
@@ -155,7 +155,7 @@ class Service(Served):
         scope: Scope | None = None,
         reading: Reading | None = None,
     ) -> list[TokenRow]:
-        """Tokenise in the pool, one task for all of a request's texts. Raises Busy."""
+        """Tokenize a request's texts as one task of the pool. Raises Busy."""
         scope, reading = scope or Scope(), reading or Reading()
         tokenizer = self.model_of(scope).tokenizer
         said = reading.truncate
@@ -177,7 +177,8 @@ class Service(Served):
     async def describe(
         self, texts: Sequence[str], special: bool, scope: Scope
     ) -> list[list[Token]]:
-        """Each text's tokens, for ``/tokenize``. Raises TooLarge where they would be too many."""
+        """Return each text's tokens, for ``/tokenize``. Raises TooLarge above MOST_TOKENS in
+        all."""
         model = self.model_of(scope)
         most = max(MOST_TOKENS, model.info.max_length)
 
@@ -190,30 +191,31 @@ class Service(Served):
                     found.append(describe(text, left, add_special_tokens=special))
                     left -= len(found[-1])
             except TooLarge:
-                found.clear()  # the error keeps this frame until the collector comes by
+                found.clear()  # the traceback keeps this frame alive: free the tokens now
                 raise
             return found
 
         return await self.tokenize(sum(map(len, texts)), work)
 
     def model_of(self, scope: Scope) -> LoadedModel:
-        """Return the model that a request is for."""
+        """Return the model of a request."""
         return scope.model or self.model
 
     def choose(self, name: str | None, kind: str | None) -> LoadedModel:
-        """Return the model of this name; without a name the first of the kind.
+        """Return the model of a name; without a name the first model of the kind.
 
-        A server of one model takes any name, as its clients must send one. Raises Missing.
+        A server of one model accepts any name, since OpenAI's clients must send one. Raises
+        Missing.
         """
         if name in self.models or len(self.models) == 1:
             return self.models.get(name or "", self.model)
         if name is not None:
-            raise Missing(f"there is no model {name!r}: this server has {', '.join(self.models)}")
+            raise Missing(f"no model {name!r}: this server has {', '.join(self.models)}")
         fitting = (m for m in self.models.values() if m.info.head.kind == kind)
         return next(fitting, self.model)
 
     def check_batch(self, count: int) -> None:
-        """Raise TooLarge for more inputs in a request than `max_client_batch`."""
+        """Raise TooLarge if a request has more than `max_client_batch` inputs."""
         if count > self.settings.max_client_batch:
             raise TooLarge(
                 f"{count} inputs in one request, at most {self.settings.max_client_batch}: "
@@ -221,8 +223,8 @@ class Service(Served):
             )
 
     async def compute(self, rows: Sequence[TokenRow], scope: Scope) -> list[NDArray[np.float32]]:
-        """Return a float32 vector for each row; notes tokens and times in the request's facts.
-        Raises Busy, Late or NotReady."""
+        """Return a float32 vector per row; records tokens and times in the request's facts. Raises
+        Busy, Late or NotReady."""
         facts = scope.facts
         facts.tokens = sum(map(len, rows))
         vectors, facts.queueing_s, facts.inference_s = await self.dispatcher.compute_timed(
@@ -236,14 +238,14 @@ class Service(Served):
     async def decode(
         self, rows: Sequence[Sequence[int]], skip_special: bool, scope: Scope
     ) -> list[str]:
-        """Return the text of each row of token ids; runs in the tokenizers' threads."""
+        """Return the text of each row of token ids, computed in the tokenizers' threads."""
         texts = self.model_of(scope).tokenizer.texts_of
         return await self.tokenize(
             sum(map(len, rows)) * CHARACTERS_PER_TOKEN, lambda: texts(rows, skip_special)
         )
 
     def figures(self) -> dict[str, float]:
-        """Gauges for the metrics: the queue, the cache, the engine's memory and plans."""
+        """Return gauges of the queue, the cache, the engine's memory and plans."""
         found = {"ready": float(self.state == "ready")}
         if self._dispatcher is not None:
             cache, scheduler = self._dispatcher.cache, self._dispatcher.scheduler
@@ -251,20 +253,20 @@ class Service(Served):
             found["cache_nbytes"] = float(cache.nbytes)
             found["cache_entries"] = float(len(cache))
             found["cost_observations"] = float(sum(t.observations for t in self._tables.values()))
-        for model in self.models.values():  # of several their sum
+        for model in self.models.values():  # summed over models
             for name, value in model.engine.figures().items():
                 found[f"engine_{name}"] = found.get(f"engine_{name}", 0.0) + value
         return found
 
     def make_scheduler(self, costs: BatchCosts, model: LoadedModel | None = None) -> Scheduler:
-        """Return the scheduler that the settings ask for, over a model's measured costs. Raises
-        SettingsError for a policy that these batches have not."""
+        """Return the scheduler of the settings with a model's costs. Raises SettingsError if the
+        policy is for padded batches and these are packed."""
         settings = self.settings
         max_tokens = (model or self.model).info.most_tokens(settings.max_batch_tokens)
         packed = isinstance(costs, TokenCosts)
         policies: dict[str, type[Policy]] = TOKEN_POLICIES if packed else POLICIES
         if settings.policy not in policies:
-            raise SettingsError(f"the policy {settings.policy!r} is for padded batches")
+            raise SettingsError(f"the policy {settings.policy!r} needs padding 'padded'")
         policy = policies[settings.policy]()
         if isinstance(policy, Aging):
             policy = replace(policy, max_age_ms=settings.max_age_ms)
@@ -283,7 +285,7 @@ class Service(Served):
         return {name: self._prepare(model) for name, model in self.models.items()}
 
     def _prepare(self, model: LoadedModel) -> BatchCosts:
-        """Run the engine once, so that no request waits for a capture, and know its costs."""
+        """Run the engine once, so that no request waits for a capture; return its costs."""
         self._prepared = model.info.name
         engine = model.engine
         if model.costs is not None:
@@ -313,7 +315,7 @@ class Service(Served):
         for name, table in self._tables.items():
             path = self._cost_path(self.models[name])
             if path is not None:
-                with contextlib.suppress(OSError):  # a read-only folder costs a measurement
+                with contextlib.suppress(OSError):  # read-only: measured again next time
                     table.save(path, model=name)
 
     def _cost_path(self, model: LoadedModel) -> Path | None:

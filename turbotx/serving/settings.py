@@ -1,7 +1,6 @@
-"""Settings: all that an operator may set, as one frozen record.
+"""Settings: the server's options as one frozen record.
 
-In: keyword arguments, each with a default that suits a small CPU server. Out: a ``Settings``, its
-limits checked, for example::
+In: keyword arguments, with defaults for a small CPU server. Out: a validated ``Settings``::
 
     Settings(max_batch=32, policy="aged", api_keys=("secret",))
 """
@@ -24,33 +23,33 @@ class SettingsError(TurbotxError, ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits and switches of one server. Times in ms, sizes in tokens, requests or bytes."""
+    """Options of one server. Times in ms, sizes in tokens, requests or bytes."""
 
     policy: str = "aged"
-    padding: Padding = "auto"  # packed where the model allows: batches without padding
+    padding: Padding = "auto"  # "auto": batches without padding if the model allows it
     max_batch: int = 32
-    max_batch_tokens: int | None = 16_384  # padded, where batches are
-    max_queue: int = 4_096  # sequences waiting
-    max_age_ms: float = 5_000.0  # longest wait of a request; a third of it in work is admitted
-    lazy_ms: float = 0.0  # 0: hungry; else wait this long for a batch to fill
-    timeout_ms: float = 30_000.0  # of one HTTP request, from its first byte
+    max_batch_tokens: int | None = 16_384  # including padding, if batches are padded
+    max_queue: int = 4_096  # waiting sequences
+    max_age_ms: float = 5_000.0  # bound of a request's wait; a third of it in work is admitted
+    lazy_ms: float = 0.0  # how long to wait for a batch to fill; 0: do not wait
+    timeout_ms: float = 30_000.0  # of one HTTP request, from its first byte on
     receive_timeout_ms: float = 10_000.0  # for a whole header, and between two parts of a body
-    max_connections: int = 4_096  # fewer where the process may not open as many files
+    max_connections: int = 4_096  # fewer if the process may not open as many files
     max_client_batch: int = 256  # inputs in one HTTP request
     max_body_nbytes: int = 8 << 20
-    auto_truncate: bool = False  # cut texts that are too long where a request does not say
-    cache_nbytes: int = 64 << 20  # of response vectors; 0: off
+    auto_truncate: bool = False  # truncate long texts unless a request says otherwise
+    cache_nbytes: int = 64 << 20  # of the response cache; 0: off
     coalesce: bool = True  # compute identical requests in flight once
     tokenizer_threads: int = 2
-    api_keys: tuple[str, ...] = ()  # any of them opens the door; none: everybody may ask
-    cors_allow_origin: tuple[str, ...] = ()  # pages of these may ask; * for all, none: no header
-    url_prefix: str = ""  # what every path begins with, for example /embeddings-of-mine
-    cost_folder: Path | None = None  # where cost tables are kept; None: measure at every start
-    otel: bool = False  # trace with OpenTelemetry, where it is installed
+    api_keys: tuple[str, ...] = ()  # accepted keys; empty: no authentication
+    cors_allow_origin: tuple[str, ...] = ()  # allowed origins, * for all; empty: no header
+    url_prefix: str = ""  # prefix of every path, such as /embeddings
+    cost_folder: Path | None = None  # saves cost tables; None: measure at every start
+    otel: bool = False  # trace with OpenTelemetry; an error if not installed
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
-            raise SettingsError(f"no policy {self.policy!r}: one of {', '.join(POLICIES)}")
+            raise SettingsError(f"no policy {self.policy!r}: use one of {', '.join(POLICIES)}")
         if self.padding == "packed" and self.policy not in TOKEN_POLICIES:
             raise SettingsError(
                 f"the policy {self.policy!r} arranges padding, and padding 'packed' has none: take "
@@ -72,14 +71,14 @@ class Settings:
 
     @property
     def wanted_padding(self) -> Padding:
-        """Return the padding to load models with: policies that arrange it need it."""
+        """The padding to load models with: "padded" for policies that need padded batches."""
         return self.padding if self.policy in TOKEN_POLICIES else "padded"
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """Return the API keys of a file, one a line; raise SettingsError where it has none.
+    """Return the API keys of a file, one per line; raise SettingsError if there is none.
 
-    Blank lines and what follows a ``#`` at the start of a line are left out.
+    Blank lines and lines that start with ``#`` are ignored.
     """
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
@@ -87,5 +86,5 @@ def read_keys(path: Path) -> tuple[str, ...]:
         raise SettingsError(f"cannot read the API keys in {path}: {error}") from error
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
-        raise SettingsError(f"{path} holds no API key: write one a line")
+        raise SettingsError(f"{path} has no API key: write one per line")
     return keys

@@ -1,6 +1,6 @@
-"""A server in simulated time: the scheduler's own code, a cost table, a trace.
+"""Simulation: the real scheduler in simulated time, with a cost table as the engine.
 
-In: a list of (arrival, length) and a scheduler. Out: every latency, exactly reproducible::
+In: a trace of requests and a scheduler. Out: every request's latency, reproducible exactly::
 
     trace = make_trace(poisson_gaps, uniform_lengths(2, 100), rate_per_s=600, count=99, seed=0)
     simulate(trace, Scheduler(toy_table())).latency_ms     # one per request, in the trace's order
@@ -28,27 +28,27 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulated run did. ``latency_ms`` is NaN for a request that was refused."""
+    """Result of a simulation. ``latency_ms`` is NaN for refused requests."""
 
-    latency_ms: Floats  # answer minus arrival, per request in the trace's order
-    wait_ms: Floats  # start minus arrival
-    makespan_ms: float  # when the last batch ended, from the first arrival
+    latency_ms: Floats  # (requests,): end of the batch minus arrival, in the trace's order
+    wait_ms: Floats  # (requests,): start of the batch minus arrival
+    makespan_ms: float  # from the first arrival to the end of the last batch
     batches: int
     tokens: int
     padded_tokens: int
 
     @property
     def refused(self) -> int:
-        """Number of requests that were refused."""
+        """Number of refused requests."""
         return int(np.isnan(self.latency_ms).sum())
 
     @property
     def throughput_per_s(self) -> float:
-        """Requests answered per second of simulated time."""
+        """Answered requests per second of simulated time."""
         return (len(self.latency_ms) - self.refused) / self.makespan_ms * 1e3
 
     def percentile_ms(self, q: float) -> float:
-        """Return a percentile of the latency in ms, refused requests aside; q: 0 to 100."""
+        """Return a percentile of the latency in ms, without refused requests; q: 0 to 100."""
         return float(np.nanpercentile(self.latency_ms, q))
 
 
@@ -57,8 +57,8 @@ def simulate(
 ) -> Outcome:
     """Run a trace, sorted by arrival and with keys 0, 1, 2, …, through one engine.
 
-    ``true_costs`` is what batches really take when it is not what the scheduler believes; then
-    every batch refines the scheduler's table.
+    true_costs: the batches' real cost if it differs from the scheduler's table, which is then
+    refined by every batch.
     """
     latency = np.full(len(trace), math.nan)
     wait = np.full(len(trace), math.nan)
@@ -92,11 +92,10 @@ def simulate(
 
 
 def offline_capacity_per_s(lengths: Sequence[int], costs: CostTable) -> float:
-    """Return requests per second if all of them were there from the start: no schedule sustains
-    more."""
+    """Return requests per second if all arrive at the start: an upper bound of any schedule."""
     return len(lengths) / split(sorted(lengths), costs.dense()).total_ms * 1e3
 
 
 def toy_table() -> CostTable:
-    """Return the stand-in GPU of the simulations: 4 ms + 22 us per padded token, up to 20 x 100."""
+    """Return a simulated GPU's costs: 4 ms + 22 us per padded token, up to 20 x 100."""
     return CostTable.from_function(lambda length, batch: 4 + 0.022 * length * batch, 100, 20)

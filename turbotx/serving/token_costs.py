@@ -1,8 +1,8 @@
 """Token costs: milliseconds of a batch without padding, over its tokens and their squares.
 
-In: what batches of a few numbers of tokens took, and what attention adds for long sequences. Out:
-the cost of any mixture, refined by every batch that ran; and the knee, beyond which more tokens at
-once make none of them cheaper::
+In: measured ms at some numbers of tokens, and attention's cost per squared length. Out: the cost of
+any batch, refined by every executed one; and the knee, the number of tokens from which larger
+batches do not lower the cost per token::
 
     costs = TokenCosts([1, 64, 1024], [2.0, 4.0, 40.0], square_ms=4e-6, max_length=512)
     costs.batch_ms([5, 500, 17])        # by_tokens(522) + square_ms * (25 + 250000 + 289)
@@ -26,20 +26,19 @@ from turbotx.serving import cost_learning
 from turbotx.serving.cost import CostTable, CostTableError, Table, write_whole
 
 Floats = NDArray[np.float64]
-WORTH = 0.02  # what a token may cost above the least, where batches end
-DOUBT = 0.05  # of what recent batches say against present values
-LEAST_SQUARE = 1e-6  # of what a token takes: less is as good as nothing, and could not grow
-SHORT = 32  # tokens of the sequences whose attention counts as nothing of its own
+WORTH = 0.02  # relative excess over the least cost per token that ends a batch
+DOUBT = 0.05  # regularization of the fit towards present values
+LEAST_SQUARE = 1e-6  # of a token's cost: keeps multiplicative updates possible
+SHORT = 32  # sequences of this length have negligible attention cost
 
 
 @dataclass(frozen=True)
 class TokenPrices:
-    """What policies plan by: costs of batches within limits, infinity beyond.
+    """Costs of batches within limits, infinity beyond; used by policies.
 
-    by_tokens: ms, (tokens + 1,), 0 at 0; no token gets dearer with more of them. square_ms: for
-    each squared token of a sequence. A single sequence is always allowed; more of them have at most
-    ``max_batch`` members, and as many tokens as ``budget``, which is the knee where that is below
-    ``max_tokens``.
+    by_tokens: ms, (tokens + 1,), 0 at 0, with a non-increasing cost per token. square_ms: ms per
+    squared length of a sequence. A single sequence is always allowed; batches of several have at
+    most ``max_batch`` members and ``budget`` tokens, the smaller of knee and ``max_tokens``.
     """
 
     by_tokens: Floats
@@ -49,25 +48,25 @@ class TokenPrices:
 
     @cached_property
     def knee(self) -> int:
-        """The fewest tokens of which each costs at most ``WORTH`` more than in any batch."""
+        """The fewest tokens whose cost per token is within ``WORTH`` of the least."""
         rates = self.by_tokens[1:] / np.arange(1, len(self.by_tokens))
         return int(np.argmax(rates <= (1 + WORTH) * rates[-1])) + 1
 
     @cached_property
     def budget(self) -> int:
-        """Tokens of a batch of two or more: what is beyond the knee only has others wait."""
+        """Most tokens of a batch of several: beyond the knee, a larger batch only adds waiting
+        time."""
         return min(self.knee, self.max_tokens)
 
     def alone_ms(self, lengths: Sequence[int] | NDArray[np.int64]) -> Floats:
-        """Return each sequence's part of a batch that is filled up to the budget. float64,
-        (sequences), in ms."""
+        """Return each sequence's ms in a batch filled up to the budget, float64 (sequences,)."""
         length = np.asarray(lengths, dtype=np.float64)
         rate = self.by_tokens[self.budget] / self.budget
         found: Floats = length * rate + self.square_ms * length**2
         return found
 
     def batch_ms(self, lengths: Sequence[int]) -> float:
-        """Return what a batch costs; infinity for one of several sequences beyond the limits."""
+        """Return a batch's ms; infinity for several sequences beyond the limits."""
         tokens = sum(lengths)
         if len(lengths) > 1 and (len(lengths) > self.max_batch or tokens > self.max_tokens):
             return math.inf
@@ -75,19 +74,19 @@ class TokenPrices:
 
 
 class TokenCosts:
-    """Cost in ms of a batch without padding: a part that rises with its tokens, and
-    ``square_ms`` for each pair of tokens of a sequence.
+    """Cost in ms of a batch without padding: a function of its tokens, plus ``square_ms`` per pair
+    of tokens of a sequence.
 
-    The first part is a ``CostTable`` of one column, so that it learns and heals as that does.
+    The function is a ``CostTable`` with one column, refined in the same way.
     """
 
     def __init__(
         self, tokens: Sequence[int], cost_ms: Sequence[float], square_ms: float, max_length: int,
         *, line: Sequence[float] | None = None, learning_rate: float = 0.1,
     ) -> None:  # fmt: skip
-        """``cost_ms`` by the numbers of ``tokens``, without attention's squares; between them it is
-        linear. line: ms of a launch and of a token that come near to it. Raises CostTableError for
-        what is no such table."""
+        """cost_ms: at the numbers of ``tokens``, without square_ms; linear in between. line: (ms
+        per launch, ms per token), an approximation of it. Raises CostTableError for invalid
+        tables."""
         self.by_tokens = CostTable(
             tokens, [1], [[ms] for ms in cost_ms], learning_rate=learning_rate
         )
@@ -99,14 +98,14 @@ class TokenCosts:
         self.square_ms, self.max_length = square_ms, max_length
         slope = (cost_ms[-1] - cost_ms[0]) / max(tokens[-1] - tokens[0], 1)
         self._line = np.array(line or [cost_ms[0], slope], dtype=np.float64)
-        self._seen, self._aim = np.zeros((3, 3)), np.zeros(3)  # normal equations, see `_tell_apart`
+        self._seen, self._aim = np.zeros((3, 3)), np.zeros(3)  # normal equations of `_tell_apart`
         self._made: dict[tuple[int | None, int | None], TokenPrices] = {}
 
     @classmethod
     def from_rates(
         cls, launch_ms: float, token_ms: float, square_ms: float, max_length: int, max_tokens: int
     ) -> TokenCosts:
-        """Return the costs of a machine that takes so long for a launch, a token and a pair."""
+        """Return the costs of a machine with a fixed cost per launch, token and pair of tokens."""
         ends = [1, max_tokens]
         return cls(ends, [launch_ms + token_ms * n for n in ends], square_ms, max_length)
 
@@ -117,11 +116,11 @@ class TokenCosts:
 
     @property
     def observations(self) -> int:
-        """How many batches it has learnt from."""
+        """Number of batches observed."""
         return self.by_tokens.observations
 
     def prices(self, max_batch: int | None = None, max_tokens: int | None = None) -> TokenPrices:
-        """Return what policies plan by, within the limits; those of the table where None."""
+        """Return the policies' costs within limits; None: the table's limits."""
         found = self._made.get((max_batch, max_tokens))
         if found is None:
             most = min(max_tokens or self.max_tokens, self.max_tokens)
@@ -130,8 +129,8 @@ class TokenCosts:
         return found
 
     def _falling(self) -> Floats:
-        """Return ms by tokens, raised to where a token of few costs at least what one of more does:
-        nodes that no batch visits become cheaper, and should invite large batches, not small."""
+        """Return ms by tokens, raised so that the cost per token never increases with the batch:
+        unvisited nodes get cheaper over time, which should favour large batches."""
         tokens = np.arange(self.max_tokens + 1, dtype=np.float64)
         rates = self.by_tokens.dense()[1:, 1] / tokens[1:]
         least = np.maximum.accumulate(rates[::-1])[::-1]
@@ -139,7 +138,7 @@ class TokenCosts:
         return found
 
     def batch_ms(self, lengths: Sequence[int]) -> float:
-        """Return the estimated ms of a batch; raise CostTableError beyond the table."""
+        """Return a batch's estimated ms; raise CostTableError beyond the table."""
         if min(lengths) < 1 or max(lengths) > self.max_length:
             raise CostTableError(f"no cost for sequences of {lengths}: at most {self.max_length}")
         if sum(lengths) > self.max_tokens:
@@ -147,11 +146,11 @@ class TokenCosts:
         return self.prices().batch_ms(lengths)
 
     def share_ms(self, length: int, max_batch: int | None, max_tokens: int | None) -> float:
-        """Return a request's part of a batch of the fullest that the limits allow."""
+        """Return ms of one request in the largest batch of equal requests that the limits allow."""
         return float(self.prices(max_batch, max_tokens).alone_ms([length])[0])
 
     def learn(self, lengths: Sequence[int], took_ms: float, rate: float | None = None) -> None:
-        """Refine by one executed batch; rate: as of ``CostTable.observe``."""
+        """Refine the costs with one executed batch; rate: as in ``CostTable.observe``."""
         tokens, squares = sum(lengths), sum(n * n for n in lengths)
         flat_ms = float(self.by_tokens.dense()[tokens, 1])
         predicted = flat_ms + self.square_ms * squares
@@ -162,10 +161,10 @@ class TokenCosts:
         self._made.clear()
 
     def _tell_apart(self, features: Floats) -> None:
-        """Move ``square_ms`` to what lately explains batches best as a + b * tokens + c * squares.
+        """Move ``square_ms`` towards a fit of recent batches, a + b * tokens + c * squares.
 
-        Least squares of relative errors, with the present values where batches do not tell, as of
-        sequences of one length: then all three follow the machine alike.
+        Least squares of relative errors, regularized towards present values for batches that do not
+        separate the terms, such as sequences of one length: all three then scale alike.
         """
         self._seen *= cost_learning.FORGET
         self._seen += np.outer(features, features)
@@ -180,7 +179,8 @@ class TokenCosts:
         self._line, self.square_ms = now[:2], float(now[2])
 
     def stale(self, longest_ms: float, max_tokens: int | None) -> list[tuple[float, int, int]]:
-        """(trust, length, batch) of what no batch has been like lately: see ``CostTable.stale``."""
+        """Return (trust, length, batch) of shapes without recent batches: see
+        ``CostTable.stale``."""
         found = self.by_tokens.stale(longest_ms, max_tokens)
         shapes = [(trust, min(n, SHORT, self.max_length), n) for trust, n, _ in found]
         return [(trust, length, max(n // length, 1)) for trust, length, n in shapes]
@@ -195,12 +195,12 @@ class TokenCosts:
         }  # fmt: skip
 
     def save(self, path: Path, *, model: str = "") -> None:
-        """Write JSON, whole or not at all."""
+        """Write JSON atomically."""
         write_whole(path, json.dumps({"model": model, **self.to_dict()}))
 
     @classmethod
     def load(cls, path: Path) -> TokenCosts:
-        """Read what ``save`` wrote. Raises CostTableError where the file is not such a table."""
+        """Read a file written by ``save``. Raises CostTableError if it is not such a table."""
         try:
             data = json.loads(path.read_text())
             fields = ("tokens", "cost_ms", "square_ms", "max_length")
@@ -208,7 +208,7 @@ class TokenCosts:
             found.by_tokens.observations = int(data["observations"])
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise CostTableError(
-                f"{path} is no table of token costs ({error}): delete it and measure again"
+                f"{path} is not a table of token costs ({error}): delete it and measure again"
             ) from error
         return found
 

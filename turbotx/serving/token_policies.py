@@ -1,7 +1,7 @@
-"""Policies without padding: which requests share a batch, where any lengths may.
+"""Policies for packed batches, where requests of any lengths can share a batch.
 
-In: the waiting requests, the time, `TokenPrices`. Out: batches, the first to run first, as
-`policies` gives them for padded ones::
+In: the waiting requests, the time, `TokenPrices`. Out: batches in execution order, as in
+`policies`::
 
     AgedTokens().plan(waiting, now_ms=12.0, table=costs.prices())[0]      # the batch to run now
 """
@@ -27,12 +27,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class FifoTokens:
-    """First come, first served: as many of the oldest as the limits on a batch allow."""
+    """First come, first served, in batches as large as the limits allow."""
 
     replans: ClassVar[bool] = True
 
     def plan(self, waiting: Sequence[Request], now_ms: float, table: TokenPrices) -> list[Batch]:
-        """Return the oldest requests, as many as one batch may have."""
+        """Return one batch of the oldest requests, as many as the limits allow."""
         ordered = sorted(waiting, key=lambda r: r.arrival_ms)
         lengths: list[int] = []
         for request in ordered:
@@ -44,17 +44,16 @@ class FifoTokens:
 
 @dataclass(frozen=True)
 class AgedTokens(Aging):
-    """The default without padding: an order, then where to cut it.
+    """The default for packed batches: order the requests, then cut the order into batches.
 
-    1. *Order.* By urgency (as ``Aged``'s) per millisecond of the request's own; before those who
-       has waited for a third of the age bound, the oldest first.
-    2. *Cuts.* A batch may hold any lengths, so the order is cut into consecutive batches. Its
-       milliseconds delay those in it and all behind it, and who comes meanwhile, as many as
-       ``Aged`` counts: the dynamic program makes the sum least. No batch exceeds the budget, which
-       ends at the knee of the costs: beyond it no token becomes cheaper, and everybody waits
-       longer.
-    3. *Overload.* While more than a twelfth of the bound in work waits, the highest class is
-       planned as if it were alone, and its batch filled up with others, to twice the cost at most.
+    1. *Order.* Requests that have waited a third of the age bound, oldest first; then the others by
+       urgency (as in ``Aged``) per millisecond of their own cost.
+    2. *Cuts.* A batch can hold any lengths, so the order is cut into consecutive batches. A batch's
+       milliseconds delay its members, all later requests and future arrivals (counted as in
+       ``Aged``); the dynamic program minimizes the sum. No batch exceeds the budget: beyond the
+       knee of the costs, a larger batch does not lower the cost per token.
+    3. *Overload.* While more than a twelfth of the age bound in work waits, the highest priority is
+       planned alone, and its batch is filled with other requests up to twice its cost.
     """
 
     def plan(self, waiting: Sequence[Request], now_ms: float, table: TokenPrices) -> list[Batch]:
@@ -65,7 +64,7 @@ class AgedTokens(Aging):
         drain_ms = float(alone_ms.sum())
         score = self.urgency(waiting, arrival, now_ms, drain_ms) / alone_ms
         late = np.where(now_ms - arrival >= self.max_age_ms / 3, arrival, math.inf)
-        order = np.lexsort((arrival, -score, late))  # the last decides
+        order = np.lexsort((arrival, -score, late))  # the last key is the primary one
         highest = max(r.priority for r in waiting)
         if drain_ms > self.max_age_ms / 12 and any(r.priority < highest for r in waiting):
             best = self.plan([r for r in waiting if r.priority == highest], now_ms, table)[0]
@@ -87,8 +86,7 @@ TOKEN_POLICIES: dict[str, type[Policy]] = {"aged": AgedTokens, "fifo": FifoToken
 
 
 def fill_up(batch: Batch, others: Sequence[Request], table: TokenPrices) -> Batch:
-    """Return the batch and those of the others, in their order, that fit at twice its cost at
-    most."""
+    """Return the batch with other requests added, in their order, up to twice its cost."""
     members, tokens = list(batch.requests), batch.tokens
     for request in others:
         fits = tokens + request.length <= table.budget and len(members) < table.max_batch
@@ -101,9 +99,9 @@ def fill_up(batch: Batch, others: Sequence[Request], table: TokenPrices) -> Batc
 
 
 def cut(lengths: Ints, table: TokenPrices, price: Floats) -> list[int]:
-    """Return where each batch of a given order ends, the sum of price times cost being least.
+    """Return the ends of the consecutive batches that minimize the sum of price times cost.
 
-    price: of a millisecond of the batch that begins at each place. O(n * members of a batch).
+    price: per ms of the batch that starts at each position. O(n * members of a batch).
     """
     tokens = np.concatenate(([0], np.cumsum(lengths)))
     squares = np.concatenate(([0.0], np.cumsum(lengths.astype(np.float64) ** 2)))
@@ -128,7 +126,7 @@ def fill_in_python(
     tokens: Ints, squares: Floats, costs: Floats, square_ms: float, price: Floats,
     max_batch: int, budget: int,
 ) -> Ints:  # fmt: skip
-    """Do what ``native.SOURCE`` does, where there is no compiler."""
+    """Compute the same as ``native.SOURCE`` in Python, for machines without a compiler."""
     ends, pairs, prices = tokens.tolist(), squares.tolist(), price.tolist()
     best, size = [0.0], [0]
     for j in range(1, len(ends)):

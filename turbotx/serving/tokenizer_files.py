@@ -1,7 +1,7 @@
-"""A directory's tokenizer, as transformers reads it.
+"""Tokenizer files: loads a directory's tokenizer through transformers.
 
-In: a directory. Out: a ``TextTokenizer``; a directory without a vocabulary is refused, for every
-text would be unknown::
+In: a directory. Out: a ``TextTokenizer``. A directory without a vocabulary is an error, since every
+token would be unknown::
 
     load_tokenizer(folder, lower_case=False).encode("hello")
 """
@@ -18,14 +18,13 @@ VOCABULARIES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
     "sentencepiece.model", "spm.model", "tokenizer.model", "bpe.codes",
 )  # fmt: skip
-LONGEST = 10**6  # transformers writes 1e30 where no length was said
+LONGEST = 10**6  # transformers uses 1e30 for an unspecified length
 
 
 def load_tokenizer(folder: Path, lower_case: bool = False) -> TextTokenizer:
-    """Return the tokenizer of a directory; its ``max_length`` is what its files say, else 0.
+    """Return the tokenizer of a directory; its ``max_length`` is the files', 0 if unspecified.
 
-    lower_case: put a normalizer that lowers letters before the tokenizer's own. Raises
-    ModelFilesError.
+    lower_case: add a lower-casing normalizer before the tokenizer's own. Raises ModelFilesError.
     """
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise ModelFilesError(f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES)}")

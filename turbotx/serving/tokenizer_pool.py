@@ -1,7 +1,7 @@
-"""Threads that tokenise, so that the event loop does not, with a bound on what waits for them.
+"""Tokenizer pool: threads that tokenize, with a limit on the waiting characters.
 
-In: work and how many characters it reads. Out: its result, or Busy; short texts have a thread of
-their own and never wait behind long ones::
+In: a function and the number of characters it reads. Out: its result, or Busy. Short texts have
+their own thread and do not wait for long ones::
 
     rows = await pool.run(len(text), lambda: [tokenizer.encode(text)])
 """
@@ -20,20 +20,20 @@ SHORT = 4_096  # characters: a few ms
 
 
 class TokenizerPool:
-    """Owned by one event loop."""
+    """Threads that tokenize; used from one event loop."""
 
     def __init__(self, threads: int, most_characters: int) -> None:
-        """``most_characters`` may be in work at a time, beside one request of any length."""
+        """most_characters: limit in progress and waiting, besides one request of any length."""
         self._long = ThreadPoolExecutor(threads, thread_name_prefix="turbotx-tokenizer")
         self._short = ThreadPoolExecutor(1, thread_name_prefix="turbotx-tokenizer-short")
         self._most = most_characters
-        self.characters = 0  # being read, or waiting for it
+        self.characters = 0  # in progress or waiting
 
     async def run(self, characters: int, work: Callable[[], Result]) -> Result:
-        """Run work in a thread. Raises Busy where too much waits already, and whatever the work
+        """Run `work` in a thread. Raises Busy if too many characters wait, and what `work`
         raises."""
         if self.characters and self.characters + characters > self._most:
-            raise Busy("too much text waits to be tokenised", retry_after_s=1.0)
+            raise Busy("too much text waits to be tokenized: retry later", retry_after_s=1.0)
         self.characters += characters
         pool = self._short if characters <= SHORT else self._long
         try:
@@ -43,7 +43,7 @@ class TokenizerPool:
             raise
         loop = asyncio.get_running_loop()
 
-        def forget(_: object) -> None:  # also of a client that left: its work goes on
+        def forget(_: object) -> None:  # also after the client disconnected: the work goes on
             self.characters -= characters
 
         def done(_: object) -> None:
@@ -54,6 +54,6 @@ class TokenizerPool:
         return await asyncio.wrap_future(running)
 
     def shutdown(self) -> None:
-        """End the worker threads, once what they were given is done."""
+        """End the threads after their submitted work."""
         self._long.shutdown(wait=True)
         self._short.shutdown(wait=True)

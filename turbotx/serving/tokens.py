@@ -1,8 +1,8 @@
-"""Text to token ids.
+"""Tokens: converts text to token ids.
 
-In: a string, or a pair of them for models that read pairs. Out: a ``TokenRow``, cut to the model's
-length or refused. Thread-safe: called from a pool, so ``encode_batch`` is used also for one text,
-for it releases the interpreter lock and ``encode`` does not::
+In: a string, or a pair for models of pairs. Out: a ``TokenRow``, truncated to the model's length or
+refused. Thread-safe. A single text goes through ``encode_batch`` too, since that releases the GIL
+and ``encode`` does not::
 
     TextTokenizer(tokenizer, 512).encode("hello world")     # TokenRow(ids=(101, 7592, 2088, 102))
 """
@@ -16,12 +16,12 @@ from typing import Any
 from turbotx.serving.refusals import BadInput, TooLarge
 from turbotx.serving.schemas import Token
 
-CHARACTERS_PER_TOKEN = 24  # more than any tokenizer needs on average over a whole text
+CHARACTERS_PER_TOKEN = 24  # an upper bound of any text's average
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """One sequence as the model reads it."""
+    """One sequence of token ids."""
 
     ids: tuple[int, ...]
     types: tuple[int, ...] | None = None  # segment ids; None: all zero
@@ -31,10 +31,10 @@ class TokenRow:
 
 
 class TextTokenizer:
-    """A Hugging Face tokenizer without padding or truncation of its own.
+    """A Hugging Face tokenizer with its padding and truncation disabled.
 
-    ``vocabulary`` bounds the ids that a client may send; ``pad_id`` and ``gives_types`` (whether
-    rows come with segment ids) are what the tokenizer's files say.
+    vocabulary: bound of the ids that clients may send. pad_id: the padding token. gives_types:
+    whether rows have segment ids.
     """
 
     def __init__(
@@ -55,16 +55,16 @@ class TextTokenizer:
 
     @property
     def any_token(self) -> int:
-        """Return a valid token id for synthetic texts used in timing."""
+        """A valid token id, for synthetic rows in measurements."""
         return min(100, self.vocabulary - 1)
 
     def encode(
         self, text: str | tuple[str, str], *, truncate: bool = False, keep_end: bool = False
     ) -> TokenRow:
-        """Encode with special tokens. Raises TooLarge, unless ``truncate``; BadInput when empty.
+        """Return the tokens of a text or pair, with special tokens.
 
-        A text that is far too long for the model is cut before it is tokenised, or refused
-        without being tokenised: its cost must not grow with what the client sends.
+        Raises TooLarge above the model's length unless `truncate`, BadInput for an empty text.
+        Texts far above the length are truncated or refused before tokenization, to bound its cost.
         """
         first, second = (text, None) if isinstance(text, str) else text
         if not first or second == "":
@@ -84,7 +84,7 @@ class TextTokenizer:
         return TokenRow(tuple(encoding.ids), types if any(types) else None)
 
     def check_ids(self, ids: list[int]) -> TokenRow:
-        """Token ids that a client sent. Raises BadInput, TooLarge."""
+        """Return a row of token ids sent by a client. Raises BadInput, TooLarge."""
         if not ids:
             raise BadInput("an input of token ids is empty")
         if len(ids) > self.max_length:
@@ -94,8 +94,8 @@ class TextTokenizer:
         return TokenRow(tuple(ids))
 
     def texts_of(self, rows: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
-        """Return the text of each row of ids, with or without its special tokens. Raises
-        BadInput."""
+        """Return the text of each row of ids. skip_special: leave special tokens out. Raises
+        BadInput for ids outside the vocabulary."""
         for ids in rows:
             if ids and (min(ids) < 0 or max(ids) >= self.vocabulary):
                 raise BadInput(f"token ids must lie in 0 to {self.vocabulary - 1}")
@@ -103,9 +103,9 @@ class TextTokenizer:
         return found
 
     def describe(self, text: str, most: int, *, add_special_tokens: bool = True) -> list[Token]:
-        """Each token with its id, text and place, for ``/tokenize``; never truncated.
+        """Return each token with id, text and offsets, for ``/tokenize``, without truncation.
 
-        Raises TooLarge beyond ``most`` tokens: what describes them is far longer than the text.
+        Raises TooLarge above `most` tokens: the description is far longer than the text.
         """
         refusal = f"the texts have more than {most} tokens: send them in several requests"
         if len(text) > most * CHARACTERS_PER_TOKEN:
@@ -123,8 +123,8 @@ class TextTokenizer:
         ]
 
     def encode_text(self, first: str, second: str | None, special: bool = True) -> Any:
-        """Return the tokenizer's encoding of a text or a pair, uncut; raise BadInput for text
-        that is not valid Unicode."""
+        """Return the encoding of a text or pair without truncation; raise BadInput for invalid
+        Unicode."""
         try:
             pair = first if second is None else (first, second)
             return self.tokenizer.encode_batch([pair], add_special_tokens=special)[0]
@@ -142,7 +142,7 @@ class TextTokenizer:
         return text[-limit:] if keep_end else text[:limit]
 
     def _shorten(self, first: str, second: str | None, encoding: Any, keep_end: bool) -> Any:
-        """Keep the special tokens: encode without them, cut, put them round what is left."""
+        """Truncate an encoding but keep its special tokens: encode without, truncate, add them."""
         a = self.encode_text(first, None, False)
         b = None if second is None else self.encode_text(second, None, False)
         room = self.max_length - (len(encoding.ids) - len(a.ids) - (len(b.ids) if b else 0))
@@ -157,7 +157,8 @@ class TextTokenizer:
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """How much of a pair is kept, in tokens: the longer is cut first, as tokenizers does it."""
+    """Return the tokens to keep of each text of a pair: the longer is truncated first, as in
+    tokenizers' "longest_first"."""
     short, long = sorted((first, second))
     long = min(long, max(short, room - short))
     if short + long > room:

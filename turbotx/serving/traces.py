@@ -1,4 +1,4 @@
-"""Seeded request traces: when requests come and how long they are.
+"""Seeded request traces: arrival times and lengths.
 
 In: a rate, a count, a length distribution, a seed. Out: requests sorted by arrival, keys 0, 1, …::
 
@@ -16,13 +16,13 @@ from turbotx.serving.request import Request
 
 Floats = NDArray[np.float64]
 Lengths = Callable[[np.random.Generator, int], NDArray[np.int64]]
-Gaps = Callable[[np.random.Generator, int], Floats]  # relative: their mean is about 1
+Gaps = Callable[[np.random.Generator, int], Floats]  # relative gaps with mean about 1
 
 
 def make_trace(
     gaps: Gaps, lengths: Lengths, *, rate_per_s: float, count: int, seed: int
 ) -> list[Request]:
-    """``count`` requests whose mean rate is exactly ``rate_per_s``, the first at time 0."""
+    """Return ``count`` requests with a mean rate of exactly ``rate_per_s``, the first at time 0."""
     generator = np.random.default_rng(seed)
     sizes = lengths(generator, count)
     gap = gaps(generator, count)
@@ -40,8 +40,8 @@ def poisson_gaps(generator: np.random.Generator, count: int) -> Floats:
 
 
 def bursty_gaps(generator: np.random.Generator, count: int) -> Floats:
-    """On and off: within a burst 1.5 x the mean rate, then a pause (a Markov-modulated process).
-    float64, (count)."""
+    """Return gaps of bursts at 1.5 x the mean rate with pauses between (a Markov-modulated
+    process), float64 (count,)."""
     gap = generator.exponential(1 / 1.5, count)
     pauses = generator.random(count) < 1 / 100  # bursts of 100 requests on average
     gap[pauses] += generator.exponential(100 / 3, int(pauses.sum()))
@@ -57,12 +57,12 @@ def diurnal_gaps(generator: np.random.Generator, count: int) -> Floats:
 
 
 def uniform_lengths(least: int, most: int) -> Lengths:
-    """Uniform over ``least`` to ``most``, both included."""
+    """Return a uniform distribution over ``least`` to ``most``, inclusive."""
     return lambda generator, count: generator.integers(least, most + 1, count)
 
 
 def lognormal_lengths(median: float, sigma: float, most: int) -> Lengths:
-    """As texts are: many short, few long, cut at ``most``."""
+    """Return a log-normal distribution clipped at ``most``: many short texts, few long ones."""
 
     def draw(generator: np.random.Generator, count: int) -> NDArray[np.int64]:
         sizes = np.exp(generator.normal(np.log(median), sigma, count)).round()

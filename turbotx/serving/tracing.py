@@ -1,7 +1,7 @@
 """Optional OpenTelemetry spans, one per HTTP request.
 
-In: the operator's ``otel=True`` and an installed opentelemetry-api. Out: spans through whatever
-provider the process has set up, or nothing at all::
+In: ``otel=True`` and an installed opentelemetry-api. Out: spans through the process's tracer
+provider::
 
     with open_span(enabled, "/embed") as span: span.set_attribute("rows", 3)
 """
@@ -16,19 +16,19 @@ from turbotx.errors import TurbotxError
 
 
 class TracingError(TurbotxError, ImportError):
-    """Tracing was asked for, and OpenTelemetry is not installed."""
+    """Tracing is enabled but OpenTelemetry is not installed."""
 
 
 class NoSpan:
-    """Stands in for a span where tracing is off."""
+    """A span that records nothing, for disabled tracing."""
 
     def set_attribute(self, key: str, value: object) -> None:
-        """Do nothing: no span is recorded."""
+        """Do nothing."""
 
 
 def find_tracer(enabled: bool) -> Any | None:
-    """Return the tracer of this package, or None. Raises TracingError when it is missing but
-    wanted."""
+    """Return the package's tracer, None if not enabled. Raises TracingError if OpenTelemetry is not
+    installed."""
     if not enabled:
         return None
     try:
@@ -42,7 +42,7 @@ def find_tracer(enabled: bool) -> Any | None:
 
 @contextlib.contextmanager
 def open_span(tracer: Any | None, name: str, headers: Mapping[str, str]) -> Iterator[Any]:
-    """Open a server span named after the route, child of the client's where its headers say so."""
+    """Context of a server span named after the route, a child of the span in the headers if any."""
     if tracer is None:
         yield NoSpan()
         return

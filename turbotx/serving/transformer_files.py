@@ -1,7 +1,7 @@
-"""Weights and configuration from disk into the one module that is optimized and run.
+"""Transformer files: loads weights and configuration into the module that is optimized and run.
 
-In: the transformer's folder, the steps after it. Out: a ``nn.Module`` of ids and mask to (batch,
-width), without a cache; whatever transformers cannot load is one ModelFilesError::
+In: the transformer's folder and the steps after it. Out: a ``nn.Module`` from ids and mask to
+(batch, width), with use_cache off; loading errors are ModelFilesErrors::
 
     load_module(files, Head("embedding"), "float32", None)     # SentenceModel(...)
 """
@@ -26,7 +26,7 @@ from turbotx.serving.sentence_files import (
 from turbotx.serving.tokens import TextTokenizer
 
 log = logging.getLogger(__name__)
-ENCODERS = {  # of models with a decoder, which an embedding does not need
+ENCODERS = {  # encoder classes of encoder-decoder models
     "t5": "T5EncoderModel",
     "mt5": "MT5EncoderModel",
     "umt5": "UMT5EncoderModel",
@@ -36,7 +36,7 @@ ENCODERS = {  # of models with a decoder, which an embedding does not need
 
 @dataclass(frozen=True)
 class LoadedModule:
-    """The module, the id that fills a row up, and whether it reads segment ids."""
+    """A module, its padding id, and whether it takes segment ids."""
 
     module: Any
     pad_id: int
@@ -46,7 +46,7 @@ class LoadedModule:
 def load_module(
     files: SentenceFiles, head: Head, tokenizer: TextTokenizer, dtype: str, weights: Path | None
 ) -> LoadedModule:
-    """Load the transformer and put the steps behind it. Raises ModelFilesError, WeightsError."""
+    """Load the transformer and append the steps. Raises ModelFilesError, WeightsError."""
     import torch
 
     from turbotx.serving import sentence_modules as modules
@@ -60,7 +60,7 @@ def load_module(
     options = transformer.config.get_text_config()
     module: Any
     if head.kind == "classifier":
-        # transformers runs a decoder's head on one row at a time where it knows no pad token.
+        # Without a pad token, transformers runs a decoder's head on one row at a time.
         alone = options.pad_token_id is None and hasattr(transformer, "score")
         module = (modules.LastTokenClassifier if alone else modules.ClassifierModel)(transformer)
     elif head.kind == "tokens":
@@ -68,7 +68,7 @@ def load_module(
     elif isinstance(files.steps[0], Splade):
         module = modules.SpladeModel(transformer, files.steps[0])
     else:
-        # The server normalises at the end, where a request may say otherwise.
+        # The server normalizes at the end: requests may switch it off.
         steps = files.steps[:-1] if isinstance(files.steps[-1], Normalize) else files.steps
         module = modules.SentenceModel(transformer, steps)
     takes = inspect.signature(transformer.forward).parameters
@@ -83,7 +83,7 @@ def load_module(
 def _load_transformer(folder: Path, kind: str, dtype: Any) -> Any:
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()  # standard error is lines of JSON
+    transformers.utils.logging.disable_progress_bar()  # stderr has JSON lines only
     with loading(str(folder)):
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -97,7 +97,7 @@ def _load_transformer(folder: Path, kind: str, dtype: Any) -> Any:
         module, report = _loader_of(config, kind, folder).from_pretrained(
             folder, config=config, local_files_only=True, dtype=dtype, output_loading_info=True
         )
-    # A pooler is not part of an embedding here: the chain pools the hidden states.
+    # The model's pooler is unused: the chain pools the hidden states.
     headed = kind in ("classifier", "sparse")
     missing = sorted(n for n in report["missing_keys"] if headed or not n.startswith("pooler."))
     if missing:
@@ -109,7 +109,7 @@ def _load_transformer(folder: Path, kind: str, dtype: Any) -> Any:
 
 
 def _turn_cache_off(config: Any) -> None:
-    """One call is one answer: keys and values are not kept, in no part of the model."""
+    """Disable the key/value cache in all parts of the configuration."""
     if hasattr(config, "use_cache"):
         config.use_cache = False
     for name in config.sub_configs:

@@ -76,7 +76,7 @@ def test_what_cannot_be_set_by_a_program_is_refused_and_put_back(model: Any, wha
 
 @pytest.mark.parametrize("held", [iter([1, 2]), (k for k in (1, 2)), itertools.count(1)])
 def test_what_every_call_would_move_on_is_refused(held: Any) -> None:
-    with pytest.raises(CaptureError, match="which every call would move on"):
+    with pytest.raises(CaptureError, match="which every call would advance"):
         turbotx.optimize(lambda x: x * next(held))(X)
 
 

@@ -232,10 +232,10 @@ def test_after_a_failure_all_is_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("leave", "message"),
     [
-        (lambda m, x: setattr(m, "box", Box(x * 2)), r"object with a tensor inside in 'box'"),
-        (lambda m, x: m.kept.pop("old"), r"takes something out of 'kept'"),
+        (lambda m, x: setattr(m, "box", Box(x * 2)), r"object that contains a tensor in 'box'"),
+        (lambda m, x: m.kept.pop("old"), r"removes or moves an entry of 'kept'"),
         (lambda m, x: m.order.insert(0, x), r"reads what 'order' holds and puts another in"),
-        (lambda m, x: m.order.pop(), r"takes something out of 'order'"),
+        (lambda m, x: m.order.pop(), r"removes or moves an entry of 'order'"),
     ],
 )
 def test_what_a_program_cannot_leave_is_refused(leave, message) -> None:

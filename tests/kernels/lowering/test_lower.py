@@ -1,4 +1,4 @@
-"""Lower: a few nodes become the statements of one kernel, printed; or a Conflict says why not."""
+"""Lower: nodes become the statements of one kernel, printed; or a FusionConflict says why not."""
 
 from __future__ import annotations
 

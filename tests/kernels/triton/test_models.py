@@ -157,7 +157,7 @@ def test_every_attention_is_right_in_the_interpreter(name: str, way: str) -> Non
         check_product(product)
 
 
-def launch_jobs(
+def jobs_of_model(
     name: str, width: int, dtype: torch.dtype, targets: Iterable[str], way: str = "auto"
 ) -> list[tuple[Job, bool]]:
     """What the launches of a model compile for two rows of 128, and whether it reads much."""
@@ -189,7 +189,7 @@ def check_built(jobs: list[tuple[Job, bool]]) -> None:
 
 
 def test_bert_builds_for_one_target() -> None:
-    check_built(launch_jobs("bert", 32, torch.float32, ["sm_90"]))
+    check_built(jobs_of_model("bert", 32, torch.float32, ["sm_90"]))
 
 
 @pytest.mark.sweep
@@ -197,13 +197,13 @@ def test_bert_builds_for_one_target() -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_usual_widths_build_for_every_target(name: str, dtype: torch.dtype) -> None:
     width = {"bert": 384, "llama": 1024}.get(name, 768)
-    check_built(launch_jobs(name, width, dtype, TARGETS))
+    check_built(jobs_of_model(name, width, dtype, TARGETS))
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", MODELS)
 def test_the_papers_way_builds_for_every_target(name: str) -> None:
-    check_built(launch_jobs(name, 768, torch.float16, TARGETS, "fused-softmax"))
+    check_built(jobs_of_model(name, 768, torch.float16, TARGETS, "fused-softmax"))
 
 
 @pytest.mark.parametrize("name", MODELS)

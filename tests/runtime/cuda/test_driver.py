@@ -101,7 +101,7 @@ def test_a_kernel_that_wants_scratch_memory_is_refused(
     assert kept.pop("scratch_nbytes") == 0
     driver = StandInDriver()
     result.write_text(json.dumps({**kept, "scratch_nbytes": 256}))
-    with pytest.raises(BuildError, match="wants 256 bytes of global scratch memory"):
+    with pytest.raises(BuildError, match="needs 256 bytes of global scratch memory"):
         load(driver, build([built.job], measure=False)[0])
     assert not driver.calls
     result.write_text(json.dumps(kept))  # as results were kept before

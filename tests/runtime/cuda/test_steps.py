@@ -190,14 +190,14 @@ def test_steps_behind_many_keys_are_as_exact_as_eager(
         assert_as_exact_as_eager(ours, eager, true)
     grids = {e[2] for e in device.log if e[0] == "launch" and e[1].startswith("split_attention")}
     assert {grid[0] for grid in grids} == {1, 2}  # parts of the keys
-    assert not any(frame.turns.any() for frame in frames_of(fast))
+    assert not any(arguments.turns.any() for arguments in arguments_of(fast))
 
 
-def frames_of(fast: Any) -> list[Any]:
+def arguments_of(fast: Any) -> list[Any]:
     """The arguments of every arena that steps have run in."""
     variants = engine_of(fast).parts["steps"].variants()
     programs = [p for v in variants for p in v.programs]
-    return [e.table.frame for p in programs for e in p.executions.values()]
+    return [e.table.arguments for p in programs for e in p.executions.values()]
 
 
 def test_blocks_behind_a_window_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:

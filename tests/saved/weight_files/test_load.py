@@ -227,7 +227,7 @@ def test_files_that_are_not_weights_say_so(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "epoch.pt")
     (tmp_path / "folder").mkdir()
     for name, said in {
-        "w.safetensors": "no whole safetensors file",
+        "w.safetensors": "not a complete safetensors file",
         "text.pt": r"text\.pt",
         "empty.npz": r"cannot read .*empty\.npz",
         "list.pt": "holds a list",

@@ -117,7 +117,7 @@ def test_a_chat(client):
 @pytest.mark.parametrize(("fields", "status", "said"), [
     ({"prompt": ...}, 422, "prompt"),
     ({"prompt": ""}, 422, "empty"),
-    ({"prompt": []}, 422, "prompt is a text"),
+    ({"prompt": []}, 422, "prompt must be a text"),
     ({"prompt": [5000]}, 422, "token ids must lie"),
     ({"temperature": -1}, 422, "temperature"),
     ({"suffix": "x"}, 422, "suffix"),

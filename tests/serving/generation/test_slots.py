@@ -22,7 +22,7 @@ def test_a_row_moves_by_whole_blocks():
     slots.join([Entry("b", 100)], end=3 * BLOCK + 9)
     assert slots.length == BLOCK + 9 + BLOCK * (BLOCK + 9 < 100)
     assert slots.blocks == 1 + 3
-    with pytest.raises(ValueError, match="column 10 join a batch of 137"):
+    with pytest.raises(ValueError, match="column 10 cannot join a batch of 137"):
         slots.join([Entry("c", 1)], end=10)
     slots.leave("b")
     assert slots.length == 9 and slots.blocks == 1

@@ -115,7 +115,7 @@ class EqualLayers:
         self.calls = LayerCalls()
 
     def finish(self) -> None:
-        """Say that the code has ended: what its trace has made is let go."""
+        """Release what the trace created, after the layer's code has ended."""
         self.known = {}
 
     def run(

@@ -111,7 +111,7 @@ class Unfollowed:
         for found in self._iterators:
             raise CaptureError(
                 f"cannot capture {name}: its code holds a {type(found).__name__}, which every call "
-                "would move on: pass what it gives as an argument"
+                "would advance: pass its values as an argument"
             )
 
     def _put_back(self) -> list[tuple[str, Any, Any]]:

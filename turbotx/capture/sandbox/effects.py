@@ -83,8 +83,8 @@ def find_effects(
             inside = find_leaks(leaf, type(leaf).__name__, most=1, limit=1000)
             if inside:
                 raise CaptureError(
-                    f"the call leaves an object with a tensor inside in {text!r} ({inside[0]}), "
-                    "and a program can leave tensors, sizes and containers of them only: return it"
+                    f"the call stores an object that contains a tensor in {text!r} ({inside[0]}), "
+                    "and a program can store only tensors, sizes and containers of them: return it"
                 )
         return leaf
 
@@ -93,8 +93,8 @@ def find_effects(
             text, unread = one.text, one.is_unread(difference)
             if isinstance(difference, Taken):
                 raise CaptureError(
-                    f"the call takes something out of {text!r} or puts it elsewhere, so that calls "
-                    "depend on those before them: keep that outside of the optimized module"
+                    f"the call removes or moves an entry of {text!r}, so that a call depends on "
+                    "the calls before it: keep that outside of the optimized module"
                 )
             if isinstance(difference, Put):
                 if isinstance(difference.key, torch.nn.Module):
@@ -128,4 +128,4 @@ def _check_key(key: Any, symbols: frozenset[str], text: str) -> None:
     if not isinstance(key, (*PLAIN, torch.nn.Module)) and find_leaks(
         key, "key", most=1, limit=1000
     ):
-        raise CaptureError(f"the call keeps something in {text!r} under a key that holds a tensor")
+        raise CaptureError(f"the call stores a value in {text!r} under a key with a tensor")

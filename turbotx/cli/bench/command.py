@@ -42,7 +42,7 @@ def bench_model(
     engine."""
     unknown = [e for e in engines if e not in ENGINES]
     if unknown:
-        raise InputError(f"--engine {unknown[0]}: there are {', '.join(ENGINES)}")
+        raise InputError(f"--engine {unknown[0]}: use one of {', '.join(ENGINES)}")
     wanted = [parse_shape(text) for text in shapes] or [{}]
     saved = source.is_saved
     usual = ["turbotx"] if saved else [e for e in ENGINES if e not in ASKED_FOR]

@@ -70,5 +70,5 @@ def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
     elif name.startswith("compile"):
         model = compile_frozen(model, dynamic=True if name == "compile-dynamic" else None)
     elif name != "eager":
-        raise ModelError(f"no engine is called {name!r}: there are {', '.join(ENGINES)}")
+        raise ModelError(f"no engine is called {name!r}: use one of {', '.join(ENGINES)}")
     return lambda args, kwargs: model(*args, **kwargs)

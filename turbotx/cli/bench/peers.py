@@ -65,7 +65,7 @@ def check_answer(name: str, run: Run, loaded: ModelWithInputs) -> None:
     allowed = ALLOWED["int8" if name.endswith("int8") else narrow]
     if not far <= allowed:
         raise ModelError(
-            f"{name} answers otherwise than the model here: {far:.2g} of its size (root mean "
+            f"{name} gives other results than the model here: {far:.2g} of its size (root mean "
             f"square) where {allowed} is allowed: not measured"
         )
 

@@ -1,7 +1,7 @@
-"""Attention launches: what the graph fixes about one, and its C++ text, a call of a template.
+"""Attention launches: compile-time properties, and the C++ text, a call of a template.
 
-In: the operands of an attention in the graph. Out: an `AttentionKernel`, the sizes of its launch,
-and one extern "C" function with the uniform signature of every launch::
+In: the operands of an attention node. Out: an `AttentionKernel`, the sizes of its launch, and one
+extern "C" function with the signature of all launches::
 
     args: q, k, v, out, key mask or lengths or null, bias or null, sinks or null; bounds
         and starts if packed; a cache's memory, tables of keys and of values or null if cached
@@ -48,11 +48,10 @@ def describe_attention(
     said: Mapping[str, Any],
     sequences: Sequence[ir.Operand] = (),
 ) -> tuple[AttentionKernel, tuple[Expr, ...]]:
-    """Return the kernel of an attention and its launch's sizes.
+    """Return the kernel of an attention node and its launch's sizes.
 
-    operands: q, k, v and out, the last (batch, q_len, heads, head_dim), all with adjacent elements
-    along head_dim. said: the keyword arguments of the call. sequences: bounds and starts, where it
-    is packed.
+    operands: q, k, v and out, the last (batch, q_len, heads, head_dim), all contiguous along
+    head_dim. said: the keyword arguments of the call. sequences: bounds and starts if packed.
     """
     q, k, _, out = operands
     kinds = {torch.bool: "boolean", torch.float32: "float32"}
@@ -80,7 +79,7 @@ def describe_attention(
 
 
 def _broadcast(operand: ir.Operand | None) -> list[Expr]:
-    """Return strides over four dims, 0 where the operand does not vary."""
+    """Return strides over four dims, 0 for broadcast dims."""
     given = () if operand is None else operand.strides
     return [ZERO] * (4 - len(given)) + list(given)
 

@@ -1,7 +1,7 @@
-"""Barriers in C++: values that the compiler must not see through.
+"""Barriers in C++: values that the compiler must not optimize across.
 
-In: a kernel. Out: its products that must be rounded before something is added to them, and the
-constants behind masks that must be known at run time only::
+In: a kernel. Out: its products that must be rounded before an addition (no FMA), and the constants
+of masks that must be unknown at compile time::
 
     const float mul = ttx::product(x, c);           // mul + b: as PyTorch's two ops, in every loop
     const int64_t c = ttx::hidden(int64_t(2));      // i >= c is then known at run time only
@@ -24,11 +24,10 @@ VECTOR_NBYTES = 64
 
 
 def find_products(kernel: ir.Kernel) -> frozenset[str]:
-    """Return the floats that may end in a product, and that something is added to.
+    """Return the float values that may be products and are operands of sums.
 
-    A compiler could make one fused instruction of both. It does so where every reader is a sum, so
-    that one value would come out in two ways, in two loops or two kernels, and a maximum would not
-    be among what it is the maximum of.
+    A compiler may contract both into an FMA, depending on the readers, so that a value would differ
+    between loops or kernels, and a maximum would not equal any of its elements.
     """
     products = {
         s.result
@@ -46,12 +45,12 @@ def find_products(kernel: ir.Kernel) -> frozenset[str]:
 
 
 def find_hidden(kernel: ir.Kernel) -> frozenset[str]:
-    """Return the constants behind masks that may cut a vector in two.
+    """Return the constants of masks that may be partial within a vector.
 
-    GCC 12 turns a vector load under a mask that it knows, as in the first lines of a cat of two
-    columns each, into one of the whole vector and a blend, and so reads what lies before the
-    tensor. Where a part begins at a multiple of the vector, the mask of each vector is all true or
-    all false, and is better known: the halves of a rotary embedding, say.
+    GCC 12 replaces a masked vector load with a compile-time mask, as in a cat of two columns each,
+    by a load of the whole vector and a blend, and so reads before the tensor. If a part begins at a
+    multiple of the vector length, each vector's mask is all true or all false, and is left visible:
+    the halves of a rotary embedding, for example.
     """
     makers = {r: s for s in kernel.body for r in ir.results_of(s)}
     itemsize = {p.name: p.dtype.itemsize for p in kernel.params}
@@ -72,7 +71,7 @@ def find_hidden(kernel: ir.Kernel) -> frozenset[str]:
 def _is_whole(
     kernel: ir.Kernel, s: ir.Statement, makers: dict[str, ir.Statement], lanes: int
 ) -> bool:
-    """Return whether a comparison is one and the same within each vector of `lanes` columns."""
+    """Return whether a comparison is uniform within each vector of `lanes` columns."""
     if not isinstance(s, ir.Compute) or s.op not in ("ge", "lt"):
         return False
     position, bound = (makers[a] for a in s.args)

@@ -1,6 +1,6 @@
 """Print a kernel as C++: exact loop bounds, vector loops, rows across threads.
 
-In: an `ir.Kernel`. Out: one extern "C" function with the uniform signature of every launch::
+In: an `ir.Kernel`. Out: one extern "C" function with the signature of all launches::
 
     int fused_add_gelu(void* const* args, const int64_t* sizes)  // 0, or a failed check's number
 """
@@ -22,10 +22,10 @@ __all__ = ["STORAGE", "print_kernel"]
 # Rows times columns below which a second thread costs more than it brings (two-core laptop and
 # EPYC, any of the fused BERT kernels: about 4 microseconds of work).
 GRAIN = 16384
-# Places of a loop without reductions that one thread takes at a time.
+# Elements per thread and step of a loop without reductions.
 BLOCK = 4096
-# Columns whose sum of floats is made in vectors of float before it is added to one in double:
-# equal blocks of 64 to 128 where the extent is known; else this many, for a softmax's exponentials.
+# Columns that are summed in float vectors before the sum is added to one in double: equal blocks of
+# 64 to 128 if the extent is known; otherwise this many, for a softmax's exponentials.
 SUM_BLOCK = 256
 
 
@@ -47,7 +47,7 @@ def print_kernel(kernel: ir.Kernel, name: str | None = None) -> str:
 
 
 class _Elementwise:
-    """No reduction: the innermost axis is the vector loop, cut in blocks where it is long."""
+    """Without reductions: the innermost axis is the vector loop, in blocks if it is long."""
 
     def __init__(self, text: FunctionText, sweeps: Sweeps) -> None:
         self.text, self.sweeps, self.kernel = text, sweeps, text.kernel
@@ -92,7 +92,7 @@ class _Elementwise:
 
 
 class _Rows:
-    """Reductions: one row after another on each thread, its column loops in turn."""
+    """With reductions: each thread processes rows one by one, with one column loop per sweep."""
 
     def __init__(self, text: FunctionText, sweeps: Sweeps) -> None:
         self.text, self.sweeps, self.kernel = text, sweeps, text.kernel
@@ -120,7 +120,7 @@ class _Rows:
             text.close_shared()
 
     def _scratch(self) -> None:
-        """Runner for the values that are kept between sweeps, a row of each."""
+        """Declare scratch rows for the values kept between sweeps."""
         text = self.text
         width = product([a.extent for a in self.kernel.columns])
         kinds = [text.type_of(v) for v in self.kept]
@@ -144,7 +144,7 @@ class _Rows:
         known = {v for v, k in self.kept.items() if k < sweep}
         scans = [s for s in sweeps.scans(self._values(sweep)) if s.result not in known]
         for s in scans:
-            again = s.result in self.running  # an earlier sweep ran it too
+            again = s.result in self.running  # an earlier sweep also computed it
             kind = "" if again else f"{wider(STORAGE[s.dtype])} "
             text.put(f"{kind}{s.result}_so_far = {SCANS[s.op].start};")
             self.running.add(s.result)
@@ -164,7 +164,7 @@ class _Rows:
             self._finish(r)
 
     def _in_parts(self, r: ir.Reduce) -> bool:
-        """Return whether a sum is made of partial ones in float: exact enough, and twice as
+        """Return whether a sum uses partial sums in float, which are accurate enough and twice as
         fast."""
         s = self.sweeps.makers[r.args[0]]
         kind = self.text.type_of(r.args[0])
@@ -192,7 +192,7 @@ class _Rows:
         text.close()
 
     def _values(self, sweep: int) -> list[str]:
-        """Return what a sweep's column loop computes, or reads from scratch."""
+        """Return the lines of a sweep's column loop: computed values and reads of scratch."""
         available = {v: k for v, k in self.kept.items() if k < sweep}
         return self.sweeps.closure(self.sweeps.ends(sweep), available)
 
@@ -252,7 +252,7 @@ class _Rows:
 
 
 def total_of(r: ir.Reduce) -> str:
-    """Return the name of a reduction's accumulator: sums of float have one of their own."""
+    """Return the name of a reduction's accumulator; sums of float have a separate one."""
     name = var(r.results[0])
     wide = r.op == "sum" and wider(STORAGE[r.dtype]) != STORAGE[r.dtype]
     return f"wide_{name}" if wide else name

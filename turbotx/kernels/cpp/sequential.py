@@ -1,8 +1,8 @@
-"""Sequential: single-pass reductions as sequential C++ steps.
+"""Sequential: replaces tuple reductions by sequential steps for C++.
 
-In: a kernel whose reductions may be tuples (mean and m2, largest and total). Out: the same
-function over plain sums, maxima and so on: a row lies in the first-level cache while it is worked
-on, so a second look at it costs no memory traffic, and no accuracy is lost::
+In: a kernel whose reductions may be tuples (mean and m2, largest and total). Out: an equivalent
+kernel with plain sums and maxima. A row stays in the L1 cache, so that a second pass over it causes
+no memory traffic, and no accuracy is lost::
 
     mean, m2 = welford(x)  ->  mean = sum(x) / n;  m2 = sum((x - mean)**2) - sum(x - mean)**2 / n
 """
@@ -20,7 +20,7 @@ from turbotx.kernels.cpp.tiles import wants_tiles
 
 
 def make_sequential(kernel: ir.Kernel) -> ir.Kernel:
-    """Return the kernel with every tuple reduction taken apart; equal values stay one."""
+    """Return the kernel with every tuple reduction split into plain ones."""
     blocks = sums_in_blocks(kernel)
     body: list[ir.Statement] = []
     known: dict[tuple[str, tuple[str, ...]], str] = {}
@@ -61,7 +61,8 @@ def make_sequential(kernel: ir.Kernel) -> ir.Kernel:
 
 
 def equal_block(extent: Expr) -> int | None:
-    """Return a number of columns, several whole vectors, that divides a known extent."""
+    """Return a block size, a multiple of the vector length, that divides a known extent, or
+    None."""
     if not extent.is_Integer:
         return None
     fitting = [n for n in range(64, 129, 16) if int(extent) % n == 0]
@@ -76,11 +77,11 @@ def sums_in_blocks(kernel: ir.Kernel) -> bool:
 
 
 def _moments(s: ir.Reduce, count: Expr, blocks: bool) -> list[ir.Statement]:
-    """Return statements that make mean and m2 of a row, what is one number a row in double.
+    """Return statements that compute mean and m2 of a row, with per-row values in double.
 
-    What the deviations from the mean add up to tells by how much it was rounded; where its sum was
-    made in blocks, it is taken from the mean. (Else it says more of the deviations' own rounding.)
-    A row of equal numbers has exactly that number as its mean, and 0 as m2.
+    The sum of the deviations gives the rounding error of the mean; if the sum was made in blocks,
+    the mean is corrected by it. (Otherwise it is dominated by the deviations' own rounding.) A row
+    of equal numbers has exactly that mean, and m2 = 0.
     """
     (mean, m2), (x,), wide = s.results, s.args, torch.float64
     made: list[ir.Statement] = []
@@ -104,12 +105,12 @@ def _moments(s: ir.Reduce, count: Expr, blocks: bool) -> list[ir.Statement]:
     if blocks:
         again = compute(f"{mean}_again", "cast", near)
         compute(mean, "cast", compute(f"{mean}_exact", "add", again, off), dtype=s.dtype)
-        # Users of x - mean: `away` is worth keeping, and has been computed.
+        # Reuse `away` for other readers of x - mean.
         rest = compute(f"{mean}_rest", "cast", off, dtype=s.dtype)
         compute(f"{mean}_centred", "sub", away, rest, dtype=s.dtype)
     apart = compute(f"{m2}_apart", "sub", raw, compute(f"{m2}_lost", "mul", drift, off))
     made.append(ir.Constant(f"{m2}_zero", 0.0, wide))
-    # Squares of tiny numbers are 0, and less than what is lost.
+    # Squares of tiny numbers underflow to 0, below the rounding error.
     compute(m2, "cast", compute(f"{m2}_wide", "maximum", apart, f"{m2}_zero"), dtype=s.dtype)
     return made
 

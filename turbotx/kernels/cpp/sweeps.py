@@ -1,7 +1,7 @@
-"""Sweeps: which statements stand in which of a row's column loops.
+"""Sweeps: assigns statements to the column loops of a row.
 
-In: a kernel whose reductions are plain ones. Out: for each value the sweep that it waits for; a
-softmax over columns takes three, for example::
+In: a kernel with plain reductions. Out: the sweep of each value, by the reductions it depends on; a
+softmax over columns takes three::
 
     sweep 0: largest = max(x)     sweep 1: total = sum(exp(x - largest))     sweep 2: the store
 """
@@ -15,7 +15,7 @@ from turbotx.ir.primitives import PRIMITIVES
 
 
 class Sweeps:
-    """A kernel's statements by sweep. `phase` counts the reductions that a value waits for."""
+    """A kernel's statements by sweep. phase: number of reductions in sequence before a value."""
 
     def __init__(self, kernel: ir.Kernel) -> None:
         self.kernel = kernel
@@ -27,11 +27,11 @@ class Sweeps:
         self.count = 1 + max(ends, default=0)
 
     def of(self, s: ir.Statement) -> int:
-        """Return the sweep at whose start everything that a statement needs is known."""
+        """Return the first sweep at whose start a statement's operands are available."""
         return ir.phase_of(s, self.phase)
 
     def in_column(self, s: ir.Statement) -> bool:
-        """Return whether a statement belongs inside the column loop."""
+        """Return whether a statement is inside the column loop."""
         if isinstance(s, ir.Store):
             return bool((self.varies[s.value] | ir.axes_in(s.access.offset)) & self.columns)
         if isinstance(s, ir.Check):
@@ -39,7 +39,7 @@ class Sweeps:
         return isinstance(s, ir.Reduce) or bool(self.varies[ir.results_of(s)[0]] & self.columns)
 
     def reduces(self, sweep: int) -> list[ir.Reduce]:
-        """Return the reductions that a sweep over the columns carries."""
+        """Return the reductions of a sweep."""
         return [s for s in self.kernel.body if isinstance(s, ir.Reduce) and self.of(s) == sweep]
 
     def stores(self, sweep: int) -> list[ir.Store]:
@@ -50,15 +50,17 @@ class Sweeps:
         ]  # fmt: skip
 
     def row_statements(self, sweep: int) -> list[ir.Statement]:
-        """Return what is the same for the whole row and known before a sweep, in order."""
+        """Return the statements that are constant in a row and available before a sweep, in
+        order."""
         return [s for s in self.kernel.body if not self.in_column(s) and self.of(s) == sweep]
 
     def scans(self, values: Iterable[str]) -> list[ir.Scan]:
-        """Return the scans among what a column loop computes."""
+        """Return the scans among the values of a column loop."""
         return [s for v in values if isinstance(s := self.makers[v], ir.Scan)]
 
     def ends(self, sweep: int) -> list[str]:
-        """Return what a column loop has to compute: its reductions' arguments and its stores."""
+        """Return the values that a column loop must compute: arguments of reductions, stored
+        values."""
         wanted: list[ir.Statement] = [*self.reduces(sweep), *self.stores(sweep)]
         return [v for s in wanted for v in ir.needs_of(s)]
 
@@ -82,7 +84,7 @@ class Sweeps:
         return list(found)
 
     def kept(self) -> dict[str, int]:
-        """Values worth keeping in scratch between column loops, and the sweep that makes them."""
+        """Return the values to keep in scratch between column loops, with the sweep of each."""
         first: dict[str, int] = {}
         again: set[str] = set()
         for sweep in range(self.count if self.columns else 0):

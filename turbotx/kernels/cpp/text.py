@@ -22,7 +22,7 @@ STORAGE = {
     torch.float32: "float", torch.float64: "double", torch.bfloat16: "ttx::bf16",
     torch.float16: "ttx::f16", torch.int64: "int64_t", torch.int32: "int32_t",
     torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "uint8_t", torch.bool: "bool",
-    torch.float8_e4m3fn: "ttx::f8",  # in what reports print: `passes.quantize` refuses it on CPUs
+    torch.float8_e4m3fn: "ttx::f8",  # for reports only: `passes.quantize` refuses it on CPUs
 }  # fmt: skip
 _NAMED = """
     alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t
@@ -51,8 +51,8 @@ class FunctionText:
         self.hidden, self.products = find_hidden(kernel), find_products(kernel)
         self.lines: list[str] = []
         self.depth = 1
-        self.step = ""  # to the next iteration of the loop that threads share
-        self.lane = ""  # what picks a row's running value where several rows go together
+        self.step = ""  # advances to the next iteration of the parallel loop
+        self.lane = ""  # index of a row's running value if rows are processed together
 
     def put(self, line: str) -> None:
         """Append a line, indented by the depth of the block."""
@@ -75,8 +75,8 @@ class FunctionText:
         self.open(f"for (int64_t {name} = 0; {name} < {to_c(axis.extent)}; ++{name})")
 
     def open_shared(self, loops: Sequence[tuple[str, str]], pays: str) -> None:
-        """Open loops of (variable, extent), from the outermost on, as one whose iterations threads
-        share where it `pays`."""
+        """Open nested loops of (variable, extent) as one parallel loop; pays: condition for
+        threads."""
         outermost, at = loops[0][0], loops[0][0]
         if len(loops) > 1:
             at = "at"
@@ -95,7 +95,7 @@ class FunctionText:
         self.step = self.step if place != at else ""
 
     def close_shared(self) -> None:
-        """Close what `open_shared` has opened."""
+        """Close the loop opened by `open_shared`."""
         if self.step:
             self.put(self.step)
         self.close()
@@ -103,17 +103,17 @@ class FunctionText:
         self.put("});")
 
     def open_block(self, extent: str, size: int) -> str:
-        """Open a loop over blocks of `size` places from `begin` on; return where each ends."""
+        """Open a loop over blocks of `size` elements; return the variable of a block's end."""
         self.open(f"for (int64_t begin = 0; begin < {extent}; begin += {size})")
         return self.end_of_block(extent, size)
 
     def count_blocks(self, extent: str, size: int) -> str:
-        """Name how many blocks of `size` places there are; return the name."""
+        """Define the number of blocks of `size` elements; return its name."""
         self.put(f"const int64_t blocks = ({extent} + {size - 1}) / {size};")
         return "blocks"
 
     def end_of_block(self, extent: str, size: int) -> str:
-        """Return where the block of `size` places from `begin` on ends, named now if need be."""
+        """Return the end of the block of `size` elements from `begin` on, defining it if needed."""
         if extent.isdigit() and int(extent) % size == 0:
             return f"begin + {size}"
         self.put(f"const int64_t end = begin + {size} < {extent} ? begin + {size} : {extent};")
@@ -208,7 +208,7 @@ def literal(value: bool | int | float, dtype: torch.dtype) -> str:
 
 
 def start_of(op: str, kind: str) -> str:
-    """Return what a reduction over nothing gives, in C++."""
+    """Return the initial value of a reduction, in C++."""
     limits = f"std::numeric_limits<{kind}>"
     real = kind in ("float", "double")
     return {
@@ -219,5 +219,5 @@ def start_of(op: str, kind: str) -> str:
 
 
 def wider(kind: str) -> str:
-    """Return the type in which values, or sums of blocks of them, are summed."""
+    """Return the accumulator type of a sum."""
     return "double" if kind == "float" else kind

@@ -1,7 +1,7 @@
-"""Tiles: reductions over columns that lie apart in memory, many neighbouring rows at a time.
+"""Tiles: reductions over strided columns, for many contiguous rows at a time.
 
-In: a kernel such as the mean over seq of (batch, seq, hidden), whose rows (hidden) are neighbours
-in memory and whose columns (seq) are not. Out: loops in which vectors run along the rows::
+In: a kernel such as the mean over seq of (batch, seq, hidden), whose rows (hidden) are contiguous
+in memory and whose columns (seq) are not. Out: loops with vectors along the rows::
 
     for (begin...)  for (col...)  for (k < count)  total[k] += x[col * 384 + begin + k];
 """
@@ -14,13 +14,12 @@ from turbotx.ir.primitives import SCANS
 from turbotx.kernels.cpp.sweeps import Sweeps
 from turbotx.kernels.cpp.text import FunctionText, start_of, var, wider
 
-# Rows of one tile: 256 bytes of a float row, four vectors of AVX-512, so that every line of
-# memory that is touched is used whole.
+# Rows of a tile: 256 bytes of floats, four AVX-512 vectors, so that whole cache lines are used.
 TILE = 64
 
 
 def wants_tiles(kernel: ir.Kernel, sweeps: Sweeps) -> bool:
-    """Return whether rows, not columns, are neighbours in memory for most of the loads."""
+    """Return whether rows rather than columns are contiguous in memory for most loads."""
     if not kernel.rows or any(sweeps.in_column(c) for c in kernel.body if isinstance(c, ir.Check)):
         return False
     row, column = kernel.rows[-1], kernel.columns[-1]
@@ -48,7 +47,7 @@ class _Tiles:
         self.running: set[str] = set()
 
     def _tiled_values(self) -> set[str]:
-        """Values of a row that something in another loop reads: one array of a tile each."""
+        """Return the row values that other loops read; each gets an array per tile."""
         found: set[str] = set()
         for s in self.kernel.body:
             for v in ir.needs_of(s):
@@ -85,7 +84,7 @@ class _Tiles:
         self.text.put(f"const int64_t {var(self.row.name)} = begin + k;")
 
     def _fetch(self, statements: list[ir.Statement]) -> None:
-        """Name the row values that other loops made and these statements read."""
+        """Define the row values of other loops that these statements read."""
         made = {r for s in statements for r in ir.results_of(s)}
         needed = dict.fromkeys(v for s in statements for v in ir.needs_of(s) if v not in made)
         for v in needed:
@@ -132,7 +131,7 @@ class _Tiles:
         values = self.sweeps.closure(self.sweeps.ends(sweep))
         for scan in self.sweeps.scans(values):
             kind = wider(text.type_of(scan.result))
-            if scan.result not in self.running:  # an earlier sweep may have run it too
+            if scan.result not in self.running:  # an earlier sweep may have computed it
                 text.put(f"{kind} {scan.result}_so_far[{TILE}];")
             self.running.add(scan.result)
             start = f"{kind}({SCANS[scan.op].start})"
@@ -155,7 +154,7 @@ class _Tiles:
                 text.open("for (int64_t k = 0; k < count; ++k)")
                 text.put(f"tile_{v}[k] = static_cast<{text.type_of(v)}>(total_{v}[k]);")
                 text.close()
-            elif self.row.name not in self.sweeps.varies[v]:  # such as a count: the same in a tile
+            elif self.row.name not in self.sweeps.varies[v]:  # such as a count: uniform in a tile
                 text.put(f"const {text.type_of(v)} {var(v)} = {text.type_of(v)}(total_{v}[0]);")
 
     def _accumulate(self, r: ir.Reduce) -> None:

@@ -4,7 +4,7 @@ In: the fused regions. Out: a `NormFold` for each norm whose rows come from one 
 result only GEMMs read, as their x or as their residual; it then needs no launch of its own. The
 last norm of a BERT is also a model output, so its kernel stays, without the residual::
 
-    linear, [add, add, layer_norm], linear  ->  Fold(rows=add, result=layer_norm, "layer", 1e-12)
+    linear, [add, add, layer_norm], linear  ->  NormFold(add, layer_norm, "layer", 1e-12)
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from turbotx.kernels.fusion.fuse import FusedRegion
 from turbotx.passes.partition import Region
 
 aten = torch.ops.aten
-# A weight times gamma is a copy; copying a vocabulary's is not worth a launch.
+# A weight times gamma is a copy: not worth the memory for a vocabulary.
 MOST_ROWS = 16
 
 
 @dataclass(frozen=True)
 class NormFold:
-    """A norm of `rows` that gives `result`, and what the GEMM before it does to make the rows.
+    """A norm of `rows` with the output `result`, and the epilogue of the GEMM that produces the
+    rows.
 
-    stored: a kernel makes and stores the result after all, for others than GEMMs; but the residual
-    of the GEMM before it is the result of a norm that is folded.
+    stored: a kernel still computes and stores the result, for readers other than GEMMs; folding
+    then helps because the GEMM's residual is the result of another folded norm.
     """
 
     rows: fx.Node

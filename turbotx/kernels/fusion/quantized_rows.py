@@ -1,14 +1,14 @@
-"""Quantized rows: which launch turns the rows of a quantised product into int8.
+"""Quantized rows: decides which launch quantizes the rows of a quantized product.
 
-In: a graph with quantised products that take floats. Out: the rows of those come as int8 that a
-kernel makes anyway: behind a norm both are one kernel, and the row is read once. Rows that a
-GEMM's epilogue or attention makes are quantised by the product that reads them::
+In: a graph with quantized products of float rows. Out: rows that a kernel computes anyway are
+quantized by that kernel: after a norm both are one kernel, and the row is read once. Rows from a
+GEMM's epilogue or attention are quantized by the product that reads them::
 
     layer_norm -> quantized_linear   ->  layer_norm, row_scale, quantize_rows in one kernel
     linear, gelu -> quantized_linear ->  as it is: the gelu stays the first product's epilogue
 
-On a GPU no product can, unless it is told the largest magnitudes of its rows (`row_peaks.py`): each
-tile of its columns would have to read whole rows once more. There a kernel quantises such rows::
+On a GPU a product cannot, unless it is given the largest magnitudes of its rows (`row_peaks.py`):
+each tile of its columns would have to read whole rows first. There a kernel quantizes such rows::
 
     linear, gelu -> quantized_linear ->  the same, with row_scale, quantize_rows in a kernel between
 """
@@ -27,7 +27,7 @@ from turbotx.passes.partition import BEGINS, Region, find_hoisted, kind_of, part
 
 
 def place_quantization(graph: fx.Graph) -> None:
-    """Move the quantisation of rows into the kernel that makes them, where one does."""
+    """Move the quantization of rows into the kernel that computes them, if there is one."""
     for x, found in _find_rows(graph).items():
         some, region, end = found
         whole = product(g.shape(x)) == product(g.shape(root_of(x)))
@@ -37,10 +37,10 @@ def place_quantization(graph: fx.Graph) -> None:
 
 
 def quantize_all_rows(graph: fx.Graph) -> None:
-    """Have kernels quantise all rows that `place_quantization` has left to products."""
+    """Let kernels quantize all rows that `place_quantization` left to products."""
     for x, (some, _, end) in _find_rows(graph).items():
         # The GEMM finishes its sums: H200, BERT-base float16 at 32 x 128, 1,411 us a call; 1,593
-        # where a kernel computes the GELU before it quantises.
+        # if a kernel computes the GELU before it quantizes.
         _quantize_apart(x, some, begins=end is not None)
 
 
@@ -48,8 +48,8 @@ Found = tuple[list[fx.Node], Region | None, Epilogue | None]
 
 
 def _find_rows(graph: fx.Graph) -> dict[fx.Node, Found]:
-    """Return the floats that quantised products take: by which products, in which region they are
-    made, and as which epilogue."""
+    """Return the float inputs of quantized products, each with its products, the region that
+    computes it, and the epilogue it could be."""
     products = [
         n for n in graph.nodes
         if g.is_call(n, quantized_linear) and n.args[4] is None
@@ -71,7 +71,7 @@ def _find_rows(graph: fx.Graph) -> dict[fx.Node, Found]:
 
 
 def _epilogue(region: Region, kinds: dict[fx.Node, str]) -> Epilogue | None:
-    """Return how a GEMM's launch would compute a region, None where none can."""
+    """Return a region as the epilogue of a GEMM, None if it is not one."""
     if len(region.outputs) != 1:
         return None
     ends = (match_epilogue(region, n, kinds) for n in region.inputs if is_packable(n, kinds))

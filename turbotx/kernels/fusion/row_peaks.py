@@ -1,11 +1,11 @@
-"""Row peaks: which kernels that quantise rows can go, on a GPU, for the products that read them.
+"""Row peaks: removes quantizing kernels on a GPU if the products that read the rows can quantize.
 
-In: the fused regions of a graph whose kernels quantise all rows. Out: a `PeakFold` for each that is
-of one GEMM's rows or of attention's: these leave the largest magnitudes of their rows by part, and
-the products that read them quantise as they read::
+In: the fused regions of a graph whose kernels quantize all rows. Out: a `PeakFold` for each region
+behind one GEMM or attention: that launch stores the largest magnitudes of its rows by part, and the
+products quantize as they load::
 
     linear, [gelu, row_scale, quantize_rows], linear
-        ->  linear_gelu (leaves rows and magnitudes), linear (quantises what it reads)
+        ->  linear_gelu (stores rows and magnitudes), linear (quantizes as it loads)
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from turbotx.passes.partition import Region
 
 @dataclass(frozen=True)
 class PeakFold:
-    """Rows of floats, and as int8. maker: the node whose launch stores them, and leaves their
-    largest magnitudes; end: what that launch then does in the region's place, None: it stores
-    them anyway."""
+    """Float rows that products quantize themselves.
+
+    maker: the node whose launch stores the rows and their largest magnitudes. end: the epilogue
+    that replaces the region; None: the launch stores the rows already."""
 
     rows: fx.Node
     narrow: fx.Node
@@ -47,7 +48,7 @@ def find_peaks(
     fused: Sequence[FusedRegion], kinds: Mapping[fx.Node, str],
     epilogues: Mapping[fx.Node, Epilogue],
 ) -> list[PeakFold]:  # fmt: skip
-    """Return the kernels of rows that a product can quantise. `epilogues`: those found already."""
+    """Return the quantizing kernels that products can replace. epilogues: those already found."""
     ends = {e.output: e.linear for e in epilogues.values()}
     found = (_match(f, fused, kinds, ends) for f in fused)
     return [fold for fold in found if fold is not None]
@@ -57,7 +58,7 @@ def _match(
     f: FusedRegion, fused: Sequence[FusedRegion], kinds: Mapping[fx.Node, str],
     ends: Mapping[fx.Node, fx.Node],
 ) -> PeakFold | None:  # fmt: skip
-    """Read a region as int8 rows and their scale, alone or behind the end of one product."""
+    """Match a region that quantizes rows, alone or after the epilogue of one product."""
     narrow = next((n for n in f.region.outputs if g.is_call(n, quantize_rows)), None)
     if narrow is None or not all(is_packable(user, kinds) for user in narrow.users):
         return None
@@ -88,7 +89,7 @@ def _match(
 
 
 def _attends(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
-    """Tell whether it is attention whose keys are no cache's: over those a launch may run in parts,
-    none of which has whole rows."""
+    """Return whether a node is attention without a cache: over a cache a launch may be split, and
+    no part has whole rows."""
     keys = layout_of(g.operand(node, 1)) if kinds[node] == "attention" else None
     return keys is not None and keys.root.target is not cache_store

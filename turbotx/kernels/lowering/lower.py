@@ -41,10 +41,10 @@ def lower(
     outputs: Sequence[fx.Node], loaded: Callable[[fx.Node], bool], name: str,
     sources: Sequence[str], as_stored: Collection[fx.Node] = (),
 ) -> Lowered:  # fmt: skip
-    """Return one kernel that stores every output; raise Conflict where that is not possible.
+    """Return one kernel that stores every output; raise FusionConflict if that is not possible.
 
-    loaded(node) tells whether a tensor node lies in memory already. as_stored: nodes whose values
-    are to be what memory of their dtype would hold, though they are computed.
+    loaded(node): whether a tensor node is already in memory. as_stored: computed nodes whose values
+    are rounded to their dtype as if they had been stored.
     """
     splits: dict[str, list[Expr]] = {}
     while True:
@@ -85,8 +85,9 @@ class Lowering(Scalarizer):
         return self._kernel(name, sources)
 
     def _refuse_repeats(self, node: fx.Node, first: fx.Node, index: tuple[Expr, ...]) -> None:
-        """Raise Conflict for an output that the parallel loops of another would store many times.
-        That costs bytes, and a kernel that overwrites one of its inputs must read it only once."""
+        """Raise FusionConflict for an output that another's parallel loops would store repeatedly.
+
+        That costs bytes, and a kernel that overwrites an input must read it only once."""
         used = {s.name for i in index for s in i.free_symbols}
         for axis, extent in self.loops.axes.items():
             if axis not in self.loops.rows and f"@{axis}" not in used:
@@ -160,6 +161,6 @@ class Lowering(Scalarizer):
         elements = product([a.extent for a in axes if a.kind == ir.PARALLEL])
         needed = {
             r if is_nonnegative(elements - 1) else sympy.Max(r, -elements): text
-            for r, text in self.requirements.items()  # none without elements
+            for r, text in self.requirements.items()  # none for empty tensors
         }
         return Lowered(kernel, operands, tuple(needed.items()))

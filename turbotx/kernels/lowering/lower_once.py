@@ -1,7 +1,7 @@
-"""Lower once: what is equal in several layers is lowered in the first and copied for the others.
+"""Lower once: a cache of lowered kernels, so that equal layers are lowered only once.
 
-In: as `lower` takes it. Out: what `lower` returns; nodes that do the same with tensors of equal
-dtypes, shapes and strides share one kernel, over their own operands::
+In and out: as `lower`. Nodes with the same ops on tensors of equal dtypes, shapes and strides share
+one kernel, with their own operands::
 
     known = LowerOnce()
     first, second = (known.lower([n], loaded, name, lines) for n in (add_1, add_2))
@@ -25,7 +25,7 @@ from turbotx.ops.scalarizer import param_base
 
 
 class LowerOnce:
-    """What was lowered so far, of one graph that does not change meanwhile."""
+    """The kernels lowered so far of one graph, which must not change."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[Lowered, tuple[int, ...]]] = {}
@@ -34,7 +34,7 @@ class LowerOnce:
         self, outputs: Sequence[fx.Node], loaded: Callable[[fx.Node], bool], name: str,
         sources: Sequence[str], as_stored: Collection[fx.Node] = (),
     ) -> Lowered:  # fmt: skip
-        """Do as `lower` does."""
+        """Return what `lower` returns, from the cache if possible."""
         walk = _Walk(loaded, frozenset(outputs), as_stored)
         key = (name, tuple(sources), tuple(map(walk.visit, outputs)), tuple(walk.described))
         known = self._known.get(key)
@@ -48,7 +48,7 @@ class LowerOnce:
 
 
 class _Walk:
-    """Describes all that lowering reads of nodes, from the outputs to what is loaded."""
+    """Describes everything that lowering reads of nodes, from the outputs to the loaded nodes."""
 
     def __init__(
         self, loaded: Callable[[fx.Node], bool], outputs: frozenset[fx.Node],
@@ -59,7 +59,7 @@ class _Walk:
         self.described: list[Any] = []
 
     def visit(self, node: fx.Node) -> int:
-        """Describe a node and all below it; return its place in `described`."""
+        """Describe a node and its inputs; return its index in `described`."""
         if node not in self.places:
             self.places[node] = k = len(self.places)
             self.described.append(None)

@@ -1,4 +1,5 @@
-"""The statements of a kernel as lines of Triton source: expressions, addresses, masks, checks.
+"""Kernel body: prints a kernel's statements as Triton source: expressions, addresses, masks,
+checks.
 
 In: a kernel and its schedule. Out: text for one statement at a time, for example::
 
@@ -30,7 +31,7 @@ RESERVED = frozenset(
      "status_ptr", "ROWS", "COLS", *FUNCTIONS, *keyword.kwlist, *dir(builtins)}
 )  # fmt: skip
 TENSOR_FUNCTIONS = frozenset(FUNCTIONS) - {"maximum", "minimum"}
-# Longest expression that is written inside another one rather than given a name.
+# Longest expression that is inlined into another one.
 INLINE_CHARS = 44
 
 
@@ -53,7 +54,7 @@ class KernelBody:
         self.col_masked = True
         self.lowest_outside: set[str] = set()
         """The tiles that a softmax has set to -inf past the end."""
-        # Loads that give zeros past the end, so that a sum of what they make needs no mask.
+        # Loads that give zeros past the end, so that a sum of their results needs no mask.
         self.zero_filled = {
             load
             for s in kernel.body
@@ -67,8 +68,8 @@ class KernelBody:
         return loads is not None and loads <= self.zero_filled
 
     def _loads_of_zeros(self, value: str) -> set[str] | None:
-        """Return the loads that make a value 0 past the end where they give 0 there; None where
-        none do."""
+        """Return the loads whose zeros past the end make a value 0 there; None if there are
+        none."""
         s = self.makers[value]
         if self.texts[value].text in self.lowest_outside:
             return None
@@ -80,7 +81,7 @@ class KernelBody:
         return None if None in found else set().union(*filter(None, found))
 
     def _name_values(self) -> dict[str, str]:
-        """Give every value a Python name of its own, without the underscores that C++ needed."""
+        """Return unique Python names for all values, without C++'s underscores."""
         taken = set(RESERVED) | {a.name for a in self.kernel.axes} | set(self.kernel.sizes)
         taken |= {f"{p.name}_ptr" for p in self.kernel.params}
         names: dict[str, str] = {}
@@ -107,7 +108,7 @@ class KernelBody:
     # --- shapes and masks ---
 
     def dims(self, axes: frozenset[str]) -> str:
-        """Return which dims of the tile something has that varies over `axes`: "", r, c or rc."""
+        """Return the tile dims of a value that varies over `axes`: "", r, c or rc."""
         row = "r" if self.two_dims and axes & self.row_names else ""
         return row + ("c" if axes & self.col_names else "")
 
@@ -140,19 +141,19 @@ class KernelBody:
             texts[access.mask] = self.texts[access.mask].inside()
         for value, mask in texts.items():
             if dims and not self.dims(self.varies[value]):
-                # Triton's interpreter takes one element for a number where it meets a tile.
+                # Triton's interpreter treats a one-element tile as a scalar.
                 axis = self.col_axis() if "c" in dims else self.row_axis()
                 mask = f"((({axis} >= 0) & {mask}) != 0)"
             masks.append(mask)
         return pointer, dims, masks
 
     def row_axis(self) -> str:
-        """Name of the axis that rows of a tile lie along, "" where there is none."""
+        """Return the name of a tile's row axis, "" if there is none."""
         axes = outer_axes(self.kernel)
         return axes[-1].name if axes else ""
 
     def col_axis(self) -> str:
-        """Name of the axis that columns of a tile lie along, "" where there is none."""
+        """Return the name of a tile's column axis, "" if there is none."""
         axes = vector_axes(self.kernel)
         return axes[-1].name if axes else ""
 
@@ -203,10 +204,10 @@ class KernelBody:
         return f"tl.store({pointer}, {self.texts[s.value].text}{mask})"
 
     def _check(self, s: ir.Check) -> list[str]:
-        """Report an index outside its table in the check's word; nothing is read there."""
+        """Print a check: an index out of range sets the status word, and nothing is read there."""
         name, number = self.names[s.value], self.checks.index(s)
         dims = self.dims(self.varies[s.value])
-        # Triton's interpreter takes one element for a number, and ~ of that is no mask.
+        # Triton's interpreter treats one element as a scalar, whose ~ is not a mask.
         wrong = f"~{name}_ok" if dims else f"({name}_ok == 0)"
         masks = [wrong, *self.edge_masks(dims)]
         if s.mask:
@@ -220,8 +221,8 @@ class KernelBody:
         ]
 
     def _scan(self, s: ir.Scan) -> list[str]:
-        """Return a tile's running value; a looped row goes on from the last one of the tile
-        before."""
+        """Return a tile's running value; a looped row continues from the previous tile's last
+        value."""
         name, axis, row = self.names[s.result], int(self.two_dims), SCANS[s.op]
         text = f"{row.triton}({self.whole_tile(s.args[0])}, {axis})"
         if not self.schedule.looped:
@@ -257,7 +258,7 @@ class KernelBody:
         return ValueText(f"{text if atom else f'({text})'}.to(tl.int64)")
 
     def _stays_narrow(self, index: str) -> bool:
-        """Return whether a position is only compared with others or turned into a float."""
+        """Return whether an index is only compared or converted to float."""
 
         def plain(value: str) -> bool:
             return isinstance(self.makers[value], (ir.Index, ir.Constant))
@@ -283,7 +284,7 @@ class KernelBody:
             return ValueText(literal(constant.value, s.dtype))
         own, wanted = LEVELS.get(s.op, (0, (ATOM,) * len(args)))
         if s.op == "div" and self._is_total(s.args[1]):
-            # At least 1 where it is not NaN or of nothing: one division a row, then products.
+            # At least 1 unless NaN or empty: one division per row, then multiplications.
             args[1] = ValueText(f"(1.0 / {args[1].text})")
             template, own, wanted = PRIMITIVES["mul"].triton, *LEVELS["mul"]
         level = ATOM if call or s.op == "cast" else own
@@ -300,7 +301,7 @@ class KernelBody:
         return isinstance(maker, ir.Reduce) and maker.op == "softmax" and value != maker.results[0]
 
     def _argument(self, value: str, user: ir.Compute) -> ValueText:
-        """Return a value as source; device functions want tensors, also for constants."""
+        """Return a value as source; device functions need tensors, also for constants."""
         text, function = self.texts[value], PRIMITIVES[user.op].triton.partition("(")[0]
         if isinstance(self.makers[value], ir.Constant) and function in TENSOR_FUNCTIONS:
             tensors = [a for a in user.args if not isinstance(self.makers[a], ir.Constant)]
@@ -326,7 +327,7 @@ class KernelBody:
 
 
 def _numbered(name: str, taken: Set[str]) -> str:
-    """Return a tensor's name for what is read of it, with a number if another value has it."""
+    """Return the name of a value loaded from a tensor, numbered if already taken."""
     if name not in taken:
         return name
     return next(f"{name}{k}" for k in itertools.count(1) if f"{name}{k}" not in taken)

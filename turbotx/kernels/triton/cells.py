@@ -1,13 +1,13 @@
-"""Cells: sizes and addresses that a kernel reads on the device, so that a graph serves all of them.
+"""Cells: sizes and addresses that a kernel reads from device memory, so that one graph serves many.
 
-In: a job with `cells`, the names of arguments that are to be such. Out: the same kernel, whose
-arguments of these names are addresses of cells of 64 bits each::
+In: a job with `cells`, names of arguments. Out: the same kernel, in which these arguments are
+addresses of 64-bit cells::
 
     k_len = tl.load(k_len)                                    # of a decoder's cache, at this step
     k_ptr = tl.load(k_ptr).to(tl.pointer_type(tl.float16))    # where its keys lie
 
-They are read before the kernel waits for the one before it: what queues a program writes them
-before its first launch.
+They are read before the kernel waits for its predecessor: a program's cells are written before its
+first launch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TYPE_OF = {f"*{name}": TYPES[dtype] for dtype, name in POINTEES.items() if dtyp
 
 
 def read_cells(job: Job) -> Job:
-    """Return the job of a kernel that takes the addresses of its cells."""
+    """Return the job of a kernel that reads its cells by address."""
     if not job.cells:
         return job
     begin = re.search(rf"^def {re.escape(job.name)}\([^)]*\):\n", job.source, re.MULTILINE)

@@ -1,7 +1,7 @@
-"""Targets: kernels compiled for GPUs that this machine need not have.
+"""Compiler: compiles kernels with Triton for GPUs, which need not be present.
 
 In: jobs (a printed kernel, a schedule, a target). Out: for each a folder of artifacts (TTIR, PTX or
-AMD assembly, cubin or hsaco) and its `Resources`; kept on disk by digest, made in parallel::
+AMD assembly, cubin or hsaco) and its `Resources`, cached on disk by digest, built in parallel::
 
     built = build([kernel_job(kernel, schedule, "sm_90")])
     built[0].files["cubin"], built[0].resources.registers
@@ -48,13 +48,13 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 
 
 def target_of(name: str) -> tuple[str, int | str, int]:
-    """Return backend, architecture and warp width of a target, e.g. of any NVIDIA GPU's "sm_89".
-    Raises BuildError for a name that is none."""
+    """Return backend, architecture and warp size of a target; any NVIDIA "sm_NN" is accepted.
+    Raises BuildError for an unknown name."""
     if name in TARGETS:
         return TARGETS[name]
     if name.startswith("sm_") and name[3:].isdigit():
         return "cuda", int(name[3:]), 32
-    raise BuildError(f"{name!r} is no target: give one of {', '.join(TARGETS)}, or another sm_NN")
+    raise BuildError(f"{name!r} is not a target: use one of {', '.join(TARGETS)}, or another sm_NN")
 
 
 POINTEES = {
@@ -67,10 +67,10 @@ POINTEES = {
 
 @dataclass(frozen=True)
 class Built:
-    """A compiled job: files by kind ("ttir", "ptx", "cubin", …) and what the kernel uses.
+    """A compiled job: files by kind ("ttir", "ptx", "cubin", …) and resources.
 
-    shared_nbytes: dynamic shared memory to launch it with. cached: nothing had to be compiled.
-    scratch_nbytes: global memory that every program of it wants from its launcher.
+    shared_nbytes: dynamic shared memory of a launch. cached: whether it was read from disk.
+    scratch_nbytes: global scratch memory that the launcher would have to provide per program.
     """
 
     job: Job
@@ -81,7 +81,8 @@ class Built:
 
     @functools.cached_property
     def resources(self) -> Resources:
-        """What its machine code uses, disassembled when first asked for and kept on disk."""
+        """Resources from the disassembled machine code, computed at first access and cached on
+        disk."""
         kept = _folder(self.job) / "resources.json"
         if not kept.exists():
             measured = _measure(self.job, kept.parent, self.shared_nbytes)
@@ -89,7 +90,7 @@ class Built:
         return Resources(**json.loads(kept.read_text()))
 
     def binary(self) -> Binary:
-        """Return what a device needs of it; raise BuildError where the PTX is not understood."""
+        """Return the machine code with its launch parameters; raise BuildError for unknown PTX."""
         job, ptx = self.job, self.files["ptx"]
         entry, threads, arguments = read_entry(ptx.read_text())
         if arguments < job.taken:
@@ -98,8 +99,8 @@ class Built:
             )
         if self.scratch_nbytes:
             raise BuildError(
-                f"{job.name} wants {self.scratch_nbytes} bytes of global scratch memory a program, "
-                "which turbotx gives to none: choose other tiles for it (option schedules), and "
+                f"{job.name} needs {self.scratch_nbytes} bytes of global scratch memory a program, "
+                "which turbotx does not provide: choose other tiles for it (option schedules), and "
                 "unset what instruments kernels, as TRITON_INSTRUMENTATION_MODE does"
             )
         image = self.files["cubin"].read_bytes()
@@ -115,10 +116,10 @@ def kernel_job(
     divisible: Iterable[str] = (),
     cells: tuple[str, ...] = (),
 ) -> Job:
-    """Return the job for a kernel; `divisible` are the sizes that are multiples of 16, `cells`
-    those that it reads on the device.
+    """Return the job for a kernel.
 
-    Raises VerifyError where in-place reuse would spoil what is printed.
+    divisible: sizes that are multiples of 16. cells: sizes read from device memory. Raises
+    VerifyError if in-place reuse would be wrong for the printed source.
     """
     schedule = schedule or choose_schedule(kernel)
     source = print_triton(kernel, schedule)
@@ -128,7 +129,7 @@ def kernel_job(
     pointers = [(f"{p.name}_ptr", f"*{POINTEES[p.dtype]}") for p in kernel.params]
     aligned = tuple(name for name, _ in pointers)
     if any(isinstance(s, ir.Check) for s in kernel.body):
-        pointers.append(("status_ptr", "*i32"))  # one of many words: any multiple of four
+        pointers.append(("status_ptr", "*i32"))  # one of several words: only 4-byte aligned
     sizes = [(name, "i64" if schedule.wide else "i32") for name in kernel.sizes]
     tiles = []
     if outer_axes(kernel) and schedule.rows > 1:
@@ -144,12 +145,12 @@ def kernel_job(
         divisible=(*aligned, *(n for n in kernel.sizes if n in divisible)),
         num_warps=fit_warps(schedule.num_warps, target),
         cells=cells,
-        contracts=False,  # what two kernels compute is to be the same in both
+        contracts=False,  # the same op must round equally in all kernels
     )
 
 
 def fit_warps(num_warps: int, target: str) -> int:
-    """Return the warps of as many threads, where the target's have 64 threads and not 32."""
+    """Return the number of warps with the same number of threads, for targets with 64 per warp."""
     backend, _, width = target_of(target)
     return max(1, num_warps * 32 // width) if backend == "hip" else num_warps
 
@@ -162,8 +163,8 @@ def build(
 ) -> list[Built]:
     """Compile `jobs`, each once, in `workers` processes (the machine's cores by default).
 
-    progress(done, total, what) is called after each. With `measure` the machine code is also
-    disassembled there and then. Raises BuildError with the compiler's words.
+    progress(done, total, what): called after each. measure: also disassemble the machine code.
+    Raises BuildError with the compiler's message.
     """
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     unique = {job.digest(): job for job in jobs}
@@ -196,7 +197,7 @@ def build(
 
 
 def _drain(waiting: queue.SimpleQueue[Job], done: Callable[..., None], measure: bool) -> None:
-    """Keep one compiler process busy until no job waits."""
+    """Run jobs in one compiler process until the queue is empty."""
     path = Path(__file__).with_name("worker.py")
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
         environment = {**os.environ, "TRITON_CACHE_DIR": folder, "TRITON_INTERPRET": "0"}
@@ -221,7 +222,7 @@ def _drain(waiting: queue.SimpleQueue[Job], done: Callable[..., None], measure: 
                     done(job.digest(), None, f"{job.name} for {job.target}: {error}\n{tail}")
         finally:
             assert process.stdin is not None and process.stdout is not None
-            with suppress(BrokenPipeError):  # it ended, and what it was asked is still written
+            with suppress(BrokenPipeError):  # the process ended while the job was written to it
                 process.stdin.close()
             process.stdout.close()
             process.wait()
@@ -232,8 +233,8 @@ def _folder(job: Job) -> Path:
 
 
 def compile_job(job: Job, process: subprocess.Popen[str]) -> Built:
-    """Have `process` compile a job, and move its artifacts into place in one step. Raises
-    BuildError, with Triton's message and the source, where it is refused."""
+    """Compile a job in `process` and move its artifacts into place atomically. Raises BuildError
+    with Triton's message and the source on failure."""
     assert process.stdin is not None and process.stdout is not None
     folder = _folder(job)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -258,11 +259,11 @@ def compile_job(job: Job, process: subprocess.Popen[str]) -> Built:
         process.stdin.flush()
         answer = json.loads(process.stdout.readline() or '{"error": "the compiler process ended"}')
         if "error" in answer:
-            raise BuildError(f"Triton refused it:\n{answer['error']}\n{job.source}")
+            raise BuildError(f"Triton could not compile it:\n{answer['error']}\n{job.source}")
         (out / "result.json").write_text(json.dumps(answer))
         try:
             os.rename(out, folder)
-        except OSError:  # another process built the same
+        except OSError:  # another process has built it
             if not (folder / "result.json").exists():
                 raise
     finally:
@@ -281,13 +282,13 @@ def _load(job: Job, cached: bool) -> Built:
     kept = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix != ".json"]
     files = {p.suffix[1:]: p for p in kept}
     answer = json.loads((folder / "result.json").read_text())
-    # Results that were kept before scratch was asked for are of kernels that have none.
+    # Cached results without this field are of kernels without scratch.
     scratch = answer.get("scratch_nbytes", 0)
     return Built(job, files, answer["shared_nbytes"], cached, scratch)
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a whole file in one step, beside others that may write the same."""
+    """Write a file atomically; other processes may write the same one."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
         file.write(text)
     os.replace(file.name, path)

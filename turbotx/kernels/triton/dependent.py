@@ -1,12 +1,12 @@
-"""Programmatic dependent launch: a kernel that may start while the one before it ends.
+"""Programmatic dependent launch: lets a kernel start before the previous one ends.
 
 In: a job for a GPU of compute capability 9.0 or newer. Out: the same kernel, which first waits for
-the grid before it, and then lets the one behind it come to wait in turn::
+the previous grid and then allows the next one to start::
 
     make_dependent(job).source    # ..., gdc_wait(), gdc_launch_dependents(), the kernel's own lines
 
-A kernel that has something to do meanwhile marks where it begins to read (`MARK`); its job says
-what to do (`Job.before_wait`). Waiting and launching do nothing in an ordinary launch.
+A kernel with work to do before the wait marks where it begins to read (`MARK`); its job has that
+work (`Job.before_wait`). Both instructions do nothing in an ordinary launch.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dataclasses import replace
 from turbotx.kernels.job import Job
 from turbotx.kernels.triton.compiler import target_of
 
-# Above, a kernel computes where it works, and reads nothing.
+# Above this line a kernel computes its indices and reads no memory.
 MARK = "# From here on it reads what other kernels have written."
 IMPORT = "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
-# The wait ends when the whole grid before has ended and its stores are seen. The other call comes
-# after it, so that no more than two kernels of a chain are ever under way.
+# The wait returns when the previous grid has ended and its stores are visible. The launch comes
+# after it, so that at most two kernels of a chain run at a time.
 WAIT = """    # Wait for what the kernel before writes, and to write what it reads.
     gdc_wait()
     gdc_launch_dependents()
@@ -29,13 +29,13 @@ WAIT = """    # Wait for what the kernel before writes, and to write what it rea
 
 
 def can_depend(target: str) -> bool:
-    """Return whether a target has grid dependency control."""
+    """Return whether a target supports grid dependency control."""
     backend, architecture, _ = target_of(target)
     return backend == "cuda" and int(architecture) >= 90
 
 
 def make_dependent(job: Job) -> Job:
-    """Return the job of a kernel that waits for its predecessor by itself."""
+    """Return the job of a kernel that waits for its predecessor itself."""
     begin = re.search(rf"^def {re.escape(job.name)}\([^)]*\):\n", job.source, re.MULTILINE)
     assert begin is not None, job.source
     head, body = job.source[: begin.end()], job.source[begin.end() :]

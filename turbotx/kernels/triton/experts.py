@@ -1,7 +1,7 @@
-"""Print the launch that orders rows by their experts as Triton: a counting sort, in order.
+"""Print the launch that sorts rows by expert as Triton: a stable counting sort.
 
 In: a target. Out: stand-alone source of one function, the `route` of templates/experts.py, and its
-job; one program an expert reads every row's choice twice::
+job; one program per expert reads every row's choice twice::
 
     args: chosen_ptr, order_ptr, place_ptr, ends_ptr, rows, experts
 """
@@ -19,22 +19,21 @@ ARGUMENTS = ("chosen_ptr", "order_ptr", "place_ptr", "ends_ptr", "rows", "expert
 
 @dataclass(frozen=True)
 class RouteSchedule:
-    """How many rows a program reads at a time, and its warps."""
+    """Rows per step and warps of a program."""
 
     tile: int = 1024
     num_warps: int = 4
 
 
-def print_triton_route(schedule: RouteSchedule | None = None) -> str:
+def print_triton_route(schedule: RouteSchedule) -> str:
     """Return the Triton source of a route launch."""
-    tile = (schedule or RouteSchedule()).tile
-    header = [f"route: rows in the order of their experts, {tile} choices at a time"]
+    header = [f"route: rows in the order of their experts, {schedule.tile} choices at a time"]
     return stand_alone(header, specialize("experts", "route", "route", [*ARGUMENTS, "TILE"], {}))
 
 
-def route_job(target: str, schedule: RouteSchedule | None = None) -> Job:
+def route_job(target: str) -> Job:
     """Return the job for a route launch."""
-    schedule = schedule or RouteSchedule()
+    schedule = RouteSchedule()
     kinds = ("*i64", "*i64", "*i64", "*i32", "i32", "i32")
     return Job(
         name="route",

@@ -1,11 +1,11 @@
-"""Fold constants in a template's statements: flags, the branches and masks that they decide.
+"""Fold constants in a template's statements: flags, and the branches and masks they decide.
 
-In: statements, and what some of their names stand for. Out: fewer statements that do the same::
+In: statements, and the values of some names. Out: fewer, equivalent statements::
 
     fold(parse("if GATED: x = a if N > 8 else b"), {"GATED": True, "N": 4})  ->  x = b
 
-What folds is what Triton decides while it compiles: constants, `if`, conditional expressions,
-comparisons; further a mask that is True, a keyword that is None, `x + 0`, `x * 1`.
+It folds what Triton evaluates at compile time (constants, `if`, conditional expressions,
+comparisons), and masks that are True, keywords that are None, `x + 0`, `x * 1`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
     ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
 }  # fmt: skip
-# Of positions, sizes and masks, never of floats.
+# Applied to positions, sizes and masks, never to floats.
 NEUTRAL: dict[type, Any] = {ast.Add: 0, ast.Mult: 1, ast.BitAnd: True}
 
 
 def fold(body: Iterable[ast.stmt], values: Mapping[str, ast.expr]) -> list[ast.stmt]:
-    """Return statements in which names have these values; those that only assign them are gone."""
+    """Return the statements with names replaced by values, without the assignments of those
+    names."""
     return _Fold(values).statements(body)
 
 
 def settle(body: list[ast.stmt], parameters: Iterable[str]) -> list[ast.stmt]:
-    """Return statements without names that are always the same constant, or once another name."""
+    """Return the statements without names that are constants, or aliases of another name."""
     values: dict[str, ast.expr] = {}
     while True:
         body = fold(body, values)
@@ -52,7 +53,7 @@ def settle(body: list[ast.stmt], parameters: Iterable[str]) -> list[ast.stmt]:
 
 
 def all_statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield statements, and those inside them."""
+    """Yield statements and their nested statements."""
     for s in body:
         yield s
         if isinstance(s, (ast.For, ast.If, ast.FunctionDef)):
@@ -62,7 +63,7 @@ def all_statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def assigned_names(body: Iterable[ast.stmt]) -> list[str]:
-    """Return the names that statements assign, once for each time."""
+    """Return the assigned names, one per assignment."""
     found: list[str] = []
     for s in all_statements(body):
         targets = s.targets if isinstance(s, ast.Assign) else [getattr(s, "target", None)]
@@ -72,7 +73,7 @@ def assigned_names(body: Iterable[ast.stmt]) -> list[str]:
 
 
 def _is(node: ast.AST | None, value: Any) -> bool:
-    """Return whether a node is this constant: 1 is neither 1.0 nor True."""
+    """Return whether a node is this constant, of the same type: 1 is neither 1.0 nor True."""
     return (
         isinstance(node, ast.Constant) and type(node.value) is type(value) and node.value == value
     )
@@ -152,7 +153,7 @@ class _Fold(ast.NodeTransformer):
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        """Leave out what a keyword is by default, and the mask of a load of everything."""
+        """Drop keywords with default values, and masks that are True."""
         self.generic_visit(node)
         whole = any(k.arg == "mask" and _is(k.value, True) for k in node.keywords)
         node.keywords = [

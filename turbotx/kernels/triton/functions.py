@@ -1,7 +1,7 @@
-r"""The device functions of templates/functions.py, as text that kernels take along.
+r"""The device functions of templates/functions.py, as text to include in kernels.
 
-In: a kernel's source. Out: the functions that it calls, so that each printed file stands alone and
-imports nothing but Triton, for example::
+In: a kernel's source. Out: the functions that it calls, so that each printed file imports only
+Triton::
 
     functions_in("y = tanh(x)")  ->  ["@triton.jit\ndef tanh(x): ..."]
 """
@@ -15,7 +15,7 @@ import torch
 
 from turbotx.kernels.triton.specialize import TEMPLATES
 
-# By name, as they are written in templates/functions.py.
+# Source by name, from templates/functions.py.
 FUNCTIONS = {
     text.removeprefix("def ").partition("(")[0]: "@triton.jit\n" + text.rstrip() + "\n"
     for text in (TEMPLATES / "functions.py").read_text().split("@triton.jit\n")[1:]
@@ -23,14 +23,14 @@ FUNCTIONS = {
 
 
 def variant(name: str, dtype: torch.dtype) -> str:
-    """Return the name of the function that does `name` for values of `dtype`."""
+    """Return the name of the variant of function `name` for `dtype`."""
     if dtype is torch.float64 and f"{name}_float64" in FUNCTIONS:
         return f"{name}_float64"
     return f"{name}_int" if not dtype.is_floating_point and f"{name}_int" in FUNCTIONS else name
 
 
 def functions_in(text: str) -> list[str]:
-    """Return the texts of the functions that `text` calls, each after those that it needs."""
+    """Return the sources of the functions that `text` calls, in dependency order."""
     found: dict[str, str] = {}
 
     def visit(caller: str, after: str) -> None:
@@ -40,7 +40,7 @@ def functions_in(text: str) -> list[str]:
                 visit(body.split(":", 1)[1], after=r"\(")
                 found[name] = body
 
-    visit(text, after=r"\b")  # a reduction is given its function by name alone
+    visit(text, after=r"\b")  # reductions take a function by name
     return list(found.values())
 
 

@@ -1,15 +1,15 @@
-"""Print a GEMM with everything around it as Triton: normalised input, epilogue, row statistics.
+"""Print a GEMM as Triton, with normalized input, epilogue and row statistics.
 
-In: a `GemmTemplate`, what the graph fixes about a linear and its surroundings, and a
-`GemmSchedule`. Out: stand-alone source of one function; rows are tokens, the weight is (n, k)::
+In: a `GemmTemplate`, the properties fixed by the graph, and a `GemmSchedule`. Out: stand-alone
+source of one function; rows are tokens, the weight is (n, k)::
 
     out = activation(norm(x) w^T + bias) [* the same of the second half of w] + [norm of] residual
 
 The function is that of templates/gemm.py, specialized. A norm is folded: LN(x) W = rstd * (x (gamma
 W) - mean * sums) + beta W + bias, where sums are those of gamma W over k, as it is stored (see
 `folded_weights.py`), so that its rounding cancels with the mean. float32 subtracts the mean from x
-instead, which rounds as LayerNorm itself does. A residual is normalised as it is read. mean and
-rstd come from statistics that the GEMM before has left behind.
+instead, which rounds as LayerNorm itself does. A residual is normalized as it is loaded. mean and
+rstd come from statistics stored by the previous GEMM.
 """
 
 from __future__ import annotations
@@ -24,27 +24,24 @@ from turbotx.kernels.triton.reduce import TYPES
 from turbotx.kernels.triton.specialize import Flag, specialize
 from turbotx.kernels.triton.statistics import RowStatistics
 
-# Registers a thread for parts of sums and statistics that it may have asked for at once.
+# Registers per thread for partial sums and statistics that are loaded at once.
 MOST_HELD = 160
-# Products of fp8 that sm_90 may add in fewer bits than float32's before it adds them to the sums.
+# fp8 products that sm_90 may accumulate with reduced precision before adding to float32 sums.
 MOST_IMPRECISE = 128
-# Sums a thread up to which other operands are held in registers beside them.
+# Sums per thread up to which other operands are kept in registers too.
 FEW_SUMS = 32
 
 
-def print_triton_gemm(
-    template: GemmTemplate, schedule: GemmSchedule, name: str | None = None
-) -> str:
+def print_triton_gemm(template: GemmTemplate, schedule: GemmSchedule) -> str:
     """Return the Triton source of a GEMM."""
-    name = name or template.name
     arguments = [a for a, _ in gemm_arguments(template, schedule)]
     arguments += ["M_TILE", "N_TILE", "K_TILE"]
     flags = _flags(template, schedule)
-    main = specialize("gemm", "gemm", name, arguments, flags)
-    return stand_alone(_header(template, schedule, name), main)
+    main = specialize("gemm", "gemm", template.name, arguments, flags)
+    return stand_alone(_header(template, schedule), main)
 
 
-def _header(t: GemmTemplate, s: GemmSchedule, name: str) -> list[str]:
+def _header(t: GemmTemplate, s: GemmSchedule) -> list[str]:
     x = {"none": "x", "layer": "layer_norm(x)", "rms": "rms_norm(x)"}[t.norm]
     x = "x_scale * scales * x" if t.kind != "none" else x
     x = f"scales * {x}" if t.float_rows else x
@@ -55,7 +52,7 @@ def _header(t: GemmTemplate, s: GemmSchedule, name: str) -> list[str]:
     formula += " * (second half of w)" * t.gated + f" + {residual}" * t.residual
     split = f", k in {s.splits} parts" if s.splits > 1 else ""
     return [
-        name,
+        t.name,
         f"  out = {formula}, w {t.n * (1 + t.gated)} x {t.k}"
         + ", with statistics" * t.stats
         + f", one for each of {t.experts} experts" * (t.experts > 0),
@@ -69,11 +66,11 @@ def _flags(t: GemmTemplate, s: GemmSchedule) -> dict[str, Flag]:
     x = RowStatistics(t.norm, t.k, s.stat_tile or t.k, t.eps, s.m_tile)
     added = RowStatistics(t.residual_norm, t.n, s.residual_tile or t.n, t.residual_eps, s.m_tile)
     late = bool(s.late) and sums <= FEW_SUMS * 32 * s.num_warps
-    # x's mean may be needed in the sums.
+    # the sums may need x's mean
     x_waits = late and not t.centered and x.can_wait(s.num_warps)
     added_waits = late and added.can_wait(s.num_warps)
-    # All parts are asked for at once where a thread has room for them: one after the other they
-    # took half of a launch (BERT-base's 768 x 3072 at 40 tokens, H200: 2.4 of 5.6 us).
+    # All parts are loaded at once if registers allow: one after the other they took half of a
+    # launch (BERT-base's 768 x 3072 at 40 tokens, H200: 2.4 of 5.6 us).
     held = sums * s.splits
     held += (2 * s.m_tile * x.step) * x_waits
     held += (2 * s.m_tile * added.step) * (added.norm != "none")

@@ -1,7 +1,7 @@
-"""What a GEMM launch is made from: what the graph fixes about it, and its tiles.
+"""GEMM template: the compile-time properties of a GEMM launch, its tiles, arguments and grid.
 
-In: a linear and its surroundings. Out: a `GemmTemplate`, a `GemmSchedule`, the arguments that both
-make necessary, how many programs and how much scratch::
+In: a linear with its norm, epilogue and residual. Out: a `GemmTemplate`, a `GemmSchedule`, the
+arguments, grid and scratch that they need::
 
     gemm_arguments(template, schedule)        # [("x_ptr", "storage"), ..., ("tokens", "size"), ...]
     gemm_grid(template, schedule, tokens=40)  # (96, 1, 1)
@@ -16,24 +16,22 @@ import torch
 from turbotx.ir.quantized_ops import KIND_NAMES
 from turbotx.kernels.triton.reduce import TYPES
 
-# The narrowest tile of outputs: no row has more statistics than one for each of these.
+# The narrowest n tile: a row has at most one statistic for each of these columns.
 NARROWEST = 16
 
 
 @dataclass(frozen=True)
 class GemmTemplate:
-    """What is fixed about a GEMM launch: out (tokens, n) of x (tokens, k) and a weight.
+    """The compile-time properties of a GEMM launch: out (tokens, n) = x (tokens, k) times a weight.
 
-    The weight has n rows, or 2 n where `gated`: the second half times the first, after activation.
-    flipped: it is stored (k, n). norm: "none", "layer" or "rms", of x over k, with eps; scaled: the
-    weight with gamma in it is stored times a power of two a row. residual_norm: likewise, of the
-    residual over n. stats: leave the row statistics of out behind. tf32: float32 factors may be
-    rounded to TF32. experts: unless 0, there are so many weights, `expert_step` elements apart,
-    each for some of the rows. narrow: the weight is of this kind, as x is, both with scales
-    (`ir.quantized_ops`), and `dtype` is that of all else. float_rows: the weight alone is; group:
-    of int4, how many inputs share a scale. quantizes: x is floats of `dtype` all the
-    same, and becomes narrow as it is read, by the largest magnitudes of its rows' parts; peaks:
-    leave those of out.
+    The weight has n rows, or 2 n if `gated`: the second half multiplies the activated first half.
+    flipped: it is stored (k, n). norm: of x over k, "none", "layer" or "rms", with eps; scaled:
+    rows of the weight times gamma are stored times a power of two. residual_norm: norm of the
+    residual over n. stats: store row statistics of out. tf32: float32 factors may be rounded to
+    TF32. experts: number of weights, `expert_step` elements apart; 0: one weight. narrow: dtype of
+    x and weight with scales (`ir.quantized_ops`); `dtype` is that of everything else. float_rows:
+    only the weight is narrow; group: inputs per int4 scale. quantizes: x is of `dtype` and is
+    quantized as it is loaded, by its rows' peaks; peaks: store those of out.
     """
 
     dtype: torch.dtype
@@ -51,7 +49,7 @@ class GemmTemplate:
     stats: bool = False
     flipped: bool = False
     tf32: bool = False
-    experts: int = field(default=0, repr=False)  # what was tuned goes by the text of the others
+    experts: int = field(default=0, repr=False)  # keys of tuned schedules use the repr
     expert_step: int = field(default=0, repr=False)
     narrow: torch.dtype | None = field(default=None, repr=False)
     float_rows: bool = field(default=False, repr=False)
@@ -61,12 +59,12 @@ class GemmTemplate:
 
     @property
     def item_nbytes(self) -> int:
-        """Bytes of an element of the weight, of int4 those of two."""
+        """Bytes of an element of the weight; int4: of two."""
         return (self.narrow or self.dtype).itemsize
 
     @property
     def factor_nbytes(self) -> int:
-        """Bytes of an element of the weight as it is multiplied."""
+        """Bytes of an element of the weight in the product."""
         return self.dtype.itemsize if self.float_rows else self.item_nbytes
 
     @property
@@ -76,38 +74,38 @@ class GemmTemplate:
 
     @property
     def kind(self) -> str:
-        """What x and the weight are multiplied as: "int8", "fp8", or "none" for `dtype`."""
+        """The kind of the product: "int8", "fp8", or "none" for `dtype`."""
         return "none" if self.narrow is None or self.float_rows else KIND_NAMES[self.narrow]
 
     @property
     def widened(self) -> bool:
-        """Whether fp8 is multiplied as float16: float32 rows are to have float32's sums, and Triton
-        3.6 does not pipeline rows that are quantised to fp8 in registers on sm_90."""
+        """Whether fp8 is multiplied as float16: float32 rows need float32 sums, and Triton 3.6 does
+        not pipeline rows quantized to fp8 in registers on sm_90."""
         return self.kind == "fp8" and (self.quantizes or self.dtype is torch.float32)
 
     @property
     def centered(self) -> bool:
-        """Whether the mean is subtracted from x, and not from the sums."""
+        """Whether the mean is subtracted from x instead of from the sums."""
         return self.norm == "layer" and self.dtype is torch.float32
 
     @property
     def light_gelu(self) -> bool:
-        """Whether its GELU is exact to 16 bits only, in few instructions."""
+        """Whether GELU is computed to 16-bit accuracy, with fewer instructions."""
         return self.activation == "gelu" and self.dtype.itemsize == 2
 
     @property
     def folds(self) -> bool:
-        """Whether it has a part in a folded norm."""
+        """Whether it is part of a folded norm."""
         return self.stats or {self.norm, self.residual_norm} != {"none"}
 
     @property
     def alone(self) -> bool:
-        """Whether no library's GEMM can do the same."""
+        """Whether the library has no equivalent GEMM."""
         return self.narrow is not None or self.folds
 
     @property
     def name(self) -> str:
-        """A name that tells dtype, weight's sizes and epilogue: "gemm_float16_768x768_bias"."""
+        """The name, of dtype, sizes and epilogue: "gemm_float16_768x768_bias"."""
         kind = TYPES[self.dtype].removeprefix("tl.")
         sizes = f"{self.experts}x" * (self.experts > 0) + f"{self.n}x{self.k}"
         narrow = "" if self.narrow is None else KIND_NAMES[self.narrow]
@@ -124,14 +122,13 @@ class GemmTemplate:
 
 @dataclass(frozen=True)
 class GemmSchedule:
-    """A tile of m tokens x n outputs, k at a time; the sums over k in `splits` programs.
+    """Tile sizes m (tokens) x n (outputs) x k, with k split over `splits` programs.
 
-    stat_tile: over how many columns each of x's statistics is, the n_tile of the GEMM that left
-    them (k where one statistic covers the row); residual_tile: likewise of the residual's.
-    late: 1 asks for statistics, residual and columns before the sums and uses them after, where a
-    thread has room for them; 0 merges x's statistics first, and asks for the rest after the sums.
-    prefetch: what a dependent launch does before it waits: 0 nothing, 1 brings its weight to L2 by
-    lines, 2 by rows.
+    stat_tile: columns per statistic of x, the n_tile of the GEMM that stored them (k if one covers
+    the row); residual_tile: of the residual's. late: 1 loads statistics, residual and column
+    operands before the sums and uses them after, if registers allow; 0 merges x's statistics first
+    and loads the rest after the sums. prefetch: work before a dependent launch's wait: 0 none, 1
+    prefetches the weight to L2 by lines, 2 by rows.
     """
 
     m_tile: int
@@ -147,14 +144,14 @@ class GemmSchedule:
 
 
 def gemm_arguments(template: GemmTemplate, schedule: GemmSchedule) -> list[tuple[str, str]]:
-    """Return the arguments before the tiles and what they are: "storage", "fp32", "i32", "size", or
-    "narrow" for the weight's.
+    """Return the arguments before the tiles with their kinds: "storage", "fp32", "i32", "size", or
+    "narrow" for the weight's dtype.
 
-    bias is float32 where a norm is folded into it, as are sums and scales of the weight's rows.
-    residual_norm: float32 (2, n), gamma and beta. Statistics: float32 (2, tokens, tiles), means and
-    m2; largest magnitudes, in the place of those or of x's scales: int32 (tokens, tiles). partial
-    and turns: scratch of a split GEMM, turns zero before and after. ends: where each expert's rows
-    end; status: becomes 1 where those are not so many rows' in order.
+    bias: float32 if a norm is folded into it, like sums and scales of the weight's rows.
+    residual_norm: float32 (2, n), gamma and beta. Statistics: float32 (2, tokens, tiles), mean and
+    m2; peaks, in their place or that of x's scales: int32 (tokens, tiles). partial, turns: scratch
+    of split-K, turns zero before and after. ends: end of each expert's rows; status: set to 1 if
+    they are not ascending up to the number of rows.
     """
     t = template
     bias = "fp32" if t.norm != "none" else "storage"
@@ -179,11 +176,11 @@ def gemm_arguments(template: GemmTemplate, schedule: GemmSchedule) -> list[tuple
 
 
 def gemm_grid(template: GemmTemplate, schedule: GemmSchedule, tokens: int) -> tuple[int, int, int]:
-    """Return the number of programs: one a tile of out, and one a part of its sums; of experts so
-    many as there can be tiles of rows, by tiles of columns."""
+    """Return the grid: one program per tile of out and split-K part; for experts the most row tiles
+    that can occur, by column tiles."""
     n_tiles = -(-template.n // schedule.n_tile)
     if template.experts:
-        if tokens <= template.experts:  # a row a tile, if none have the same expert
+        if tokens <= template.experts:  # at most one row per tile, if all have different experts
             return tokens, n_tiles, 1
         return -((-tokens // schedule.m_tile) - template.experts), n_tiles, 1
     tiles = -(-tokens // schedule.m_tile) * n_tiles
@@ -191,7 +188,7 @@ def gemm_grid(template: GemmTemplate, schedule: GemmSchedule, tokens: int) -> tu
 
 
 def gemm_scratch(template: GemmTemplate, schedule: GemmSchedule, tokens: int) -> tuple[int, int]:
-    """Return the bytes of partial sums and of turns that a launch needs, 0 without splits."""
+    """Return the bytes of partial sums and of counters, 0 without split-K."""
     if schedule.splits == 1:
         return 0, 0
     tiles = gemm_grid(template, schedule, tokens)[0]

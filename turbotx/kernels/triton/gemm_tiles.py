@@ -1,17 +1,17 @@
-"""Tiles of GEMMs as data: what was measured on a class of devices, and what is expected there.
+"""Tables of GEMM tiles: measured and expected ones by device class.
 
-In: a class of devices, a bucket of tokens, the sizes of a weight. Out: a tag, or None where neither
-table knows the GEMM, and a rule decides::
+In: a device class, a token bucket, the sizes of a weight. Out: a tag, or None if neither table has
+the GEMM, for which a rule is used::
 
     known_tiles("sm_90", 64, 768, 3072)  ->  "m64n32k128w4s5x5"
 
-The tables are of 16-bit GEMMs whose weight is stored (n, k), whatever is done to the sums;
-`MEASURED_TILES` is asked first. What a tag does not name is the rule's.
+The tables are for 16-bit GEMMs with a weight stored (n, k) and any epilogue; `MEASURED_TILES` takes
+precedence. Fields missing in a tag come from the rule.
 """
 
 from __future__ import annotations
 
-# (bucket of tokens, n, k), and (bucket, n, k, True) of a gated weight, which has 2 n rows.
+# Keys: (token bucket, n, k), and (bucket, n, k, True) for a gated weight with 2 n rows.
 Key = tuple[int, int, int] | tuple[int, int, int, bool]
 Table = dict[str, dict[Key, str]]
 
@@ -44,7 +44,7 @@ MEASURED_TILES: Table = {
     },
 }
 
-# Expected, not measured: the bucket between two that were.
+# Interpolated between measured buckets.
 EXPECTED_TILES: Table = {
     "sm_90": {
         (32, 2304, 768): "m32n32k128w4s6x1",
@@ -56,7 +56,7 @@ EXPECTED_TILES: Table = {
 
 
 def known_tiles(device: str, bucket: int, n: int, k: int, gated: bool = False) -> str | None:
-    """Return the tag that a table has for a 16-bit GEMM; None: none has."""
+    """Return the tables' tag for a 16-bit GEMM, or None."""
     key: Key = (bucket, n, k, True) if gated else (bucket, n, k)
     measured = MEASURED_TILES.get(device, {}).get(key)
     return measured or EXPECTED_TILES.get(device, {}).get(key)

@@ -1,9 +1,9 @@
-"""Print the prefetch of a GEMM's weight to L2 while it waits for the previous kernel.
+"""Print the prefetch of a GEMM's weight to L2 before it waits for the previous kernel.
 
-In: a template and a schedule. Out: lines that go between the place of a program and its wait, see
-`dependent.py`. Nothing is read into registers, so a weight that some kernel writes is not read too
-early: L2 is where such a write arrives as well. Only what the tile of the weight holds is asked
-for, by the first tile of tokens, and no more than `MOST_NBYTES` of it.
+In: a template and a schedule. Out: lines between a program's index computation and its wait, see
+`dependent.py`. Nothing is loaded to registers, so a weight that another kernel writes is not read
+too early: the write goes through the same L2. Only the program's own tile of the weight is
+prefetched, by the first tile of tokens, at most `MOST_NBYTES`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from turbotx.kernels.triton.specialize import Flag, specialize_body
 # `GemmSchedule.prefetch`.
 LINES, BULK = 1, 2
 LINE_NBYTES = 128
-# What a program brings at most, of all that it will read: a few KB a thread block are enough to
-# cover a launch, and what comes too early drives out what others need.
+# Most bytes that a program prefetches: a few KB per thread block cover a launch, and more would
+# evict data that other programs need.
 MOST_NBYTES = 64 * 1024
 
 
 def print_prefetch(template: GemmTemplate, schedule: GemmSchedule, aligned: bool) -> list[str]:
-    """Return the lines; none where the schedule wants none.
+    """Return the lines, empty if the schedule has no prefetch.
 
     aligned: rows of the weight begin at multiples of 16 bytes.
     """
     t, s = template, schedule
     if not s.prefetch:
         return []
-    if t.group:  # bytes are what is stored, each of two inputs
+    if t.group:  # a stored byte has two inputs
         depth = -(-t.k // t.group) * t.group
         t, s = replace(t, k=depth // 2, group=0), replace(s, k_tile=s.k_tile // 2)
     span = _span(t, s)
@@ -47,7 +47,7 @@ def print_prefetch(template: GemmTemplate, schedule: GemmSchedule, aligned: bool
 
 
 def _span(t: GemmTemplate, s: GemmSchedule) -> int:
-    """Of how many columns of k: those of a program, or as many steps as may be brought."""
+    """Return the columns of k to prefetch: the program's, limited by MOST_NBYTES."""
     steps = -(-t.k // s.k_tile)
     own = -(-steps // s.splits) * s.k_tile
     step_nbytes = s.n_tile * (1 + t.gated) * t.item_nbytes * s.k_tile
@@ -56,5 +56,5 @@ def _span(t: GemmTemplate, s: GemmSchedule) -> int:
 
 
 def _even(t: GemmTemplate, s: GemmSchedule, span: int) -> bool:
-    """Whether all that a row has between `begin` and `stop` are multiples of 16 bytes."""
+    """Return whether the row ranges are multiples of 16 bytes."""
     return all(size * t.item_nbytes % 16 == 0 for size in (t.k, s.k_tile, span))

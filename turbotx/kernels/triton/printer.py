@@ -34,8 +34,8 @@ from turbotx.kernels.triton.functions import stand_alone
 from turbotx.kernels.triton.reduce import HELD, Group, HeldTile
 from turbotx.kernels.triton.text import wrap
 
-# Row tiles up to this many elements load what later steps need (weights) before the first
-# reduction, so that its latency is hidden; larger ones would run out of registers.
+# Row tiles up to this many elements load later operands (weights) before the first reduction, to
+# hide the latency; larger ones would run out of registers.
 EAGER_TILE = 4096
 
 
@@ -74,7 +74,7 @@ class _Printer:
         return bool(axes & self.body.col_names)
 
     def _needed(self, ends: Iterable[ir.Statement]) -> set[str]:
-        """Return the values that `ends` need, not looking behind those that are there already."""
+        """Return the values that `ends` need and that are not available yet."""
         found: set[str] = set()
         todo = [a for s in ends for a in ir.needs_of(s)]
         while todo:
@@ -87,8 +87,7 @@ class _Printer:
         return found
 
     def _ends(self, sweep: int) -> list[ir.Statement]:
-        """Return what a sweep has to compute: its reductions and stores, and loads worth having
-        early."""
+        """Return the statements that a sweep must compute: reductions, stores, and early loads."""
         ends: list[ir.Statement] = []
         for s in self.kernel.body:
             if isinstance(s, (ir.Reduce, ir.Store)) and ir.phase_of(s, self.phase) == sweep:
@@ -136,7 +135,7 @@ class _Printer:
         self.lines += wrap("    " * self.depth + line)
 
     def _where(self) -> None:
-        """Print where this program works: its rows and, unless they are looped over, columns."""
+        """Print the program's row and, unless looped, column indices."""
         s = self.schedule
         wide = ".to(tl.int64)" if s.wide else ""
         if s.programs:
@@ -148,8 +147,8 @@ class _Printer:
             self._where_in_columns(wide)
 
     def _turns(self, wide: str) -> None:
-        """Begin the loop over a program's tiles. What is the same for all of them is loaded again
-        for each, from the cache: it would take the registers of other programs' rows."""
+        """Begin the loop over a program's tiles. Values common to all tiles are loaded again for
+        each, from the cache, to save registers."""
         tiles = self.body.expr(product([a.extent for a in self.rows]))
         if self.body.two_dims:
             tiles = f"tl.cdiv({tiles}, ROWS)"
@@ -182,7 +181,7 @@ class _Printer:
             self.put(f"col_ok = {flat} < {self.body.expr(self.length)}")
 
     def _unpack(self, place: str, axes: tuple[ir.Axis, ...], flat: str) -> None:
-        """Print the axes' own positions from the one flat position."""
+        """Print the indices of the axes, computed from the flat index."""
         if len(axes) == 1:
             self.put(f"{axes[0].name} = {place}")
             return
@@ -228,7 +227,7 @@ class _Printer:
         return s.result in needed and s.result not in self.emitted
 
     def _section(self, chosen: Sequence[ir.Statement]) -> None:
-        """Print statements in order; what one statement alone needs is written inside it."""
+        """Print statements in order; values with one reader are inlined."""
         users = {}
         for s in chosen:
             for a in ir.needs_of(s):
@@ -266,7 +265,7 @@ class _Printer:
         return groups
 
     def _inputs(self, group: Group) -> dict[str, str]:
-        """Name what a group reduces, as whole tiles."""
+        """Return the names of a group's inputs, as whole tiles."""
         return {r.args[0]: self.body.whole_tile(r.args[0]) for r in group.reduces}
 
     def _note(self, group: Group) -> None:
@@ -319,7 +318,7 @@ class _Printer:
             self._section([s for s in self.kernel.body if self._chosen(s, needed, after)])
 
     def _outside(self, within: list[ir.Statement]) -> None:
-        """Print what a sweep needs that is the same for the whole row."""
+        """Print the statements of a sweep that are constant in a row."""
         needed = self._needed(within)
         chosen = [s for s in self.kernel.body if not isinstance(s, ir.Store)
                   and self._chosen(s, needed, []) and not self._in_columns(s)]  # fmt: skip

@@ -1,7 +1,7 @@
-"""Reductions as Triton source: what each carries, how two parts join, and one `tl.reduce` for all.
+"""Reductions as Triton source: carried values, combine functions, one `tl.reduce` for several.
 
-In: the reductions of one sweep over the same tile. Out: the text of one combine function and of
-the calls around it. Independent reductions share it, so that shuffles and barriers are paid once::
+In: the reductions of one sweep over the same tile. Out: the text of one combine function and of the
+calls around it. Independent reductions share it, and with it shuffles and barriers::
 
     mean, m2, mean_low, mean_count = tl.reduce((part, zero, zero, count), 0, combine)
 """
@@ -25,12 +25,12 @@ TYPES = {
 
 @dataclass(frozen=True)
 class State:
-    """What a reduction carries for the elements that it has seen.
+    """The state that a reduction carries.
 
-    parts: the carried values. join: lines that make each from its halves, called `_a` and `_b`.
-    neutral: the parts of no element at all ("lowest" and "highest" stand for the dtype's ends).
-    element: the parts of the one element x. finish: lines after the last two halves have joined;
-    of_nothing: further ones where there may have been no element at all.
+    parts: the carried values. join: lines that combine two states, `_a` and `_b`. neutral: the
+    state of no elements ("lowest" and "highest": the dtype's limits). element: the state of one
+    element x. finish: lines after the last combination; of_nothing: further lines if there may be
+    no elements.
     """
 
     parts: tuple[str, ...]
@@ -97,8 +97,8 @@ LOCALS = ("share", "delta", "below", "step", "gap", "fade", "ahead")
 
 @dataclass(frozen=True)
 class HeldTile:
-    """A tile that stays in registers: its name, its number of columns as text, whether it has
-    columns past the end, whether it is 0 there, and the axis that is reduced."""
+    """A tile kept in registers: its name, number of columns as text, whether it has columns past
+    the end, whether it is 0 there, and the reduced axis."""
 
     x: str
     count: str
@@ -107,16 +107,16 @@ class HeldTile:
     axis: int
 
     def among(self, text: str, otherwise: str = "0.0") -> str:
-        """Return `text` where there is a column."""
+        """Return `text` masked to the existing columns."""
         return f"tl.where(col_ok, {text}, {otherwise})" if self.masked else text
 
     @property
     def keep(self) -> str:
-        """The argument that keeps the reduced axis of a tile, "" where a tile has but one."""
+        """The argument that keeps the reduced axis, "" for a one-dimensional tile."""
         return ", keep_dims=True" if self.axis else ""
 
     def reduce(self, op: str, results: Sequence[str]) -> list[str]:
-        """Return lines that make the results of a reduction that is one of `HELD`."""
+        """Return the lines that compute the results of a reduction in `HELD`."""
         return {"welford": self._welford, "softmax": self._softmax}[op](*results)
 
     def _welford(self, mean: str, m2: str) -> list[str]:
@@ -145,7 +145,7 @@ class HeldTile:
             *lines,
             f"{largest} = tl.reduce({seen}, {self.axis}, maximum{self.keep})",
             f"{total} = {self._sum(f'tl.exp({seen} - {largest})')}",
-            # Of nothing, or of nothing but -inf.
+            # No elements, or all -inf.
             f"{total} = tl.where({largest} == {lowest}, 0.0, {total})",
         ]
 
@@ -166,15 +166,15 @@ def neutral(kind: str, dtype: torch.dtype) -> str:
 
 
 def carried_dtype(r: ir.Reduce) -> torch.dtype:
-    """Return the dtype in which a reduction's parts are carried: int32 for truth values."""
+    """Return the dtype of a reduction's carried parts: int32 for bool."""
     return torch.int32 if r.dtype is torch.bool else r.dtype
 
 
 @dataclass(frozen=True)
 class Group:
-    """Reductions that are done together, and the name of their combine function.
+    """Reductions that share one `tl.reduce`, and the name of their combine function.
 
-    shape: the tile's shape as text. masked: whether columns past the end must be left out.
+    shape: the tile's shape as text. masked: whether columns past the end must be excluded.
     maybe_empty: whether a row may have no columns.
     """
 
@@ -185,9 +185,9 @@ class Group:
     maybe_empty: bool = False
 
     def parts(self) -> list[tuple[ir.Reduce, str, str]]:
-        """Return (reduction, part, name) of everything carried, in order.
+        """Return (reduction, part, name) of all carried parts, in order.
 
-        A part that is a result is called as the result is.
+        A part that is a result has the result's name.
         """
         found = []
         for r in self.reduces:
@@ -200,13 +200,13 @@ class Group:
 
     @property
     def simple(self) -> str | None:
-        """The single plain function that does it, where there is one."""
+        """The built-in reduction that computes it, if there is one."""
         if len(self.reduces) > 1 or self.reduces[0].dtype is torch.bool:
             return None
         return {"sum": "tl.sum", "max": "maximum", "min": "minimum"}.get(self.reduces[0].op)
 
     def function(self) -> str:
-        """Return the text of the combine function ("" where a plain one does)."""
+        """Return the text of the combine function, "" if a built-in one is used."""
         if self.simple:
             return ""
         lines, arguments = [], []
@@ -222,7 +222,7 @@ class Group:
         return f"{head}\n{body}\n    return {', '.join(arguments)}\n"
 
     def elements(self, name: dict[str, str]) -> list[str]:
-        """Return the text of the parts of the tile's own elements; `name` names the values."""
+        """Return the text of the tile's elements as states; `name`: names of the values."""
         texts = []
         for r in self.reduces:
             state, x = STATES[r.op], name[r.args[0]]
@@ -234,7 +234,7 @@ class Group:
         return texts
 
     def start(self, names: Sequence[str]) -> list[str]:
-        """Return lines that begin the carried tiles of a looped row."""
+        """Return the lines that initialize the carried tiles of a looped row."""
         lines = []
         for (r, _, _), name, empty in zip(self.parts(), names, self._empties(), strict=True):
             dtype = carried_dtype(r)
@@ -245,7 +245,7 @@ class Group:
         return [e for r in self.reduces for e in STATES[r.op].neutral]
 
     def step(self, names: Sequence[str], elements: Sequence[str]) -> list[str]:
-        """Return the lines that take a tile's elements into the carried tiles."""
+        """Return the lines that accumulate a tile's elements into the carried tiles."""
         if self.simple == "tl.sum":
             return [f"{names[0]} += {elements[0]}"]
         function = self.simple or self.combine

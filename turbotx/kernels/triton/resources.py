@@ -1,4 +1,4 @@
-"""What a compiled GPU kernel uses, read from its machine code.
+"""Resources: registers, spills and access widths of a compiled GPU kernel.
 
 In: a cubin, or AMD assembly. Out: `Resources`, without a device, for example::
 
@@ -20,10 +20,11 @@ from turbotx.errors import BuildError
 
 @dataclass(frozen=True)
 class Resources:
-    """registers: for each thread (vector registers on AMD). spills: words stored and loaded
-    because registers ran out (on AMD spilled vector registers; scalar ones spill into those).
-    shared_nbytes: for each program. load_bits, store_bits: the widest access to global memory.
-    instructions: of the whole kernel."""
+    """Resources of a kernel.
+
+    registers: per thread (vector registers on AMD). spills: spilled words (on AMD vector registers;
+    scalar ones spill into those). shared_nbytes: per program. load_bits, store_bits: the widest
+    access to global memory. instructions: of the whole kernel."""
 
     registers: int
     spills: int
@@ -35,22 +36,21 @@ class Resources:
 
 @functools.cache
 def find_tool(name: str) -> str:
-    """Return the path of one of the CUDA binary tools that the Triton wheel carries. Raises
-    BuildError where it is missing."""
+    """Return the path of a CUDA binary tool in the Triton wheel. Raises BuildError if missing."""
     spec = importlib.util.find_spec("triton")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "backends" / "nvidia" / "bin" / name
         if path.exists():
             return str(path)
-    raise BuildError(f"the installed Triton carries no {name}: reinstall it from its wheel")
+    raise BuildError(f"the installed Triton has no {name}: reinstall it from its wheel")
 
 
 def read_cubin(path: Path, shared_nbytes: int) -> Resources:
-    """Disassemble a cubin. Raises BuildError where the disassembler says nothing of registers."""
+    """Disassemble a cubin. Raises BuildError if the disassembler reports no registers."""
     usage = _run([find_tool("cuobjdump"), "--dump-resource-usage", str(path)])
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
-        raise BuildError(f"cuobjdump says nothing of registers in {path}:\n{usage}")
+        raise BuildError(f"cuobjdump reports no registers for {path}:\n{usage}")
     text = _run([find_tool("nvdisasm"), "-c", str(path)])
     code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", text, re.M)
     local = any(op.split(".")[0] in ("LDL", "STL") for op in code)
@@ -67,12 +67,13 @@ def read_cubin(path: Path, shared_nbytes: int) -> Resources:
 
 
 def _ask_ptxas(ptx: Path) -> int:
-    """Return the words that the assembler spills; local memory also holds arrays (sine, cosine)."""
+    """Return the spilled words; asked of ptxas, since local memory also holds arrays (sine,
+    cosine)."""
     found = re.search(r"^\.target (sm_(\d+)\w*)", ptx.read_text(), re.M)
     if found is None:
         raise BuildError(f"{ptx} names no target")
     said = ""
-    # Which of the wheel's assemblers Triton used, it does not say; an older one refuses its PTX.
+    # Triton does not report which of the wheel's assemblers it used; an older one rejects the PTX.
     for tool in ("ptxas", "ptxas-blackwell"):
         command = [find_tool(tool), "-v", f"--gpu-name={found[1]}", str(ptx), "-o", "/dev/null"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -85,7 +86,7 @@ def _ask_ptxas(ptx: Path) -> int:
 
 
 def _sass_bits(op: str) -> int:
-    """LDG.E.128.CONSTANT -> 128; without a width an access has 32 bits."""
+    """Return the access width of a SASS op: LDG.E.128.CONSTANT -> 128, without a width 32."""
     found = re.search(r"\.[US]?(8|16|64|128|256)(?:\.|$)", op)
     return int(found[1]) if found else 32
 

@@ -1,7 +1,7 @@
-"""Print an op of `ir.packed_ops` as Triton: of each sequence one row, or running sums.
+"""Print an op of `ir.packed_ops` as Triton: a reduction or running sums per sequence.
 
-In: a `SequenceKernel`. Out: stand-alone source of one function; a program takes a sequence and some
-columns, and passes over the sequence's tokens once, wherever its bounds, which it reads, are::
+In: a `SequenceKernel`. Out: stand-alone source of one function. A program handles one sequence and
+some columns, in one pass over the sequence's tokens, whose bounds it reads::
 
     args: x_ptr, bounds_ptr, out_ptr, before, tokens, after      x (before, tokens, after)
 """
@@ -32,7 +32,7 @@ class SequenceSchedule:
 
 
 def choose_sequence_schedule(after: int) -> SequenceSchedule:
-    """Return one of two schedules: a tile has 1,024 elements, of many columns or of one."""
+    """Return a schedule with tiles of 1,024 elements, for many columns or for one."""
     return SequenceSchedule(8, 128) if after > 1 else SequenceSchedule(1024, 1)
 
 
@@ -55,7 +55,7 @@ def sequence_job(kernel: SequenceKernel, target: str, schedule: SequenceSchedule
     )
 
 
-def print_triton_sequence(kernel: SequenceKernel, name: str | None = None) -> str:
+def print_triton_sequence(kernel: SequenceKernel) -> str:
     """Return the Triton source of a kernel."""
     wide = kernel.dtype in (torch.float32, torch.float64, torch.int64)
     computed = torch.float32 if kernel.dtype.is_floating_point else torch.int64
@@ -70,13 +70,13 @@ def print_triton_sequence(kernel: SequenceKernel, name: str | None = None) -> st
     }
     function = "sequence_cumsum" if kernel.which == "cumsum" else "sequence_reduce"
     arguments = ["x_ptr", "bounds_ptr", "out_ptr", *SEQUENCE_SIZES, "ROWS", "COLS"]
-    source = specialize("sequences", function, name or kernel.name, arguments, flags)
-    return stand_alone([name or kernel.name, f"  {kernel.which} of each sequence"], source)
+    source = specialize("sequences", function, kernel.name, arguments, flags)
+    return stand_alone([kernel.name, f"  {kernel.which} of each sequence"], source)
 
 
 def sequence_grid(
     kernel: SequenceKernel, schedule: SequenceSchedule, sequences: int, before: int, after: int
 ) -> tuple[int, int, int]:
-    """Return the number of programs; running sums have one more, for tokens of no sequence."""
+    """Return the grid; running sums have one more program, for tokens after the last sequence."""
     programs = sequences + (kernel.which == "cumsum")
     return programs, -(-after // schedule.cols) * before, 1

@@ -1,15 +1,14 @@
-"""Specialize a Triton template: real @triton.jit functions in, the source of one kernel out.
+"""Specialize a Triton template: @triton.jit functions in, the source of one kernel out.
 
-In: a file of `templates/`, one of its functions, and a value for each of the file's flags, which
-are its module-level `NAME = tl.constexpr(None)`. Out: source in which flags are values, branches
-are decided, and functions of templates are written out where they are called, but for those of
-functions.py::
+In: a file of `templates/`, one of its functions, and a value for each of the file's flags, the
+module-level `NAME = tl.constexpr(None)`. Out: source in which flags are replaced by values,
+branches are decided, and template functions are inlined, except those of functions.py::
 
     if HAS_BIAS:
         bias = load_column(bias_ptr, n)   ->   bias = tl.load(bias_ptr + n).to(tl.float32)
 
-It says what Triton itself makes of the template with these flags: a test compiles both. Comments
-stay where they are; the docstring of a function that is written out is a comment too.
+It is equivalent to Triton's own compilation of the template with these flags: a test compiles both.
+Comments are kept; docstrings of inlined functions become comments.
 """
 
 from __future__ import annotations
@@ -29,17 +28,16 @@ from turbotx.kernels.triton.statements import (
 )
 
 TEMPLATES = Path(__file__).with_name("templates")
-# A flag's value. Text that begins with "tl." is a name of Triton's.
+# A flag's value. Text that starts with "tl." is a Triton name.
 Flag = bool | int | float | str | None
 
 
 def specialize(
     file: str, function: str, name: str, arguments: Sequence[str], flags: Mapping[str, Flag]
 ) -> str:
-    """Return a template's function as `name`, with these of its parameters, constexpr in capitals.
+    """Return a template's function as `name` with these parameters; capitals are constexpr.
 
-    Raises AssertionError where the flags are not the file's, or a parameter that is missing is
-    needed.
+    Raises AssertionError if the flags are not the file's or a needed parameter is missing.
     """
     parameters, lines, names = _specialize(file, function, tuple(sorted(flags.items())))
     assert [p for p in parameters if p in arguments] == list(arguments), (parameters, arguments)
@@ -59,7 +57,7 @@ def specialize_body(file: str, function: str, flags: Mapping[str, Flag]) -> list
 def _specialize(
     file: str, function: str, flags: tuple[tuple[str, Flag], ...]
 ) -> tuple[tuple[str, ...], tuple[str, ...], frozenset[str]]:
-    """Return the names of a function's parameters, its lines, and the names in them."""
+    """Return a function's parameter names, lines, and the names used in them."""
     made = _Template(file, dict(flags)).written_out(function)
     parameters = tuple(a.arg for a in made.args.args)
     body = settle(made.body, parameters)
@@ -85,7 +83,7 @@ class _Template:
         self.values = {name: _expression(v) for name, v in (constants | dict(flags)).items()}
 
     def written_out(self, name: str) -> ast.FunctionDef:
-        """Return a function for the flags, with those that it calls written out."""
+        """Return a function specialized for the flags, with its calls inlined."""
         made = self.functions[name]
         if name not in self.done:
             self.done.add(name)
@@ -111,10 +109,11 @@ class _Template:
         return made
 
     def _expand(self, s: ast.stmt, call: ast.Call, taken: set[str]) -> list[ast.stmt]:
-        """Return what a call does; `taken` are the caller's names, and grow by new ones.
+        """Return the inlined statements of a call; `taken`: the caller's names, extended by new
+        ones.
 
-        The caller's targets are the function's own names of its results. Another local name that
-        the caller has as well gets the first word of the first target in front.
+        Results are named as the caller's targets. Local names that the caller also has are prefixed
+        with the first word of the first target.
         """
         assert isinstance(call.func, ast.Name) and not call.keywords
         called = self.written_out(call.func.id)
@@ -130,11 +129,11 @@ class _Template:
         pairs = list(zip(map(ast.unparse, targets), results, strict=True))
         own = set(assigned_names(body))
         constants = {p: a for p, a in given.items() if isinstance(a, ast.Constant) and p not in own}
-        if constants:  # what they decide against has no names
+        if constants:  # branches not taken define no names
             body = fold([_copy(x, {}, {}) for x in body], constants)
             own = set(assigned_names(body))
         values = {p: a for p, a in given.items() if p not in own}
-        # A target that an argument reads is assigned last.
+        # Targets that arguments read are assigned last.
         read = {n.id for a in values.values() for n in ast.walk(a) if isinstance(n, ast.Name)}
         names = {r.id: t for t, r in pairs
                  if isinstance(r, ast.Name) and r.id in own and t not in read}  # fmt: skip
@@ -152,7 +151,7 @@ class _Template:
 
 
 def _with_imports(tree: ast.Module) -> Iterator[ast.Module]:
-    """Give a template, and those whose functions are written out in it."""
+    """Yield a template and the templates whose functions it inlines."""
     yield tree
     for s in tree.body:
         file = s.module.rpartition(".")[2] if isinstance(s, ast.ImportFrom) and s.module else ""
@@ -165,7 +164,7 @@ def _parse(file: str) -> ast.Module:
 
 
 def _copy(node: Any, names: Mapping[str, str], values: Mapping[str, ast.expr]) -> Any:
-    """Return a copy in which names are other names, or expressions."""
+    """Return a copy with names replaced by other names or by expressions."""
     if isinstance(node, ast.Name):
         if node.id in names:
             return ast.Name(names[node.id], node.ctx)
@@ -179,7 +178,7 @@ def _copy(node: Any, names: Mapping[str, str], values: Mapping[str, ast.expr]) -
             value = [_copy(x, names, values) for x in value]
         fields[field] = _copy(value, names, values) if isinstance(value, ast.AST) else value
     made = type(node)(**fields)
-    vars(made).update(vars(node) | fields)  # where it stands, and a comment behind it
+    vars(made).update(vars(node) | fields)  # keeps position and trailing comment
     return made
 
 

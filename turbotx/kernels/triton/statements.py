@@ -1,7 +1,7 @@
 """Parse Triton source with its comments, and print statements in a uniform format.
 
-In: the text of a template. Out: its syntax tree, where a comment or a blank line between two
-statements is a statement itself, a bare string; and such statements as lines::
+In: the text of a template. Out: its syntax tree, in which comments and blank lines between
+statements are statements (bare strings); and such statements as lines::
 
     print_statements(parse_with_comments(text).body, 0)  ->  ["# Row of x.", "row = ...", ...]
 """
@@ -20,7 +20,7 @@ _TRAILING = re.compile(r"  # (?!fmt:|noqa)(?P<text>.+)")
 
 
 def parse_with_comments(text: str) -> ast.Module:
-    """Parse source; a comment behind a statement's first line is its `trailing` attribute."""
+    """Parse source; a trailing comment of a statement's first line is its `trailing` attribute."""
     tree, lines = ast.parse(text), text.splitlines()
     for s in list(all_statements(tree.body)):
         for field in ("body", "orelse"):
@@ -32,7 +32,7 @@ def parse_with_comments(text: str) -> ast.Module:
 
 
 def _above(s: ast.stmt, lines: list[str]) -> list[ast.stmt]:
-    """Return the comments and blank lines right above a statement."""
+    """Return the comments and blank lines directly above a statement."""
     found: list[ast.stmt] = []
     for line in reversed(lines[: s.lineno - 1]):
         match = _OWN_LINE.fullmatch(line)
@@ -43,18 +43,18 @@ def _above(s: ast.stmt, lines: list[str]) -> list[ast.stmt]:
 
 
 def comment(text: str, beside: ast.stmt) -> ast.stmt:
-    """Return a comment as a statement; a blank line without text."""
+    """Return a comment as a statement; without text, a blank line."""
     return ast.copy_location(ast.Expr(ast.Constant(text)), beside)
 
 
 def comment_of(s: ast.stmt) -> str | None:
-    """Return the text of a statement that is a comment or a docstring, None for others."""
+    """Return the text of a comment or docstring statement, None for others."""
     said = s.value.value if isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant) else None
     return said if isinstance(said, str) else None
 
 
 def print_statements(body: Iterable[ast.stmt], depth: int) -> list[str]:
-    """Return the lines of statements, indented by `depth`, at most one of them blank at a time."""
+    """Return the lines of statements, indented by `depth`, without consecutive blank lines."""
     lines: list[str] = []
     indent = "    " * depth
     for s in body:
@@ -80,7 +80,7 @@ def print_statements(body: Iterable[ast.stmt], depth: int) -> list[str]:
 
 
 def _head(s: ast.stmt) -> str:
-    """Return a statement as one line, of a loop or a branch only the first."""
+    """Return a statement as one line; of a loop or branch only its header."""
     if isinstance(s, ast.For):
         return f"for {_text(s.target)} in {_text(s.iter)}:"
     if isinstance(s, ast.If):
@@ -93,5 +93,5 @@ def _head(s: ast.stmt) -> str:
 def _text(node: ast.AST) -> str:
     if isinstance(node, ast.Tuple):
         return ", ".join(map(_text, node.elts))
-    # No string of a template has quotes in it.
+    # Strings in templates contain no quotes.
     return re.sub(r"'([^']*)'", r'"\1"', ast.unparse(node))

@@ -1,6 +1,6 @@
-"""Tags: how tiles of GEMMs and attention are written, in options, in tables, by tuning.
+"""Tags: the text form of GEMM and attention tiles, in options, tables and tuning results.
 
-In: a tag such as "m64n32k128w4s3x2l1p1" or a part of it. Out: a schedule with these parts::
+In: a tag such as "m64n32k128w4s3x2l1p1" or a part of it. Out: a schedule with these fields::
 
     with_tag(schedule, "k128s5")   # the same with 128 steps of k at a time, in five stages
 """
@@ -28,7 +28,7 @@ AttentionTiles = AttentionSchedule | ProductSchedule
 
 
 def tag_of(schedule: GemmSchedule | AttentionTiles | None) -> str:
-    """Return what `with_tag` reads; "cublas" for None."""
+    """Return a schedule's tag; "cublas" for None."""
     if schedule is None:
         return LIBRARY
     return "".join(
@@ -39,13 +39,13 @@ def tag_of(schedule: GemmSchedule | AttentionTiles | None) -> str:
 
 
 def with_tag(schedule: Tiled, tag: str) -> Tiled:
-    """Return a schedule with the parts that a tag names; what it has no use for is left.
+    """Return a schedule with the fields of a tag; fields that it does not have are ignored.
 
-    Raises OptionsError for what is no tag, or is out of bounds.
+    Raises OptionsError for an invalid tag or a value out of range.
     """
     found = re.findall(r"([a-z])(\d+)", tag)
     if not found or "".join(letter + number for letter, number in found) != tag:
-        raise OptionsError(f"{tag!r} names no tiles: write as in {tag_of(schedule)!r}")
+        raise OptionsError(f"{tag!r} is not a tag of tiles: write as in {tag_of(schedule)!r}")
     known = {f.name for f in fields(schedule)}
     given: dict[str, int] = {}
     for letter, number in found:

@@ -94,7 +94,7 @@ def restore_planner(kind: str, workload: Workload, orientations: Sequence[Orient
     if kind == "greedy":
         return GreedyPlanner(workload)
     if kind != "symbolic":
-        raise PlanError(f"no planner is called {kind!r}; there are {', '.join(PLANNER_KINDS)}")
+        raise PlanError(f"no planner is called {kind!r}: use one of {', '.join(PLANNER_KINDS)}")
     if any(sorted(o.order) != list(range(len(workload.names))) for o in orientations):
         raise PlanError("an order does not list every buffer once")
     return SymbolicPlanner(workload, orientations)

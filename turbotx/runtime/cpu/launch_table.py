@@ -96,7 +96,7 @@ def own_function(launch: ir.Launch) -> tuple[str, str] | None:
 def print_units(assembly: Assembly) -> tuple[dict[str, str], dict[object, str]]:
     """Return the C++ translation units, and the function name of every kernel in them.
 
-    Kernels with equal structure share one function, whatever their layer or name.
+    Kernels with equal structure share one function across layers and names.
     """
     names: dict[object, str] = {}
     kernels: list[str] = []

@@ -1,6 +1,6 @@
-"""A GPU that is not here, to which programs are bound that are looked at or saved.
+"""Absent device: stands in for a GPU so that programs can be compiled, inspected and saved.
 
-In: a target. Out: what a program asks of its device while it is made; nothing runs on it::
+In: a target. Out: the device interface that creating a program needs; nothing runs on it::
 
     CudaRuntime(kernels, weights, AbsentDevice("sm_90"))
 """
@@ -19,7 +19,7 @@ from turbotx.runtime.device import Grid
 
 
 class AbsentDevice:
-    """Answers for a target; kernels are neither built nor loaded."""
+    """The device of a target that is not present; kernels are neither built nor loaded."""
 
     torch_device = torch.device("cpu")
 
@@ -27,8 +27,8 @@ class AbsentDevice:
         self.target = target
 
     def describe(self) -> str:
-        """Return a name under which nothing was tuned."""
-        return f"no device, {self.target}"  # for which nothing was tuned
+        """Return a name that no tuned table has."""
+        return f"no device, {self.target}"  # no tuned table has this name
 
     def active(self) -> AbstractContextManager[object]:
         """Return a context manager that does nothing."""
@@ -83,9 +83,9 @@ class AbsentDevice:
         self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise DeviceError(f"this program was compiled for {self.target} to be saved: it runs there")
+        raise DeviceError(f"this program was compiled for {self.target} to be saved: run it there")
 
 
 def absent_device(target: str) -> AbsentDevice | None:
-    """Return the device of a target; None for the CPU, which is here."""
+    """Return an absent device of a GPU target; None for the CPU."""
     return None if target == "cpu" else AbsentDevice(target)

@@ -1,9 +1,10 @@
-"""Argument arrays: what the driver reads a launch's arguments through, kept with an address table.
+"""Argument arrays: the pointer arrays that cuLaunchKernel reads, one set per address table.
 
-In: where every launch's arguments lie in the tables of addresses and sizes. Out: for each an array
-of pointers to its arguments, right for every shape once the two tables are::
+In: the position of every launch's arguments in the tables of addresses and sizes. Out: per launch
+an array of pointers into the two tables, which stays valid for every shape::
 
-    frame.refill(sizes); device.launch(function, grid, frame.addresses[3, "kernel"], stream)
+    arguments.refill(sizes)
+    device.launch(function, grid, arguments.addresses[3, "kernel"], stream)
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from turbotx.program.executable import ArgumentLayout, DeviceCells
 from turbotx.runtime.cuda.status import Status
 from turbotx.runtime.lru import LruDict
 
-# Shapes whose views of GEMM operands are kept, an arena.
+# Shapes whose views of GEMM operands are cached, per arena.
 KEPT_SHAPES = 16
-# Arguments that Triton's calling convention adds behind a kernel's own, with room to spare.
+# Arguments that Triton's calling convention appends to a kernel's own, rounded up.
 EXTRA_ARGUMENTS = 4
-# A launch, and which of its lists of arguments.
+# A launch's index and the name of one of its argument lists.
 Key = tuple[int, str]
 
 
 class KernelArguments:
     """Argument arrays over one address table.
 
-    Whole tensors are read from the table itself, windows from `shifted`, sizes from `sizes`.
-    turns: zeros on the device, which every launch of split sums leaves behind as zeros. cells: what
-    kernels read on the device, of which they are given the addresses.
+    Tensors are read from the table, tensors at an offset from `shifted`, sizes from `sizes`. turns:
+    zeroed int32 counters on the device, zero again after every split-K launch. cells: values that
+    kernels read from device memory.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class KernelArguments:
         self._shifted = np.zeros(max(1, len(windows)), dtype=np.int64)
         self._places = {p: 8 * k for k, p in enumerate(windows)}
         launches = max((i for i, _ in layouts), default=-1) + 1
-        self._status, self.turns = status, turns  # what the addresses below point at
+        self._status, self.turns = status, turns  # keeps the memory of the addresses below alive
         self._statuses = np.array([status.address(i) for i in range(launches)], dtype=np.int64)
         self._turn = np.array([turns.data_ptr()], dtype=np.int64)
         self._nothing = np.zeros(1, dtype=np.int64)
@@ -72,24 +73,25 @@ class KernelArguments:
         ]
         cells = {"status": self._statuses.ctypes.data + 8 * i, "turns": self._turn.ctypes.data}
         found += [cells[layout.cell]] if layout.cell else []
-        # A size that a kernel takes in 32 bits is the low half of its 64.
+        # Little-endian: a 32-bit argument is the low half of the 64-bit size.
         sizes = self._sizes.ctypes.data
         found += [self._cell_of.get(k) or sizes + 8 * k for k in layout.sizes]
         found += [self._nothing.ctypes.data] * EXTRA_ARGUMENTS
         return (ctypes.c_void_p * len(found))(*found)
 
     def refill(self, sizes: Any) -> None:
-        """Take over a shape's sizes, and the table's addresses as they are now."""
+        """Copy a shape's sizes, and recompute `shifted` from the table's addresses."""
         self._sizes[: len(sizes)] = sizes
         if len(self._bases):
             self._shifted[:] = self._table[self._bases] + self._sizes[self._shifts]
 
     def write_cells(self, numbers: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-        """Queue what cells hold from now on: `numbers` are taken before it returns."""
+        """Queue a copy of `numbers`, int64, to the device cells; the array may be reused on
+        return."""
         self._cells.copy_(torch.from_numpy(numbers), non_blocking=True)
 
     def views(self, bound: object, stamp: object) -> dict[int, Callable[[], object]]:
-        """Return the steps kept for a shape, none of which outlive the memory they look at."""
+        """Return the cached PyTorch calls of a shape by launch; emptied when `stamp` changes."""
         if self._stamp != stamp:
             self._views.clear()
             self._stamp = stamp

@@ -1,7 +1,7 @@
-"""Graphs: a call on a GPU, plain at a shape's first use, a replayed CUDA graph from the second on.
+"""CUDA graphs: a shape's first call runs launches one by one, later calls replay a graph.
 
-In: an executable and how many graphs may be kept. Out: the same results. A graph reads and writes
-the arena alone: inputs are copied in, outputs are copied out to tensors of the caller's::
+In: an executable and the number of graphs to cache. Out: the same results. A graph reads and writes
+only the arena: inputs are copied in, outputs are copied out to new tensors::
 
     [intermediates, as planned | input_ids | attention_mask | hidden states]   one arena, all graphs
 """
@@ -37,18 +37,17 @@ from turbotx.runtime.program import Program
 from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
 
-# cuBLAS and 128-bit accesses are at their best from addresses like an allocator's.
+# The alignment of PyTorch's allocator, for cuBLAS and 128-bit accesses.
 ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
 class GraphBinding(Binding):
-    """A call at one shape, and where its graph has inputs and outputs: behind the intermediates.
+    """A call at one shape, with the arena offsets of its graph's inputs and outputs.
 
-    outer: shapes and dtypes of inputs, then of outputs. outer_offsets: where they lie.
-    graph_nbytes: of all memory. key: the dims that one graph serves: those of the call, or of a
-    decoder's steps as they are when the cache is full. cells: what kernels read on the device in
-    this call.
+    outer: shapes and dtypes of inputs, then outputs. outer_offsets: their byte offsets, after the
+    intermediates. graph_nbytes: bytes of the arena in all. key: the dims that the graph is cached
+    by; for decoding steps those of a full cache. cells: this call's values in device memory.
     """
 
     outer: tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -60,10 +59,10 @@ class GraphBinding(Binding):
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """A captured graph of one shape in one arena, and the values that it depends on.
+    """A captured graph of one shape in one arena.
 
-    stamp: addresses, weights and settings at its capture. kept: the weights that it reads. frame:
-    the arguments of its kernels, with the cells that they read.
+    stamp: addresses, weights version and settings at capture; the graph is invalid if they change.
+    kept: keeps the weights it reads alive. arguments: its kernels' argument arrays and cells.
     """
 
     graph: Graph
@@ -71,13 +70,13 @@ class CapturedGraph:
     outputs: list[torch.Tensor]
     stamp: object
     kept: WeightsVersion
-    frame: Any
+    arguments: Any
 
 
 class GraphCache:
-    """LRU cache of a call's graphs, by arena and shape.
+    """LRU cache of graphs by arena and shape.
 
-    used: shapes seen lately. recorders: one an arena, so that its graphs share temporary memory.
+    used: recently seen shapes. recorders: one per arena, so that its graphs share temporary memory.
     """
 
     def __init__(self, most: int) -> None:
@@ -89,7 +88,7 @@ class GraphCache:
 
 
 class CudaGraphProgram(Program):
-    """Runs launches one by one, or as one graph a shape; thread-safe as `Program` is."""
+    """A program that runs launches one by one or replays a graph; thread-safe like `Program`."""
 
     runtime: CudaQueue
 
@@ -106,7 +105,7 @@ class CudaGraphProgram(Program):
         self._steps = StepInputs(executable)
 
     def _find_plain_leaves(self) -> list[int] | None:
-        """Return which output each leaf is, where each is one and nothing else."""
+        """Return each leaf's output index if all leaves are whole outputs, else None."""
         place = {t.name: k for k, (t, _, _) in enumerate(self._outputs)}
         leaves = self.executable.leaves
         if all(isinstance(x, WholeTensor) and x.name in place for x in leaves):
@@ -116,7 +115,7 @@ class CudaGraphProgram(Program):
     def _plan_shape(self, dims: tuple[int, ...]) -> Binding:
         plain = super()._plan_shape(dims)
         inputs = [(shape(*dims), dtype) for shape, dtype in self._shapes]
-        if self._steps.cache is not None:  # which is not copied
+        if self._steps.cache is not None:  # the cache is not copied into the arena
             inputs[self._steps.cache] = (0,), inputs[self._steps.cache][1]
         outer = (*inputs, *((shape, dtype) for _, shape, dtype in plain.outputs))
         offsets, end = [], align(plain.footprint_nbytes, ALIGNMENT)
@@ -129,8 +128,8 @@ class CudaGraphProgram(Program):
         )  # fmt: skip
 
     def bind(self, dims: tuple[int, ...]) -> Binding:
-        """Return the call at one shape, as `Program.bind`; steps of a decoder are planned once for
-        as many as its cache has room for."""
+        """Return the call at one shape, as `Program.bind`; decoding steps share one plan, made for
+        the cache's capacity."""
         return self._bind_step(dims) if self._steps.cells is not None else super().bind(dims)
 
     def bind_step(self, dims: tuple[int, ...], stepping: Sequence[int]) -> Binding:
@@ -159,8 +158,9 @@ class CudaGraphProgram(Program):
         self, binding: Binding, tensors: Sequence[torch.Tensor], ticks: Any = None,
         watch: Watch | None = None,
     ) -> list[Any]:  # fmt: skip
-        """Run on `tensors`; see `Program.run`. The device may still be at work on return."""
-        if torch.is_inference_mode_enabled():  # views are kept, which calls outside of it write to
+        """Run on `tensors`, see `Program.run`. Asynchronous: the device may not be finished on
+        return."""
+        if torch.is_inference_mode_enabled():  # cached views must not be inference tensors
             with torch.inference_mode(False), torch.no_grad():
                 return self.run(binding, tensors, ticks, watch)
         device = self.runtime.device
@@ -184,7 +184,7 @@ class CudaGraphProgram(Program):
             return super().run(binding, tensors, ticks, watch)
 
     def reserve(self, binding: Binding) -> None:
-        """Map the memory of a shape now, that of its graph included."""
+        """Map the memory of a shape and of its graph now."""
         assert isinstance(binding, GraphBinding)
         self.pool.reserve(binding.graph_nbytes if self.graphs.most else binding.footprint_nbytes)
 
@@ -192,8 +192,8 @@ class CudaGraphProgram(Program):
     def used(
         self, binding: Binding, tensors: Sequence[torch.Tensor]
     ) -> Iterator[tuple[Any, RunState]]:
-        """Run once and keep the memory: yields the address table, for launches over it again, and
-        what PyTorch's part of them works on."""
+        """Run once and hold the arena: yields the address table, for repeating launches, and the
+        state of PyTorch's calls."""
         self.runtime.weights.refresh()
         inputs, outputs = self._readable(self.in_memory(tensors)), self._new_outputs(binding)
         with self.pool.lease(binding.footprint_nbytes) as arena:
@@ -203,15 +203,14 @@ class CudaGraphProgram(Program):
             yield execution.table, state
 
     def _is_first(self, dims: tuple[int, ...]) -> bool:
-        """Return whether a shape was not seen lately; remembers four times as many as graphs."""
+        """Return whether a shape is new; remembers four times as many shapes as graphs."""
         with self.graphs.lock:
             first = dims not in self.graphs.used
             self.graphs.used[dims] = None
             return first
 
     def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return tensors that kernels may read 16 bytes at a time: a slice that begins between
-        is copied."""
+        """Return the tensors, with those whose address is no multiple of 16 copied."""
         dense = super()._readable(tensors)
         return [t if t.data_ptr() % 16 == 0 else t.clone() for t in dense]
 
@@ -222,8 +221,9 @@ class CudaGraphProgram(Program):
         with self.pool.lease(binding.graph_nbytes, poisoned=False) as arena:
             captured = self._find(arena, binding)
             outputs = self._play(captured, binding, tensors)
-            # Looking at every parameter takes as long as a short model: the device works meanwhile,
-            # on memory that `captured` keeps, and its results are dropped if one has changed.
+            # Checking every parameter takes as long as a short model runs: do it while the device
+            # works, on memory that `captured` keeps alive; discard the results if a parameter has
+            # changed.
             if self.runtime.weights.refresh():
                 captured = self._find(arena, binding)
                 outputs = self._play(captured, binding, tensors)
@@ -238,16 +238,16 @@ class CudaGraphProgram(Program):
     def _play(
         self, captured: CapturedGraph, binding: Binding, tensors: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Copy inputs in, replay, copy outputs out: one kernel copies all of a dtype."""
+        """Copy inputs in, replay, copy outputs out; one copy kernel per dtype."""
         call = self.runtime.device.call
-        self._write_cells(captured.frame, binding, tensors)
+        self._write_cells(captured.arguments, binding, tensors)
         into, given = self._copied_in(captured.inputs, tensors)
         if self._steps.cells is not None:
             into, given = self._steps.pair(into, given)
-        if given:  # a list of none is refused
+        if given:  # _foreach_copy_ rejects empty lists
             call(partial(torch._foreach_copy_, into, given))
         captured.graph.replay()
-        # The device is at work: the rest of the host's part costs nothing while that lasts.
+        # The device is busy: the remaining host work is hidden.
         self.runtime.placed.use(captured.kept)
         outputs = self._new_outputs(binding)
         if outputs:
@@ -258,34 +258,34 @@ class CudaGraphProgram(Program):
         return outputs
 
     def _write_cells(
-        self, frame: Any, binding: Binding, tensors: Sequence[torch.Tensor]
+        self, arguments: Any, binding: Binding, tensors: Sequence[torch.Tensor]
     ) -> None:  # fmt: skip
-        """Queue what kernels read on the device in this call."""
+        """Queue the copy of this call's values to the device cells."""
         if self._steps.cells is not None:
             assert isinstance(binding, GraphBinding) and self._steps.cache is not None
             cache = tensors[self._steps.cache].data_ptr()
             numbers = np.array((*binding.cells, cache), dtype=np.int64)
-            self.runtime.device.call(partial(frame.write_cells, numbers))
+            self.runtime.device.call(partial(arguments.write_cells, numbers))
 
     def _run_in(
         self, execution: Execution, binding: Binding, state: RunState,
         inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
         ticks: Any = None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
-        self._write_cells(self.runtime.frame(execution.table), binding, inputs)
+        self._write_cells(self.runtime.arguments(execution.table), binding, inputs)
         super()._run_in(execution, binding, state, inputs, outputs, ticks, watch)
 
     def _copied_in(
         self, inputs: list[torch.Tensor], tensors: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return what a call copies into a graph's inputs, and from where."""
+        """Return the destinations and sources of the copies into a graph's inputs."""
         return inputs, list(self.in_memory(tensors))
 
     def _derive(self, inputs: list[torch.Tensor]) -> None:
-        """Queue what a graph makes of its inputs before its launches: nothing, here."""
+        """Queue work on the inputs at the start of a graph: none here."""
 
     def _find(self, arena: Any, binding: GraphBinding) -> CapturedGraph:
-        """Return the graph of a shape in this arena, captured now if there is none that holds."""
+        """Return the shape's valid graph in this arena, captured now if there is none."""
         key = (arena.index, binding.key)
         stamp = (arena.data_ptr, arena.shrinks, self.runtime.weights.version, math_settings())
         with self.graphs.lock:
@@ -303,7 +303,7 @@ class CudaGraphProgram(Program):
             part = arena.tensor[offset : offset + math.prod(shape) * dtype.itemsize]
             views.append(part.view(dtype).view(shape))
         count = len(self._inputs)
-        inputs, outputs = views[:count], views[count:]  # a cache is read through cells alone
+        inputs, outputs = views[:count], views[count:]  # a cache is addressed through cells only
         execution = self._prepare(arena, binding)
         self.runtime.bind(binding.sizes)
         state = self._state(binding, arena, inputs, outputs)
@@ -311,7 +311,7 @@ class CudaGraphProgram(Program):
         if recorder is None:
             recorder = self.graphs.recorders[arena.index] = self.runtime.device.recorder()
 
-        run = super()._run_in  # cells are written before each replay, and not by it
+        run = super()._run_in  # cells are written before each replay, outside the graph
 
         def body() -> None:
             self._derive(inputs)
@@ -321,22 +321,22 @@ class CudaGraphProgram(Program):
             graph = recorder.capture(body)
         except TurbotxError:
             raise
-        except RuntimeError as error:  # an op that waits for the device, most likely
+        except RuntimeError as error:  # usually an op that synchronizes
             raise _NotCapturable(str(error).splitlines()[0]) from error
         self.graph_captures += 1
-        frame = self.runtime.frame(execution.table)
-        return CapturedGraph(graph, inputs, outputs, stamp, execution.kept, frame)
+        arguments = self.runtime.arguments(execution.table)
+        return CapturedGraph(graph, inputs, outputs, stamp, execution.kept, arguments)
 
     def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
         super()._point(execution, arena, binding)
         with self.runtime.device.active():
             self.runtime.placed.use(execution.kept)
-            self.runtime.frame(execution.table)
+            self.runtime.arguments(execution.table)
 
     # --- inside a graph that the caller captures ---
 
     def _run_inside_capture(self, binding: Binding, tensors: Sequence[torch.Tensor]) -> list[Any]:
-        """Queue into the caller's graph, in memory that this graph owns alone."""
+        """Queue the launches into the caller's graph, in memory owned by that graph."""
         if self._steps.cells is not None:
             raise DeviceError(
                 "a CUDA graph is being captured around a call with a key/value cache: it would "
@@ -361,11 +361,11 @@ class CudaGraphProgram(Program):
 
 
 class _NotCapturable(Exception):
-    """A launch does something that a graph cannot hold."""
+    """A launch does something that cannot be captured."""
 
 
 class _OwnMemory:
-    """What a run needs of an arena, over one plain tensor."""
+    """The interface of an arena over one tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor

@@ -1,7 +1,7 @@
-"""A CUDA device: PyTorch's streams and memory, the driver's launches.
+"""A CUDA device: kernel launches through the driver, on PyTorch's streams and memory.
 
-In: jobs, launches, calls of PyTorch's ops. Out: the same on the caller's current stream, or
-captured as a CUDA graph::
+In: jobs, launches, calls of PyTorch's ops. Out: they are queued on the current stream or captured
+as a CUDA graph::
 
     device = CudaDevice(torch.device("cuda:0"))
     with device.active(): device.launch(function, grid, addresses, device.stream())
@@ -27,7 +27,7 @@ from turbotx.runtime.gc_pause import pause_gc
 
 
 class CudaDevice:
-    """One NVIDIA GPU of this process. Raises DeviceError where it cannot be used."""
+    """One NVIDIA GPU. Raises DeviceError if it cannot be used."""
 
     def __init__(self, torch_device: torch.device, driver: Any = None) -> None:
         require_cuda()
@@ -46,7 +46,7 @@ class CudaDevice:
         self._loading = threading.Lock()
 
     def describe(self) -> str:
-        """Return the GPU's name, as the driver has it."""
+        """Return the GPU's name as reported by the driver."""
         return torch.cuda.get_device_name(self.index)
 
     def active(self) -> AbstractContextManager[object]:
@@ -55,8 +55,10 @@ class CudaDevice:
         return _NOTHING if is_current else torch.cuda.device(self.index)
 
     def load(self, jobs: Sequence[Job]) -> tuple[list[cuda_driver.LoadedKernel], int]:
-        """Build what is not on disk in parallel, load what is not on the device."""
-        # A process that runs saved programs has no use for what this imports.
+        """Build uncached jobs in parallel, load kernels that are not loaded yet.
+
+        Returns their handles, in order, and the number of builds."""
+        # A lazy import: saved programs run without Triton.
         from turbotx.kernels.triton.compiler import build
 
         compiled = 0
@@ -68,7 +70,7 @@ class CudaDevice:
             return [self._functions[job.digest()] for job in jobs], compiled
 
     def place(self, binaries: Sequence[Binary]) -> list[cuda_driver.LoadedKernel]:
-        """Load what is not on the device."""
+        """Load binaries that are not loaded yet; return their handles, in order."""
         with self._loading:
             self._add({b.digest: b for b in binaries if b.digest not in self._functions})
             return [self._functions[b.digest] for b in binaries]
@@ -86,7 +88,7 @@ class CudaDevice:
                 self._functions[digest] = function
 
     def stream(self) -> int:
-        """Return the current stream's handle; this thread has a context afterwards."""
+        """Return the current stream's handle; makes the device's context current in this thread."""
         cuda_driver.ensure_context(self._driver, self.index)
         return current_handle(self.torch_device)
 
@@ -99,7 +101,7 @@ class CudaDevice:
         launch(self._driver, function, grid, addresses, stream)
 
     def call(self, step: Callable[[], object]) -> None:
-        """Let PyTorch queue something on the current stream."""
+        """Run a PyTorch call, which queues work on the current stream."""
         step()
 
     def recorder(self) -> CudaRecorder:
@@ -111,7 +113,7 @@ class CudaDevice:
         return torch.cuda.is_current_stream_capturing()
 
     def wait(self) -> None:
-        """Block until what is queued on the current stream is done."""
+        """Block until the current stream is idle."""
         torch.cuda.current_stream(self.index).synchronize()
 
     def retain(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -122,7 +124,7 @@ class CudaDevice:
 
     def new_status(self, count: int) -> torch.Tensor:
         """Return zeroed int32 in pinned memory."""
-        # Pinned memory has one address for host and device; only a failed check writes to it.
+        # Pinned memory has the same address on host and device; only failed checks write to it.
         return torch.zeros(count, dtype=torch.int32, pin_memory=True)
 
     def clock(self) -> torch.cuda.Event:
@@ -133,14 +135,14 @@ class CudaDevice:
 
     def elapsed(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> int:
         """Return nanoseconds between two events; blocks until the second has passed."""
-        # The driver's answer is a float32 of milliseconds: exact for what lies close together, but
-        # a step of 31 us five minutes apart. So times are never counted from a common origin.
+        # The driver returns milliseconds as float32, whose resolution is 31 us for five minutes:
+        # only measure between events that are close in time.
         end.synchronize()
         return round(begin.elapsed_time(end) * 1e6)
 
 
 class CudaRecorder:
-    """Captures graphs on a stream of its own, their temporary memory in one pool."""
+    """Captures graphs on its own stream, with temporary memory from one pool."""
 
     def __init__(self, torch_device: torch.device) -> None:
         self._device = torch_device
@@ -149,22 +151,22 @@ class CudaRecorder:
         self._anchor: torch.cuda.CUDAGraph | None = None
 
     def capture(self, body: Callable[[], object]) -> Graph:
-        """Return what `body` queues as a graph; the current stream is not captured."""
+        """Return a graph of the work that `body` queues; the current stream is not affected."""
         current = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
-        # One at a time, also because PyTorch's pools and caches are shared.
+        # One capture at a time: PyTorch's pools and caches are shared.
         with capture_lock, pause_gc():
             self._stream.wait_stream(current)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             with torch.cuda.stream(self._stream):
-                # A thread's first call of cuBLAS makes its handle, which allocates and waits.
+                # A thread's first cuBLAS call creates its handle, which allocates and synchronizes.
                 torch.cuda.current_blas_handle()
-                # cuBLAS keeps a workspace for each stream: made anew inside the capture, it lies in
-                # the graphs' own pool, which clearing PyTorch's cache leaves alone.
+                # cuBLAS keeps a workspace per stream. Created inside the capture, it is allocated
+                # from the graphs' pool and survives clearing PyTorch's cache.
                 torch._C._cuda_clearCublasWorkspaces()
                 try:
-                    # Other threads may go on calling CUDA meanwhile.
+                    # Other threads may call CUDA during the capture.
                     graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                     body()
                     graph.capture_end()
@@ -173,38 +175,39 @@ class CudaRecorder:
                     raise
             torch._C._cuda_clearCublasWorkspaces()
             current.wait_stream(self._stream)
-        # A pool must not lose its last graph: PyTorch forgets it then.
+        # PyTorch releases a pool with its last graph: keep one.
         self._anchor = self._anchor or graph
         return graph
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that failed, so that its stream and PyTorch can be used again."""
+        """End a failed capture, so that the stream and PyTorch's allocator can be used again."""
         with suppress(RuntimeError):
             graph.capture_end()
         if self._ends_allocation():
-            # PyTorch does not tell its host allocator either, which goes on asking this graph.
+            # PyTorch does not notify its host allocator either, which still refers to this graph.
             _unfinished.append(graph)
             self._end_generators()
         torch._C._cuda_clearCublasWorkspaces()
-        # Graphs captured before keep the old pool.
+        # Earlier graphs keep the old pool.
         self._pool = self._anchor = None
 
     def _ends_allocation(self) -> bool:
-        """Tell PyTorch's allocator that the capture is over, where `capture_end` did not.
+        """End the capture in PyTorch's allocator if `capture_end` did not; return whether it was
+        done.
 
-        It raises as soon as the device calls the capture invalid. The allocator would then take
-        every later capture for a second one into the pool, and hold back what others free.
+        `capture_end` raises if the driver reports an invalid capture. The allocator would then
+        treat later captures as nested ones in the same pool, and defer other threads' frees.
         """
         try:
             torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-        except RuntimeError:  # it has been told
+        except RuntimeError:  # already ended
             return False
         torch._C._cuda_releasePool(self._device.index, self._pool)
         return True
 
     def _end_generators(self) -> None:
-        """Capture nothing: PyTorch 2.11 tells its random generators of a capture's end only where
-        it ends well, and takes every later random number for one inside of a capture."""
+        """Capture an empty graph: PyTorch 2.11 resets its random generators only after a successful
+        capture, and otherwise treats every later random op as captured."""
         empty = torch.cuda.CUDAGraph()
         with suppress(RuntimeError), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
@@ -213,12 +216,12 @@ class CudaRecorder:
 
 
 _NOTHING = nullcontext()
-# Graphs whose capture the device broke off.
+# Graphs of invalidated captures.
 _unfinished: list[torch.cuda.CUDAGraph] = []
 
 
 def require_cuda() -> None:
-    """Raise DeviceError, saying what to do, where no program can run on a GPU."""
+    """Raise DeviceError with a remedy if no program can run on a GPU."""
     if torch.version.hip is not None:
         raise DeviceError(
             "this PyTorch is built for ROCm, and turbotx runs programs on NVIDIA GPUs and CPUs: "
@@ -237,7 +240,7 @@ def require_cuda() -> None:
 
 
 def require_triton() -> None:
-    """Raise DeviceError, saying what to do, where no kernels can be compiled."""
+    """Raise DeviceError with a remedy if Triton is not installed."""
     try:
         import triton  # noqa: F401
     except ImportError as error:

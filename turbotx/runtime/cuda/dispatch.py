@@ -1,7 +1,7 @@
-"""Dispatch: which calls each specialization of a program serves, by the number of tokens.
+"""Dispatch: selects the specialization of a program by the number of tokens.
 
-In: the same launches with norms stored and with norms folded, a target. Out: for each the buckets
-of tokens in which it is to run, decided once, before anything is built::
+In: the same launches with norms stored and with norms folded, and a target. Out: for each the token
+buckets that it serves, decided once, before any kernel is built::
 
     choose_ranges([stored, folded], ("batch", "seq"), make_tiles(options, "sm_90"))
         ->  [TokenRange(batch*seq, {512, 1024, 4096}), TokenRange(batch*seq, {16, 32, ..., 256})]
@@ -26,8 +26,8 @@ from turbotx.runtime.cuda.gemm import make_template, with_settings
 def choose_ranges(
     assemblies: Sequence[Assembly], dims: Sequence[str], tiles: Tiles
 ) -> list[TokenRange | None]:
-    """Return what a program and the one with its norms folded, or whose products quantise, serve on
-    a GPU; None: all calls."""
+    """Return the range of each specialization: plain, norms folded, or quantizing in the GEMMs;
+    None for all calls."""
     if len(assemblies) == 1:
         return [None]
     stored, folded = (_templates(a) for a in assemblies)
@@ -53,7 +53,8 @@ def _templates(assembly: Assembly) -> list[GemmTemplate]:
 
 
 def make_tiles(options: Options, target: str, gpu: str = "") -> Tiles:
-    """Return what chooses tiles for a target, under options and what was tuned on GPUs of a name,
-    as "NVIDIA H100": nothing where there is none."""
+    """Return the tile selector of a target, with the options' and the tuned schedules.
+
+    gpu: the device's name, such as "NVIDIA H100"; "" if there is none."""
     tuned = load_tuned(gpu) if gpu else {}
     return Tiles(options.schedule_pairs, target, tuned, options.gemms, options.norms)

@@ -1,7 +1,7 @@
-"""The few calls of the CUDA driver that launch a compiled kernel, through ctypes.
+"""CUDA driver calls that load and launch kernels, through ctypes.
 
-In: cubins. Out: loaded functions, launched by one driver call each, with no Python dispatch and
-no compiler in between; every version of Triton compiles to the same calls::
+In: cubins. Out: loaded functions, each launched by one driver call, without Triton's Python
+launcher and independent of Triton's version::
 
     function = load_function(driver, binary, limit)
     launch(driver, function, (40, 1, 1), addresses, stream)
@@ -16,10 +16,10 @@ from typing import Any
 from turbotx.errors import BuildError, DeviceError
 from turbotx.kernels.job import Binary
 
-# A kernel may use this much shared memory without asking first.
+# Shared memory that a kernel may use without setting an attribute.
 PLAIN_SHARED_NBYTES = 48 * 1024
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-# CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent of what a processor can have.
+# CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent of a multiprocessor's maximum.
 _SHARED_CARVEOUT, _MOST_SHARED = 9, 100
 
 
@@ -27,7 +27,7 @@ _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIA
 
 
 class LaunchAttribute(ctypes.Structure):
-    """CUlaunchAttribute: a name and 64 bytes of value."""
+    """CUlaunchAttribute: an id and a 64-byte value."""
 
     _fields_ = (
         ("id", ctypes.c_uint), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int),
@@ -47,14 +47,14 @@ class LaunchConfig(ctypes.Structure):
 
 @dataclass(frozen=True)
 class LoadedKernel:
-    """A kernel on the device, and what it was loaded from."""
+    """A kernel loaded on the device, and its binary."""
 
     binary: Binary
     handle: int
 
 
 def open_driver() -> Any:
-    """Return libcuda; raise DeviceError where there is none."""
+    """Return libcuda; raise DeviceError if it cannot be loaded."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -68,7 +68,7 @@ def open_driver() -> Any:
 
 
 def check(driver: Any, code: int, what: str) -> None:
-    """Raise DeviceError in the driver's own words where a call failed."""
+    """Raise DeviceError with the driver's error text if `code` is not 0."""
     if code == 0:
         return
     text = ctypes.c_char_p()
@@ -78,7 +78,7 @@ def check(driver: Any, code: int, what: str) -> None:
 
 
 def ensure_context(driver: Any, index: int) -> None:
-    """Give this thread the device's context, where no CUDA call of PyTorch's has done so yet."""
+    """Make the device's primary context current in this thread if none is."""
     current = ctypes.c_void_p()
     check(driver, driver.cuCtxGetCurrent(ctypes.byref(current)), "cuCtxGetCurrent")
     if current.value:
@@ -91,10 +91,9 @@ def ensure_context(driver: Any, index: int) -> None:
 
 
 def load_function(driver: Any, binary: Binary, limit_nbytes: int) -> LoadedKernel:
-    """Load a cubin into the current context; it stays loaded as long as the process lives.
+    """Load a cubin into the current context, for the life of the process.
 
-    `limit_nbytes`: shared memory that a program may have on this device. Raises BuildError where it
-    needs more shared memory than the device has.
+    limit_nbytes: the device's shared memory per block. Raises BuildError if the kernel needs more.
     """
     name, shared_nbytes = binary.name, binary.shared_nbytes
     if shared_nbytes > limit_nbytes:
@@ -109,8 +108,8 @@ def load_function(driver: Any, binary: Binary, limit_nbytes: int) -> LoadedKerne
     if shared_nbytes > PLAIN_SHARED_NBYTES:
         asked = driver.cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, shared_nbytes)
         check(driver, asked, f"asking for {shared_nbytes} bytes of shared memory for {name}")
-    # A processor divides one memory into cache and shared, anew only once it is idle: kernels that
-    # all prefer the same division can overlap, and as many programs fit as their tiles allow.
+    # L1 and shared memory are one memory, repartitioned only while a multiprocessor is idle: with
+    # the same preference for all kernels they can overlap.
     asked = driver.cuFuncSetAttribute(handle, _SHARED_CARVEOUT, _MOST_SHARED)
     check(driver, asked, f"asking for shared memory rather than cache for {name}")
     assert handle.value is not None
@@ -120,7 +119,7 @@ def load_function(driver: Any, binary: Binary, limit_nbytes: int) -> LoadedKerne
 def launch(
     driver: Any, function: LoadedKernel, grid: tuple[int, int, int], addresses: Any, stream: int
 ) -> None:
-    """Queue a kernel on a stream; `addresses` is an array of pointers to its arguments."""
+    """Queue a kernel on a stream; addresses: array of pointers to its arguments."""
     code = driver.cuLaunchKernel(
         function.handle, *grid, function.binary.threads, 1, 1, function.binary.shared_nbytes,
         stream, addresses, None,
@@ -132,9 +131,9 @@ def launch(
 def launch_dependent(
     driver: Any, function: LoadedKernel, grid: tuple[int, int, int], addresses: Any, stream: int
 ) -> None:
-    """Queue a kernel that may start before the one queued last on the stream has ended.
+    """Queue a kernel by programmatic dependent launch: it may start before the previous one ends.
 
-    It has to wait for that one's results by itself (`kernels.dependent`).
+    The kernel itself waits for the previous one's results (`kernels.dependent`).
     """
     attribute = LaunchAttribute(_PROGRAMMATIC_SERIALIZATION, b"", 1)
     config = LaunchConfig(

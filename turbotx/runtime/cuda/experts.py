@@ -1,7 +1,7 @@
-"""What a mixture of experts takes on a GPU: tiles of grouped products, and the order of rows.
+"""Mixture of experts on a GPU: variants of grouped products and of the routing launch.
 
-In: launches about experts and evaluated sizes. Out: what `GemmFamily` gives for a GEMM; no size is
-read back from the device, so that as many programs start as there can be tiles::
+In: these launches and evaluated sizes. Out: the same as `GemmFamily`. No size is read back from the
+device, so the grid has as many programs as there can be tiles::
 
     ExpertsFamily(launch, "sm_90", table, tiles).pick(sizes)  ->  [Part("gemm", Job ..., (9, 4, 1))]
 """
@@ -24,11 +24,11 @@ from turbotx.runtime.cuda.variants import Deciders, lay_out
 
 
 class ExpertsFamily(GemmFamily):
-    """The variants of a grouped product: tiles by how many rows an expert has, if all have as
-    many."""
+    """Variants of a grouped product; tiles are chosen by the mean number of rows per expert."""
 
     def layouts(self, launch: ir.Launch, table: LaunchLayout) -> dict[str, ArgumentLayout]:
-        """Say where a launch's arguments lie: x, weights, out, ends and a word for wrong ends."""
+        """Return the argument layouts: x, weights, out, ends, and a status word for invalid
+        ends."""
         assert isinstance(launch, ir.GroupedGemmLaunch) and self.template is not None
         given = gemm_arguments(self.template, GemmSchedule(16, 16, 16))
         sizes = [self._sizes[a] for a, kind in given if kind == "size"]
@@ -36,7 +36,7 @@ class ExpertsFamily(GemmFamily):
         return {"gemm": lay_out(operands, "status", sizes, table)}
 
     def chosen(self, sizes: Sequence[int]) -> tuple[int, GemmSchedule | None]:
-        """Return the bucket of the rows of an expert, and the schedule that `pick` takes."""
+        """Return the bucket of rows per expert, and the schedule that `pick` uses."""
         template = self._typed()
         assert template is not None
         bucket = bucket_of(-(-sizes[self.tokens] // template.experts))
@@ -47,7 +47,7 @@ class ExpertsFamily(GemmFamily):
 
     @property
     def deciders(self) -> Deciders:
-        """How many rows there are, by the tiles for an expert's share, and by the grid's form."""
+        """The deciding sizes: the number of rows, by the buckets of rows per expert and by grid."""
         assert self.template is not None
         most = tuple(self.template.experts * rows for rows in (1, *BUCKETS))
         return Deciders(((self.tokens, most),), super().deciders.even)
@@ -62,7 +62,7 @@ class ExpertsFamily(GemmFamily):
         return [job for job in found if isinstance(job, Job)]
 
     def neighbours(self, schedule: GemmSchedule | None, bucket: int) -> Sequence[object]:
-        """Return the schedules to try beside one, for a bucket of an expert's rows."""
+        """Return schedules near one, to try when tuning, for a bucket of rows per expert."""
         template = self._typed()
         assert template is not None
         near = gemm_neighbours(template, schedule, bucket, self._target)
@@ -70,7 +70,7 @@ class ExpertsFamily(GemmFamily):
 
 
 class RouteFamily:
-    """The one variant of a launch that orders rows by their experts: a program an expert."""
+    """The only variant of the launch that sorts rows by expert: one program per expert."""
 
     name = "route"
 
@@ -85,10 +85,10 @@ class RouteFamily:
 
     @property
     def deciders(self) -> Deciders:
-        """Nothing decides."""
+        """No size decides: there is one variant."""
         return Deciders((), ())
 
-    # --- tuning: there is nothing to choose ---
+    # --- tuning: there is one schedule ---
 
     def chosen(self, sizes: Sequence[int]) -> tuple[int, RouteSchedule]:
         """Return the number of rows, and the schedule."""
@@ -99,11 +99,11 @@ class RouteFamily:
         return self.pick(sizes)
 
     def structure(self) -> str:
-        """Key of tuned schedules: its name."""
+        """Return the key of tuned schedules: the kernel's name."""
         return self.name
 
     def neighbours(self, schedule: RouteSchedule, length: int) -> Sequence[RouteSchedule]:
-        """Return no schedule to try beside one."""
+        """Return no further schedules."""
         return []
 
     def bucket(self, length: int) -> str:

@@ -1,6 +1,6 @@
-"""GEMMs of a GPU program: one Triton launch, or the library's GEMM and kernels for what follows.
+"""GEMMs of a GPU program: one Triton kernel, or cuBLAS and kernels for the epilogue.
 
-In: a gemm launch with its fallback, sizes. Out: the parts to queue, by the bucket of tokens::
+In: a gemm launch with its fallback, and sizes. Out: the parts to queue, by the bucket of tokens::
 
     linear_gelu_0 at 40 tokens    ->  [gemm_float16_3072x768_bias_gelu on (96, 1)]
     linear_gelu_0 at 4096 tokens  ->  [cuBLAS's addmm into out, fused_add_gelu over it]
@@ -33,7 +33,7 @@ from turbotx.runtime.cuda.settings import uses_tf32
 from turbotx.runtime.cuda.variants import Deciders, KernelFamily, lay_out
 
 LIBRARY_CALL = Part("library")
-# What a template calls the arguments of a gemm launch, in their order.
+# A template's names of a gemm launch's arguments, in order.
 POINTERS = (
     "x_ptr", "w_ptr", "bias_ptr", "out_ptr", "residual_ptr", "sums_ptr", "scales_ptr",
     "x_stats_ptr", "residual_norm_ptr", "residual_stats_ptr", "stats_ptr",
@@ -42,11 +42,11 @@ INT8_POINTERS = (*POINTERS[:5], "scales_ptr", "x_scale_ptr", "stats_ptr")
 
 
 def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate | None:
-    """Return what a Triton kernel for a gemm launch is made from; None where its weight has no
-    rows or columns of adjacent elements."""
+    """Return the Triton template of a gemm launch; None if neither rows nor columns of its weight
+    are contiguous."""
     weight, kind = launch.weight, launch.gemm
     int8 = launch.int8 if isinstance(launch, ir.GemmLaunch) else None
-    packed = int8 is not None and int8.group > 0  # two inputs to an element
+    packed = int8 is not None and int8.group > 0  # two int4 values per byte
     k = int((launch.x if packed else weight).shape[-1])
     down, along = weight.strides[-2:]
     grouped = isinstance(launch, ir.GroupedGemmLaunch)
@@ -82,10 +82,10 @@ def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate 
 
 
 class GemmFamily:
-    """What gemm launches may run; equal ones of several layers share one.
+    """The variants of a gemm launch; equal launches of several layers share a family.
 
-    finish: the kernels behind the library's GEMM. left_by: for each tensor of row statistics, or of
-    largest magnitudes, the template that leaves them, or of how many columns each is.
+    finish: the kernels after the library's GEMM. left_by: by the name of a tensor of row statistics
+    or row maxima, the template that writes it, or the number of columns per entry.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class GemmFamily:
         self._target, self._tiles = target, tiles
         x, weight, residual = launch.x, launch.weight, launch.residual
         norm = launch.norm or ir.NormOperands()
-        # Those of x and of the residual: their tiles' widths are these templates'.
+        # Writers of the statistics of x and of the residual; the tile widths are theirs.
         int8 = launch.int8 if isinstance(launch, ir.GemmLaunch) else None
         read = (norm.x_stats if int8 is None else int8.x_peaks, norm.residual_stats)
         self._left_by = [None if a is None else (left_by or {})[a.tensor] for a in read]
@@ -116,14 +116,14 @@ class GemmFamily:
 
     @property
     def key(self) -> object:
-        """Equal for launches that can share a family."""
+        """A key that is equal for launches that can share a family."""
         return (
             self.template, tuple(self._sizes.values()), tuple(self._shifts),
             tuple(id(f) for f in self.finish), tuple(self._left_by),
         )  # fmt: skip
 
     def layouts(self, launch: ir.GemmLaunch, table: LaunchLayout) -> dict[str, ArgumentLayout]:
-        """Say where a launch's arguments lie for a template, with and without split sums."""
+        """Return the argument layouts of the template, with and without split-K."""
         if self.template is None:
             return {}
         names = POINTERS if launch.int8 is None else INT8_POINTERS
@@ -137,11 +137,11 @@ class GemmFamily:
         return {"gemm": plain, "split": split}
 
     def pick(self, sizes: Sequence[int]) -> list[Part]:
-        """Return what to queue at these sizes."""
+        """Return the parts to queue at these sizes."""
         return self.at(self.chosen(sizes)[1], sizes)
 
     def chosen(self, sizes: Sequence[int]) -> tuple[int, GemmSchedule | None]:
-        """Return the bucket of tokens, and the schedule that `pick` takes; None: the library's."""
+        """Return the bucket of tokens, and the schedule that `pick` uses, None for the library."""
         bucket, template = bucket_of(sizes[self._sizes["tokens"]]), self._typed()
         if template is None:
             return bucket, None
@@ -152,12 +152,12 @@ class GemmFamily:
 
     @property
     def tokens(self) -> int:
-        """The place of the number of tokens among a program's sizes."""
+        """The index of the number of tokens in a program's sizes."""
         return self._sizes["tokens"]
 
     @property
     def deciders(self) -> Deciders:
-        """Its own, and those of the kernels behind the library's GEMM."""
+        """The deciding sizes of the template and of the kernels after the library's GEMM."""
         behind = [family.deciders for family in self.finish]
         even = (
             *(self._sizes[n] for n in STRIDES if n in self._sizes),
@@ -170,8 +170,8 @@ class GemmFamily:
         )
 
     def expected(self, sizes: Sequence[int], buckets: Iterable[int] = BUCKETS) -> list[Job]:
-        """Return the templates' jobs for buckets, so that no stream of lengths builds more, and
-        those behind the library's GEMM for any number of rows."""
+        """Return the jobs of all buckets, and of the kernels after the library's GEMM for any
+        number of rows: no sequence of lengths needs more builds."""
         tokens = self.tokens
         found = [job for family in self.finish for job in family.expected(sizes)]
         for bucket in buckets:
@@ -182,7 +182,7 @@ class GemmFamily:
         return found
 
     def at(self, schedule: GemmSchedule | None, sizes: Sequence[int]) -> list[Part]:
-        """Return what to queue at these sizes by a given schedule."""
+        """Return the parts to queue at these sizes with a given schedule."""
         template, tokens = self._typed(), sizes[self._sizes["tokens"]]
         if schedule is None or template is None:
             finish = [p for family in self.finish for p in family.pick(sizes)]
@@ -199,7 +199,7 @@ class GemmFamily:
         return [Part(which, job, gemm_grid(template, schedule, tokens))]
 
     def _with_statistics(self, schedule: GemmSchedule, tokens: int) -> GemmSchedule:
-        """Say how wide the tiles were over which the statistics that it reads are."""
+        """Return the schedule with the tile widths of the statistics that it reads."""
         widths = [0, 0]
         for k, template in enumerate(self._left_by):
             if isinstance(template, GemmTemplate):
@@ -214,30 +214,30 @@ class GemmFamily:
         return sizes[self._sizes[name]] % 16 == 0
 
     def _typed(self) -> GemmTemplate | None:
-        """Return the template under PyTorch's settings as they are now."""
+        """Return the template with PyTorch's current TF32 setting."""
         return None if self.template is None else with_settings(self.template)
 
     # --- tuning ---
 
     @property
     def name(self) -> str:
-        """The template's name, "" for a product that the library computes."""
+        """The template's name, "" if only the library can run the product."""
         return self.template.name if self.template is not None else ""
 
     def structure(self) -> str:
-        """Key of tuned schedules: the template's digest, "" where the library computes."""
+        """Return the key of tuned schedules: the template's digest, "" for the library."""
         template = self._typed()
         return "" if template is None else structure_of(template)
 
     def neighbours(self, schedule: GemmSchedule | None, bucket: int) -> Sequence[object]:
-        """Return the schedules to try beside one, for a bucket of tokens."""
+        """Return schedules near one, to try when tuning, for a bucket of tokens."""
         template = self._typed()
         if template is None:
             return []
         return gemm_neighbours(template, schedule, bucket, self._target)
 
     def bucket(self, length: int) -> str:
-        """Return the bucket that a number of tokens is tuned in, as text."""
+        """Return the tuning bucket of a number of tokens, as text."""
         return str(length)
 
     def tag(self, schedule: GemmSchedule | None) -> str:
@@ -246,13 +246,13 @@ class GemmFamily:
 
 
 def with_settings(template: GemmTemplate) -> GemmTemplate:
-    """Return a template under PyTorch's settings as they are now."""
+    """Return a template with PyTorch's current TF32 setting."""
     exact = template.dtype is torch.float32 and template.kind == "none"
     return replace(template, tf32=uses_tf32()) if exact else template
 
 
 def plain_gemm(launch: ir.GemmLaunch, fixed: bool) -> LibraryGemm:
-    """Return the library's call of a launch, on rows of two dims. fixed: it may be kept."""
+    """Return a launch's library call on 2-d rows. fixed: the call may be cached."""
     x, out, rows, width = launch.x, launch.out, launch.rows, launch.width
     given = ir.Operand(x.tensor, x.dtype, (rows, x.shape[-1]), (launch.x_stride, ONE), x.offset)
     target = ir.Operand(out.tensor, out.dtype, (rows, width), (width, ONE), ZERO)
@@ -264,8 +264,8 @@ def plain_gemm(launch: ir.GemmLaunch, fixed: bool) -> LibraryGemm:
 def find_library_call(
     launch: ir.GemmLaunch,
 ) -> tuple[ir.GemmLaunch, tuple[ir.KernelLaunch, ...]]:
-    """Return the launch that the library's GEMM does, and the kernels behind it; itself where norms
-    are folded into it, which no library does."""
+    """Return the launch of the library's GEMM and the kernels after it; the launch itself if a norm
+    is folded into it, which no library supports."""
     relu = launch.gemm == GemmKernel("relu")
     if launch.fallback is None or (relu and launch.bias is not None and launch.residual is None):
         return launch, ()

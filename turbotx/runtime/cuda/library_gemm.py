@@ -1,7 +1,7 @@
-"""The library's GEMM: PyTorch's call of cuBLAS, `out=` straight into planned memory.
+"""Library GEMM: PyTorch's call of cuBLAS with `out=` in planned memory.
 
-In: a `LibraryGemm`. Out: a function from a run's state to the call, which can be kept as long as
-the memory that it looks at::
+In: a `LibraryGemm`. Out: a function from a run's state to a call, which is valid as long as the
+memory of its tensors::
 
     make_gemm(LibraryGemm(x, weight, bias, out, ...), dims)(state)()
 """
@@ -21,11 +21,11 @@ Call = Callable[[], object]
 
 
 def make_gemm(gemm: LibraryGemm, dims: Sequence[str]) -> Callable[[RunState], Call]:
-    """Return a function to the call that computes x @ weight.t() + bias, of two dims each.
+    """Return a function that binds x @ weight.t() + bias, 2-d each, to a run's state.
 
-    The bias is added to the float32 sums before they are rounded, as in PyTorch's linear; float32
-    follows `torch.backends.cuda.matmul`, so TF32 is used only where the user allows it. A ReLU
-    behind it is done by the library too (cuBLASLt's GELU is the tanh one, in its own rounding).
+    The bias is added to the float32 sums before rounding, as in PyTorch's linear. float32 follows
+    `torch.backends.cuda.matmul`: TF32 only if the user allows it. A following ReLU is fused by the
+    library; a GELU is not, since cuBLASLt's is the tanh form with its own rounding.
     """
     x, weight, out = (make_window(w, dims) for w in (gemm.x, gemm.weight, gemm.out))
     bias = None if gemm.bias is None else make_window(gemm.bias, dims)

@@ -1,7 +1,7 @@
-"""Packed graphs: a packed program on a GPU, whose calls of many sizes share a few CUDA graphs.
+"""Packed graphs: a packed program on a GPU; calls with different token counts share CUDA graphs.
 
-In: a mask, or lengths, on the device. Out: as `PackedProgram`'s; the token axis ends in at most 1/8
-of tokens that belong to no sequence, so that the number of tokens is one of a few::
+In: a mask or lengths on the device. Out: the same as `PackedProgram`. The token axis is padded by
+at most 1/8, so that only a few token counts ("rooms") occur::
 
     room_for(5000)  ->  5008        room_for(5010)  ->  5632        room_for(7)  ->  16
 """
@@ -49,7 +49,7 @@ def _rooms() -> tuple[int, ...]:
 
 
 def room_for(tokens: int) -> int:
-    """Return how many tokens a call of so many runs with."""
+    """Return the padded number of tokens that a call with `tokens` runs with."""
     rooms = _rooms()
     return rooms[bisect_left(rooms, tokens)]
 
@@ -60,11 +60,10 @@ def _power(count: int, least: int) -> int:
 
 @dataclass(frozen=True)
 class DeviceMixture:
-    """A `Mixture` whose numbers are on a device, but that of its tokens.
+    """A `Mixture` with its lengths on a device; only the number of tokens is on the host.
 
-    lengths: of sequences, numbers or (sequences,) on the device. starts: the column of each one's
-    first token, None for 0. mask: (batch, seq), which tokens of a padded call are shown, None
-    where none is padded.
+    lengths: per sequence, numbers or an integer tensor (sequences,) on the device. starts: column
+    of each sequence's first token, None for 0. mask: (batch, seq) of a padded call, else None.
     """
 
     tokens: int
@@ -73,8 +72,8 @@ class DeviceMixture:
     mask: torch.Tensor | None = None
 
     def lay_out(self, room: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return bounds and starts of `room` sequences, the last ones empty. int64, (room + 1) and
-        (room)."""
+        """Return bounds (room + 1,) and starts (room,), int64; sequences beyond the call's are
+        empty."""
         if not isinstance(self.lengths, torch.Tensor):
             bounds = [0, *itertools.accumulate(self.lengths)]
             numbers = bounds + [bounds[-1]] * (room + 1 - len(bounds)) + [0] * room
@@ -86,11 +85,11 @@ class DeviceMixture:
         both[1 : count + 1] = self.lengths
         if self.starts is not None:
             starts[:count] = self.starts
-        # Whatever lengths on a device say: no bound lies behind the last token that there is.
+        # Clamp to the number of tokens, whatever the lengths on the device are.
         return both[: room + 1].cumsum(0).clamp_(max=self.tokens), starts
 
     def put(self, tokens: torch.Tensor, batch: int) -> torch.Tensor:
-        """Return rows (tokens, ...) where they lie in (batch * seq, ...), zeros elsewhere."""
+        """Return packed rows (tokens, ...) scattered to (batch * seq, ...), zeros elsewhere."""
         assert self.mask is not None and self.starts is not None
         assert isinstance(self.lengths, torch.Tensor)
         columns = torch.arange(self.mask.shape[1], device=tokens.device)
@@ -101,9 +100,9 @@ class DeviceMixture:
 
 
 class PackedInputs:
-    """The inputs of a packed program at one room, each made when it is asked for.
+    """The inputs of a packed program, created on demand, for a padded number of tokens.
 
-    given: the call's tensors, by place. place: (room,), the numbers from 0.
+    given: the call's tensors, by index. place: arange(room), int64.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class PackedInputs:
                 if x.by_token else self.given[x.source] for x in self.packing.inputs]  # fmt: skip
 
     def rows(self, source: int) -> torch.Tensor:
-        """Return an input's rows by token, (1, tokens or more, ...)."""
+        """Return an input's packed rows, (1, at least tokens, ...)."""
         given, mixture = self.given[source], self.mixture
         if mixture.mask is None:
             return given[:, : mixture.tokens]
@@ -132,14 +131,14 @@ class PackedInputs:
 
     @functools.cached_property
     def _padded_place(self) -> torch.Tensor:
-        """Where each token lies in (batch * seq)."""
+        """Return each token's index in (batch * seq)."""
         made = make_places(self.bounds, self.starts, self.place)
         assert self.mixture.mask is not None
         row = made["sequence_of"].clamp_(max=self.batch - 1)
         return row.mul_(self.mixture.mask.shape[1]).add_(made["positions"])
 
     def _fill(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return rows with zeros behind them, as many as there is room for."""
+        """Return rows padded with zeros to the room."""
         missing = self.place.shape[0] - rows.shape[1]
         return (
             torch.cat([rows, rows.new_zeros(1, missing, *rows.shape[2:])], 1) if missing else rows
@@ -149,11 +148,11 @@ class PackedInputs:
 def make_places(
     bounds: torch.Tensor, starts: torch.Tensor, place: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Return what a packed program is given of sequences, at its room: sequence_of and positions
-    (room,) beside bounds and starts."""
+    """Return the sequence inputs of a packed program: bounds, starts, and sequence_of and
+    positions, int64 (room,)."""
     sequence_of = torch.searchsorted(bounds[1:-1], place, right=True)
     positions = place - (bounds[:-1] - starts)[sequence_of]
-    # A token of no sequence looks up what the first column does.
+    # Padding tokens get position 0.
     positions.masked_fill_(place >= bounds[-1], 0)
     return {
         "bounds": bounds, "starts": starts, "sequence_of": sequence_of, "positions": positions,
@@ -162,7 +161,7 @@ def make_places(
 
 @dataclass(frozen=True)
 class _Doubt:
-    """Lengths of a call on their way to the host. event: behind their copy."""
+    """Lengths of a call that are being copied to the host. event: recorded after the copy."""
 
     told: torch.Tensor
     event: torch.cuda.Event | None
@@ -178,8 +177,7 @@ class _Doubt:
 
 
 class PackedGraphProgram(PackedProgram, CudaGraphProgram):
-    """A packed program on a GPU. siblings: the programs of one call, among which its number of
-    tokens chooses, this one too."""
+    """A packed program on a GPU. siblings: all specializations of the call, including this one."""
 
     siblings: Sequence[PackedGraphProgram]
 
@@ -200,24 +198,25 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
         self._doubts: deque[_Doubt] = deque()
 
     def room_of(self, dims: Sequence[int], tokens: int) -> tuple[int, ...]:
-        """Return the dims that a call of these dims, and so many tokens, runs with."""
+        """Return the dims, padded to a room, that a call with these dims and tokens runs with."""
         spare, seq = self.packing.spare, self.packing.seq
         found = [*dims, room_for(tokens)]
         for k, name in enumerate(self.dims[:-1]):
             if name in spare:
                 columns = _power(dims[k], COLUMNS) if self._needs_columns else 1
                 found[k] = columns if name == seq else _power(dims[k], SEQUENCES)
-        if any(rest < 0 for rest in self._requirements(*found)):  # of what is added alone, perhaps
+        if any(rest < 0 for rest in self._requirements(*found)):  # perhaps due to the padding
             found = [*dims, room_for(tokens)]
         return tuple(found)
 
     def effective_dims(self, dims: Sequence[int]) -> Sequence[int]:
-        """Return the dims that a call of these runs with, its tokens among them."""
+        """Return the dims that a call with these dims runs with, the number of tokens included."""
         *padded, tokens = dims
         return self.room_of(padded, tokens)
 
     def sizes_of(self, dims: Sequence[int], batch: int, seq: int) -> Sequence[int]:
-        """Return the dims of a call of so many sequences and columns that was bound as another."""
+        """Return the call's own dims, given its batch and seq, instead of those it was bound
+        with."""
         if not self.takes_any_sizes:
             return dims
         named = zip(self.dims, dims, strict=False)
@@ -225,19 +224,20 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
         return [own.get(name, n) for name, n in named]
 
     def reserve(self, binding: Any) -> None:
-        """Map the memory of a shape all of whose columns are tokens now, for good."""
+        """Map the memory of a shape without padding now, permanently."""
         *dims, _ = binding.dims
         room = self.room_of(dims, dims[self._batch] * dims[self._seq])
         CudaGraphProgram.reserve(self, CudaGraphProgram.bind(self, room))
 
     def find_mixture(self, dims: Sequence[int], tensors: Sequence[torch.Tensor]) -> Any:
-        """Return the tokens of a padded call, as `PackedProgram` does; waits for the mask, once."""
+        """Return the tokens of a padded call, as `PackedProgram`; synchronizes once to read the
+        mask."""
         self._refuse_capture("how many tokens a padded call has is known once its mask is read")
         self._raise_doubts()
         return super().find_mixture(dims, tensors)
 
     def of_mask(self, mask: torch.Tensor) -> Any:
-        """Return the tokens that a mask (batch, seq) shows; raise InputError for other values than
+        """Return the unmasked tokens of a mask (batch, seq); raise InputError for values other than
         0 and 1."""
         shown, columns = mask.to(torch.bool), torch.arange(mask.shape[1], device=mask.device)
         starts, ends = shown_spans(shown, columns, self.packing.from_start, self.packing.to_end)
@@ -250,8 +250,8 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
     def of_lengths(
         self, lengths: Any, tokens: int, longest: int, device: torch.device
     ) -> DeviceMixture:
-        """Return all tokens of sequences. Lengths on the device are not waited for: that they are
-        none that do not fit is told by a later call, as InputError."""
+        """Return the tokens of sequences. Lengths on the device are not read synchronously: if they
+        are invalid, a later call raises InputError."""
         if not isinstance(lengths, torch.Tensor):
             self._refuse_capture("lengths on the host would be the graph's for good")
             self._raise_doubts()
@@ -266,14 +266,14 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
         return DeviceMixture(tokens, lengths.to(torch.int64).clamp(0, longest))
 
     def _raise_doubts(self) -> None:
-        """Raise InputError where lengths that have arrived from the device did not fit."""
+        """Raise InputError if lengths of an earlier call, now on the host, were invalid."""
         while self._doubts and self._doubts[0].is_told():
             doubt = self._doubts.popleft()
             if not doubt.holds():
                 raise InputError(
                     f"an earlier call of packed() was given {doubt.tokens} rows, "
                     f"longest={doubt.longest} and lengths on the device of {doubt.told.tolist()}, "
-                    "which do not fit: what it returned is wrong"
+                    "which do not fit: its results are wrong"
                 )
 
     def _refuse_capture(self, why: str) -> None:
@@ -287,9 +287,10 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
         self, dims: Sequence[int], mixture: Any, tensors: Sequence[torch.Tensor],
         ticks: Any = None, watch: Watch | None = None,
     ) -> list[Any]:  # fmt: skip
-        """Return the packed program's leaves, (tokens, ...) and more where they are by token.
+        """Run and return the packed program's leaves; those with a token axis may have padding
+        tokens.
 
-        What watches launches sees them at the call's own sizes, by this program.
+        With `watch` the launches run at the call's own sizes, without padding.
         """
         room, program = self.room_of(dims, mixture.tokens), self
         if watch is not None:
@@ -310,17 +311,17 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
                 leaves[k] = leaves[k].narrow(d, 0, sizes[name])
         return leaves
 
-    # --- what a graph is given, and makes of it ---
+    # --- inputs of a graph ---
 
     def in_memory(self, tensors: Any) -> Sequence[torch.Tensor]:
-        """Return the inputs of a call, all made."""
+        """Return all inputs of a call as tensors."""
         return super().in_memory(tensors.all if isinstance(tensors, PackedInputs) else tensors)
 
     def _state(
         self, binding: Binding, arena: Any, inputs: Any, outputs: Sequence[torch.Tensor],
         given: Any = (),
     ) -> RunState:  # fmt: skip
-        if isinstance(inputs, PackedInputs):  # of a replayed call, none of whose leaves is an input
+        if isinstance(inputs, PackedInputs):  # a replayed call: no leaf is an input
             inputs = [None] * len(self._inputs)
         given = () if isinstance(given, PackedInputs) else given
         return super()._state(binding, arena, inputs, outputs, given)
@@ -328,7 +329,8 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
     def _copied_in(
         self, inputs: list[torch.Tensor], tensors: Any
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Copy bounds, starts, and as many rows as there are tokens; the graph makes the rest."""
+        """Return copies of bounds, starts and the rows of the call's tokens; the graph derives the
+        rest."""
         if not self._derives:
             return inputs, list(self.in_memory(tensors))
         into, given = [], []
@@ -348,7 +350,8 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
         return into, given
 
     def _derive(self, inputs: list[torch.Tensor]) -> None:
-        """Make places of bounds and starts, and zeros of the tokens that belong to no sequence."""
+        """Queue the derivation of positions from bounds and starts, and zeroing of padding
+        tokens."""
         if not self._derives:
             return
         named = dict(zip((x.name for x in self.packing.inputs), inputs, strict=True))

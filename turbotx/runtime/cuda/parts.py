@@ -1,7 +1,7 @@
-"""Parts: what a launch of a GPU program queues at one shape.
+"""Parts: the kernels that a launch of a GPU program queues at one shape.
 
-In: a program's evaluated sizes. Out: kernels by which list of arguments and on which grid, or
-PyTorch's part; compiled programs and saved ones answer alike::
+In: a program's evaluated sizes. Out: kernels with their argument list and grid, or PyTorch's call;
+the same for compiled and saved programs::
 
     family.pick(sizes)  ->  [Part("kernel", fused_add_layer_norm_0, (40, 1, 1))]
 """
@@ -18,9 +18,9 @@ from turbotx.runtime.device import Grid
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that a launch queues: a kernel, or without a job what PyTorch runs.
+    """One kernel of a launch; without a job, PyTorch's call.
 
-    which: the list of arguments that it takes, among the launch's own.
+    which: the name of its argument list.
     """
 
     which: str
@@ -29,7 +29,7 @@ class Part:
 
 
 class Family(Protocol):
-    """All variants of one launch; equal launches may share one."""
+    """All variants of one launch; equal launches can share a family."""
 
     def pick(self, sizes: Sequence[int]) -> Sequence[Part]:
-        """Return what to run at these sizes; a grid with a zero means nothing."""
+        """Return the parts to run at these sizes; a grid with a zero is skipped."""

@@ -1,10 +1,10 @@
-"""The launches of a GPU program: Triton kernels launched straight, GEMMs and more through PyTorch.
+"""Queues the launches of a GPU program: Triton kernels through the driver, the rest by PyTorch.
 
-In: an executable, who says what its launches queue at a shape, weights, a device. Out: something
-that runs it over an address table; nothing is allocated, nothing waits for the device. A
-`CudaRuntime` compiles kernels when they are asked for, `turbotx.saved` has them in a file::
+In: an executable, its launches' families of kernels, weights, a device. Out: a runner over address
+tables, which neither allocates nor synchronizes. `CudaRuntime` compiles kernels on demand,
+`turbotx.saved` reads them from a file::
 
-    failed = runtime.run(table, sizes, state)   # 0, or which launch met an index out of range
+    failed = runtime.run(table, sizes, state)   # 0, or the launch with an index out of range
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ from turbotx.runtime.weights import Weights
 
 
 class CudaQueue(ABC):
-    """Queues a program's launches on a device. families: the kernels of launches, by the number
-    that those give. builds: how many kernels had to be compiled."""
+    """Queues a program's launches on a device.
+
+    families: by the number in each launch. builds: how many kernels were compiled.
+    """
 
     def __init__(
         self, executable: Executable, families: Sequence[Family], weights: Weights, device: Device
@@ -65,7 +67,7 @@ class CudaQueue(ABC):
     # --- kernels ---
 
     def load(self, jobs: Sequence[Any]) -> list[Any]:
-        """Return the functions of jobs, which are few objects however many launches there are."""
+        """Return the loaded kernels of jobs, cached by job."""
         new = {id(job): job for job in jobs if id(job) not in self.functions}
         if new:
             loaded = self._obtain(list(new.values()))
@@ -75,12 +77,12 @@ class CudaQueue(ABC):
 
     @abstractmethod
     def _obtain(self, jobs: Sequence[Any]) -> Sequence[Any]:
-        """Return the functions of jobs that were not asked for before; counts what it builds."""
+        """Return the loaded kernels of new jobs; counts builds."""
 
     def bind(self, sizes: Any) -> _Bound:
-        """Return the functions and grids for a shape, kept with its sizes.
+        """Return the kernels and grids of a shape, cached by its sizes.
 
-        Must be called once outside of a graph's capture: it may build kernels, and load them.
+        The first call for a shape must be outside a graph capture: it may build and load kernels.
         """
         bound: _Bound | None = getattr(sizes, "bound", None)
         settings = uses_tf32()
@@ -90,12 +92,12 @@ class CudaQueue(ABC):
         return bound
 
     def is_loaded(self, sizes: Any) -> bool:
-        """Return whether `bind` would neither build nor load a kernel."""
+        """Return whether `bind` needs no building or loading."""
         jobs = (p.job for family in self._families.values() for p in family.pick(sizes))
         return all(job is None or id(job) in self.functions for job in jobs)
 
     def _ready(self, parts: Sequence[Part]) -> list[_Ready]:
-        """Return parts with their kernels loaded."""
+        """Return parts with loaded kernels."""
         functions = iter(self.load([p.job for p in parts if p.job is not None]))
         return [
             (p.which, None if p.job is None else next(functions), p.grid)
@@ -104,30 +106,32 @@ class CudaQueue(ABC):
         ]
 
     def queue(self, launch: int, parts: Sequence[Part], table: Any, state: RunState) -> None:
-        """Queue one launch by other variants of its kernels, on a table that `run` has used."""
-        self._queue(launch, self._ready(parts), table.frame, self.device.stream(), state, {})
+        """Queue one launch with the given variants, on a table that `run` has used."""
+        self._queue(launch, self._ready(parts), table.arguments, self.device.stream(), state, {})
 
     def _queue(
-        self, i: int, parts: Sequence[_Ready], frame: KernelArguments, stream: Any, state: RunState,
-        views: dict[int, Callable[[], object]], follows: bool = False,
+        self, i: int, parts: Sequence[_Ready], arguments: KernelArguments, stream: Any,
+        state: RunState, views: dict[int, Callable[[], object]], follows: bool = False,
     ) -> bool:  # fmt: skip
-        """Queue parts of a launch; `follows`, and the result: the last thing queued is a kernel of
-        ours behind which the next one may start early. What PyTorch queues may be none."""
+        """Queue a launch's parts.
+
+        follows, and the result: whether the last work queued is one of turbotx's kernels, so that
+        the next may use a dependent launch. PyTorch's calls may queue no kernel at all."""
         for which, function, grid in parts:
             if function is None:
                 self.device.call(self._step(i, state, views))
             else:
-                self.device.launch(function, grid, frame.addresses[i, which], stream, follows)
+                self.device.launch(function, grid, arguments.addresses[i, which], stream, follows)
             follows = self.gpu.depends and function is not None
         return follows
 
     # --- weights ---
 
     def fill_weights(self, table: Any) -> tuple[int, WeightsVersion]:
-        """Write the addresses of everything made from parameters into a table.
+        """Write the addresses of parameters and hoisted constants into a table.
 
-        Returns their version, and what must be kept alive as long as the table is used. Raises
-        InputError where a parameter lies on another device.
+        Returns their version, and an object to keep alive while the table is used. Raises
+        InputError if a parameter is on another device.
         """
         return self.placed.fill(table)
 
@@ -137,17 +141,16 @@ class CudaQueue(ABC):
         self, table: Any, sizes: Any, state: RunState,
         ticks: Any = None, watches: Sequence[Watch] = (),
     ) -> int:  # fmt: skip
-        """Queue every launch in order on the current stream.
+        """Queue all launches in order on the current stream.
 
-        Returns 0, or launch << 32 | code where a kernel has met an index out of range, which may
-        have been in an earlier call. `ticks` takes when each launch began and ended on the device,
-        in nanoseconds since the first began, and waits for them. `watches` are told of each launch
-        as it is queued.
+        Returns 0, or launch << 32 | code if a kernel reported an index out of range, perhaps of an
+        earlier call. ticks: filled with the start and end of each launch, in ns since the first
+        start; synchronizes. watches: called for each launch as it is queued.
         """
         bound = self.bind(sizes)
-        frame = self.frame(table)
-        frame.refill(sizes)
-        views = frame.views(bound, (state.arena.data_ptr(), self.weights.version))
+        arguments = self.arguments(table)
+        arguments.refill(sizes)
+        views = arguments.views(bound, (state.arena.data_ptr(), self.weights.version))
         marks: list[Any] = []
         follows = False
         with self.device.active():
@@ -159,7 +162,7 @@ class CudaQueue(ABC):
                     marks.append(self.device.clock())
                 follows = follows and ticks is None and not watches
                 parts = bound.parts.get(i, PYTORCH)
-                follows = self._queue(i, parts, frame, stream, state, views, follows)
+                follows = self._queue(i, parts, arguments, stream, state, views, follows)
                 if ticks is not None:
                     marks.append(self.device.clock())
                 for watch in watches:
@@ -168,21 +171,21 @@ class CudaQueue(ABC):
         return self.failed()
 
     def _count(self, marks: Sequence[Any], ticks: Any) -> None:
-        """Write the nanoseconds of marks since the first, summed from one to the next: a device
-        measures short times exactly, and long ones coarsely."""
+        """Write the ns of each mark since the first, as a sum of differences: the driver's
+        resolution is better for short times."""
         passed = 0
         for k, mark in enumerate(marks):
             passed += self.device.elapsed(marks[k - 1], mark) if k else 0
             ticks[k] = passed
 
     def failed(self) -> int:
-        """Return and forget what a kernel has reported by now, without waiting for any."""
+        """Return and clear a kernel's error report, if one has arrived; does not synchronize."""
         return self._status.take()
 
     def _step(
         self, i: int, state: RunState, views: dict[int, Callable[[], object]]
     ) -> Callable[[], object]:
-        """Return PyTorch's part; that of a GEMM over planned memory is kept for the next call."""
+        """Return a launch's PyTorch call; a GEMM's over planned memory is cached."""
         if i in views:
             return views[i]
         gemm = self._gemms.get(i)
@@ -194,28 +197,28 @@ class CudaQueue(ABC):
             views[i] = bound
         return bound
 
-    def frame(self, table: Any) -> KernelArguments:
-        """Return the arguments of every kernel at one table, made at its first use.
+    def arguments(self, table: Any) -> KernelArguments:
+        """Return the argument arrays of a table, created at its first use.
 
-        Must be called once outside of a graph's capture: what it allocates has to be zero at once.
+        The first call must be outside a graph capture: it allocates zeroed memory.
         """
-        frame: KernelArguments | None = getattr(table, "frame", None)
-        if frame is None:
+        arguments: KernelArguments | None = getattr(table, "arguments", None)
+        if arguments is None:
             turns = torch.zeros(self.gpu.turns, dtype=torch.int32, device=self.torch_device)
             layouts, count = self._layouts, self._value_count
             cells = self.gpu.cells
-            frame = KernelArguments(table, layouts, count, self._status, turns, cells)
-            table.frame = frame
-        return frame
+            arguments = KernelArguments(table, layouts, count, self._status, turns, cells)
+            table.arguments = arguments
+        return arguments
 
 
-# A part whose kernel is loaded: its list of arguments, its function or None for PyTorch, its grid.
+# A loaded part: name of its argument list, kernel or None for PyTorch, grid.
 _Ready = tuple[str, Any, Grid]
 PYTORCH: list[_Ready] = [("call", None, (1, 1, 1))]
 
 
 class _Bound:
-    """A shape's compiled functions and grids, by launch, under PyTorch's settings."""
+    """A shape's loaded parts by launch, and the PyTorch settings they were chosen for."""
 
     def __init__(self, parts: dict[int, list[_Ready]], settings: object) -> None:
         self.parts, self.settings = parts, settings

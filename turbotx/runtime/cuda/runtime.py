@@ -1,11 +1,10 @@
-"""The GPU runtime: the kernels of an assembly's launches, and their queue, as `CudaQueue` is one.
+"""The GPU runtime: selects and builds the kernels of an assembly's launches.
 
-In: an assembly and a target; then weights and a device. Out: its executable and the jobs of any
-shape, which need no device; and something that runs it over an address table: nothing is
-allocated, and nothing waits for the device::
+In: an assembly and a target; then weights and a device. Out: the executable and the jobs of any
+shape, without a device; and a `CudaQueue` that builds kernels on demand::
 
     LaunchKernels(assembly, ("batch", "seq"), tiles, options).at((1, 40))   # LaunchJob, ...
-    failed = runtime.run(table, sizes, state)   # 0, or which launch met an index out of range
+    failed = runtime.run(table, sizes, state)   # 0, or the launch with an index out of range
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, Sequenc
 from turbotx.runtime.device import Device
 from turbotx.runtime.weights import Weights
 
-# Sequence lengths whose kernels are built before the first run: below and at the edges of the
-# tiles for run-time lengths, with and without sizes that allow 128-bit accesses.
+# Sequence lengths whose kernels are built before the first run: around the edges of tiles, with and
+# without multiples of 16, which allow 128-bit accesses.
 EXPECTED_LENGTHS = (16, 17, 256, 250, 512, 500)
 
 Compiling = KernelFamily | AttentionFamily | GemmFamily | RouteFamily | SequenceFamily
@@ -52,9 +51,9 @@ Compiling = KernelFamily | AttentionFamily | GemmFamily | RouteFamily | Sequence
 
 @dataclass(frozen=True)
 class LaunchJob:
-    """A kernel that a launch takes; a launch whose part PyTorch runs has none for that.
+    """A kernel of a launch (none for parts that PyTorch runs).
 
-    launch: that of the program, or one of those that stand for it (`GemmLaunch.fallback`).
+    launch: the program's, or one of its `GemmLaunch.fallback`.
     """
 
     launch: ir.Launch
@@ -62,17 +61,17 @@ class LaunchJob:
 
 
 class LaunchKernels:
-    """Which kernels the launches of a program take on a GPU, at any shape; no GPU is needed.
+    """The kernels of a program's launches at any shape; needs no GPU.
 
-    families: by launch; none where PyTorch runs everything. executable: the program.
+    families: by launch, missing if PyTorch runs all of it. executable: the program.
     """
 
     def __init__(
         self, assembly: Assembly, dims: Sequence[str], tiles: Tiles, options: Options,
         token_range: TokenRange | None = None, steps: GrowingDims | None = None,
     ) -> None:  # fmt: skip
-        """token_range: the calls that the program serves; None: all. steps: what grows with every
-        step of a decoder, where kernels read that on the device."""
+        """token_range: the calls that the program serves; None: all. steps: the dims that grow with
+        decoding steps and that kernels read from device memory."""
         self.assembly, self.target, self.steps = assembly, tiles.target, steps
         slots = {name: k for k, name in enumerate(assembly.tensors)}
         self.table = LaunchLayout(slots, token_range=token_range)
@@ -131,7 +130,7 @@ class LaunchKernels:
         return found
 
     def _kernel(self, i: int, which: str, launch: ir.KernelLaunch) -> KernelFamily:
-        """Return the family of a generated kernel, with its arguments laid out."""
+        """Return the family of a generated kernel, and record its argument layout."""
         kernel = launch.kernel
         digest = kernel.digest()
         if digest not in self._kernels:
@@ -152,7 +151,7 @@ class LaunchKernels:
         return family
 
     def _lay_out_cells(self, steps: GrowingDims, dims: Sequence[str]) -> DeviceCells:
-        """Say what of the tables kernels read on the device."""
+        """Return the entries of the tables that kernels read from device memory."""
         moving = tuple(k for e, k in self.table.values.items() if steps.move(e))
         grow = tuple(k for k, name in enumerate(dims) if name in steps.dims)
         rows, columns = (list(dims).index(name) for name in steps.room)
@@ -168,7 +167,7 @@ class LaunchKernels:
         self._layouts[i, which] = lay_out(operands, "status" if checks else "", sizes, self.table)
 
     def _lay_out_launches(self, number: Mapping[int, int]) -> None:
-        """Lay out what kernels and the library run. number: of each family, by its identity."""
+        """Record the layouts of kernels and library calls. number: each family's, by id()."""
         tensors = self.assembly.tensors
         outside = {n for n, t in tensors.items() if t.kind in ("input", "output")}
         for i, launch in enumerate(self.assembly.launches):
@@ -181,7 +180,7 @@ class LaunchKernels:
                 self.table.launches[i] = QueuedLaunch(**facts_of(launch), family=family, gemm=gemm)
 
     def at(self, dims: Sequence[int]) -> Iterator[LaunchJob]:
-        """Give what the launches take at one shape, in their order."""
+        """Yield the launches' jobs at one shape, in order."""
         sizes = self.executable.values.compile(self.executable.dims)(*dims)
         for i, family in self.families.items():
             launch = self.assembly.launches[i]
@@ -190,7 +189,7 @@ class LaunchKernels:
                     yield LaunchJob(_launch_of(launch, part.which), self.adapt(part.job))
 
     def expected_jobs(self, example_dims: Sequence[int]) -> list[Job]:
-        """Return what the shapes to expect will need, of the calls that it serves."""
+        """Return the jobs for the shapes expected at run time, within the token range."""
         names = self.executable.dims
         evaluate = self.executable.values.compile(names)
         dims, served = [*expected_dims(names)], self.executable.token_range
@@ -212,12 +211,12 @@ class LaunchKernels:
         return list({id(job): job for job in jobs if job is not None}.values())
 
     def adapt(self, job: Job) -> Job:
-        """Return a job as the options want it."""
+        """Return a job with the options applied (PDL)."""
         return read_cells(make_dependent(job) if self._depends else job)
 
 
 def _launch_of(launch: ir.Launch, which: str) -> ir.Launch:
-    """Return the launch that a part of one is: itself, or the k-th behind the library's GEMM."""
+    """Return the launch of a part: itself, or the k-th after the library's GEMM."""
     if not isinstance(launch, ir.GemmLaunch) or not which.startswith("end"):
         return launch
     _, ends = find_library_call(launch)
@@ -227,11 +226,11 @@ def _launch_of(launch: ir.Launch, which: str) -> ir.Launch:
 class CudaRuntime(CudaQueue):
     """Builds a program's kernels and queues its launches.
 
-    sources: the Triton source by kernel and tile. kernels: which launches take which.
+    sources: Triton source by kernel and tile. kernels: the launches' kernels.
     """
 
     def __init__(self, kernels: LaunchKernels, weights: Weights, device: Device) -> None:
-        """`build_expected` builds what they need."""
+        """Build nothing yet: see `build_expected`."""
         self.kernels, self.families = kernels, kernels.families
         self.sources: dict[str, str] = {}
         super().__init__(kernels.executable, kernels.in_order, weights, device)
@@ -246,9 +245,9 @@ class CudaRuntime(CudaQueue):
 
 
 def build_expected(runtimes: Sequence[CudaRuntime], example_dims: Sequence[int]) -> None:
-    """Build what programs of one call will need, in parallel and before the first run."""
+    """Build the expected kernels of a call's programs in parallel, before the first run."""
     first, jobs = runtimes[0], [r.kernels.expected_jobs(example_dims) for r in runtimes]
-    # All at once: what a device has loaded costs the second program nothing.
+    # Together: kernels shared by programs are built once.
     new = [r.kernels.adapt(j) for r, own in zip(runtimes, jobs, strict=True) for j in own]
     together = {job.digest(): job for job in new}
     first.builds += first.device.load(list(together.values()))[1]
@@ -257,7 +256,7 @@ def build_expected(runtimes: Sequence[CudaRuntime], example_dims: Sequence[int])
 
 
 def expected_dims(dims: Sequence[str]) -> Iterable[tuple[int, ...]]:
-    """Shapes for which kernels are built ahead; the first dim is the batch, as are others' _d0."""
+    """Yield the shapes to build kernels for; the first dim and dims named _d0 are the batch."""
     for length in EXPECTED_LENGTHS:
         batch = 16 if length % 16 == 0 else 1
         yield tuple(batch if k == 0 or "_d0" in n else length for k, n in enumerate(dims))

@@ -1,7 +1,7 @@
 """Settings: PyTorch's settings for the arithmetic of matrix products.
 
-In: `torch.backends.cuda.matmul`. Out: what a program's kernels and graphs depend on of it; while
-kernels are made for later, the settings of that later call::
+In: `torch.backends.cuda.matmul`. Out: the settings that kernels and graphs depend on, which can be
+overridden when kernels are built for another setting::
 
     with assume_tf32(True): family.pick(sizes)
 """
@@ -20,14 +20,14 @@ _assumed: ContextVar[bool | None] = ContextVar("tf32", default=None)
 
 
 def uses_tf32() -> bool:
-    """Return whether the user lets float32 products round their factors to TF32."""
+    """Return whether the user allows TF32 in float32 products."""
     assumed = _assumed.get()
     return torch.backends.cuda.matmul.fp32_precision == "tf32" if assumed is None else assumed
 
 
 @contextmanager
 def assume_tf32(value: bool) -> Iterator[None]:
-    """Make `uses_tf32` return this value in this thread, inside the context."""
+    """Context in which `uses_tf32` returns `value`, in this thread."""
     token = _assumed.set(value)
     try:
         yield
@@ -36,15 +36,14 @@ def assume_tf32(value: bool) -> Iterator[None]:
 
 
 def math_settings() -> tuple[object, ...]:
-    """Return the user's settings that decide what cuBLAS computes; a graph holds them as they
-    were."""
+    """Return the settings that affect cuBLAS; a captured graph keeps those of its capture."""
     return tuple(get() for get in _getters())
 
 
 @functools.cache
 def _getters() -> tuple[Callable[[], object], ...]:
-    """Return what reads the settings: PyTorch's own getters, where it has them by these names, at a
-    fifth of the time that its attributes take."""
+    """Return functions that read the settings: PyTorch's C getters if it has them, five times
+    faster than its attributes."""
     matmul = torch.backends.cuda.matmul
     fp32 = getattr(torch._C, "_get_fp32_precision_getter", None)
     half = getattr(torch._C, "_get_cublas_allow_fp16_reduced_precision_reduction", None)

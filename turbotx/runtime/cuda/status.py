@@ -1,12 +1,12 @@
-"""Status words: what kernels report of indices out of range, to a host that does not wait.
+"""Status words: kernels report indices out of range to the host without synchronization.
 
-In: how many index checks each launch makes. Out: one word for each check, which its kernel writes
-to and the host reads and clears::
+In: the number of index checks of each launch. Out: one int32 word per check, which the kernel sets
+and the host reads and clears::
 
     status = Status(device, [0, 2, 1]); status.address(1); status.take()  # 0, mostly
 
-A word has one value besides zero. So nothing is lost between the host's reading and clearing it:
-a report that comes then says what is just being raised, of a call that was made before.
+A word is 0 or 1, so a report between the host's read and clear is not lost: it is the same report
+as the one being raised.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class Status:
         self._lock = threading.Lock()
 
     def address(self, launch: int) -> int:
-        """Return the address of a launch's first check; those of its others follow."""
+        """Return the address of a launch's first status word; its others follow."""
         return self.words.data_ptr() + self.words.itemsize * self._firsts[launch]
 
     def take(self) -> int:
-        """Return and forget one report that has come by now: 0, or launch + 1 and check."""
+        """Return and clear one report: 0, or (launch + 1) << 32 | (check + 1)."""
         if not self.seen.any():
             return 0
         with self._lock:
             found = np.flatnonzero(self.seen)
-            if not len(found):  # another thread has taken it
+            if not len(found):  # another thread took it
                 return 0
             word = int(found[0])
             self.seen[word] = 0

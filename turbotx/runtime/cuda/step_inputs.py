@@ -1,7 +1,7 @@
-"""Step inputs: what a GPU program of a decoder's steps takes at one length, in a graph for many.
+"""Step inputs: lets one CUDA graph serve decoding steps of many cache lengths.
 
-In: an executable whose kernels read on the device how much of a cache is filled (`DeviceCells`).
-Out: the dims that one graph serves, and what is written and copied before each replay::
+In: an executable whose kernels read the cache's length from device memory (`DeviceCells`). Out: the
+dims that a graph is cached by, and the values to write and tensors to copy before each replay::
 
     key_of((1, 1, 33, 64, 2))     ->  (1, 1, 128, 64, 2)   # batch, seq, length, capacity, columns
     values_at((1, 1, 33, 64, 2))  ->  (33, 32)             # length, length - seq
@@ -21,14 +21,13 @@ from turbotx.program.executable import CalledLaunch, Executable, LinkedLaunch
 
 assert cache_ops  # defines the op
 APPENDS = (torch.ops.turbotx.cache_append.default, cache_ops.store_rows)
-# Rows of a block are these or a multiple: so many keys a tile of attention has at most.
+# A cache block's rows must be a multiple of this: the most keys of an attention tile.
 TILE = 64
 
 
 class StepInputs:
-    """cells: None for a program of other calls. cache: the place of the cache's memory among the
-    inputs, None where there is none. is_bound: a cache is read at the addresses of one call, which
-    no graph can repeat."""
+    """cells: None for programs without a cache. cache: index of the cache's memory in the inputs,
+    or None. is_bound: the cache is read at this call's addresses, so that no graph can be used."""
 
     def __init__(self, executable: Executable) -> None:
         assert executable.gpu is not None
@@ -45,9 +44,9 @@ class StepInputs:
             )
 
     def key_of(self, dims: Sequence[int]) -> tuple[int, ...]:
-        """Return the dims when the cache is full, which one plan and one graph serve.
+        """Return the dims with a full cache, the key of plans and graphs.
 
-        Raises InputError where blocks have rows that no tile ends with.
+        Raises InputError if the cache's block size is no multiple of TILE.
         """
         assert self.cells is not None
         (rows, columns), key = (dims[k] for k in self.cells.room), list(dims)
@@ -61,26 +60,26 @@ class StepInputs:
         return tuple(key)
 
     def values_at(self, dims: Sequence[int]) -> tuple[int, ...]:
-        """Return what depends on how much of the cache is filled."""
+        """Return the values of the device cells at these dims."""
         return self._values(*dims)
 
     def pair(
         self, inputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return where in a graph's memory the tensors of a call go, and those that do."""
+        """Return the destinations in a graph's memory and the call's tensors to copy there."""
         copied = [k for k, x in enumerate(given) if k != self.cache and x.numel()]
         return [fit(inputs[k], given[k]) for k in copied], [given[k] for k in copied]
 
 
 def _writes(launch: LinkedLaunch, inputs: Sequence[str]) -> set[str]:
-    """Return the input that a launch writes to: it stores rows in a cache, or appends to one."""
+    """Return the inputs that a launch writes to: caches it stores or appends rows to."""
     if isinstance(launch, CalledLaunch) and launch.call.target in APPENDS:
         return {launch.call.args[0].tensor}
     return set(launch.writes).intersection(inputs)
 
 
 def fit(memory: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the first elements of dense memory, in the shape of a tensor of no more of them."""
+    """Return a view of the first elements of dense `memory` in the shape of `like`."""
     if memory.shape == like.shape:
         return memory
     return memory.view(-1)[: math.prod(like.shape)].view(like.shape)

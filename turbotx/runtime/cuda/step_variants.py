@@ -1,7 +1,7 @@
-"""Which kernels a decoder's steps need: attention over the cache, which stores the new rows in it.
+"""Variants of decoding steps: split attention over the cache, which also appends new rows.
 
-In: launches over a cache, and what grows with every step. Out: as `variants`, for the room that the
-cache has; how much of it is filled, kernels read on the device::
+In: launches over a cache, and the dims that grow with each step. Out: as in `variants`, for the
+cache's capacity; kernels read its length from device memory::
 
     family.pick(sizes)  ->  [Part("split", Job split_attention_f16_64_late_causal, (16, 8, 1))]
 """
@@ -24,7 +24,7 @@ from turbotx.runtime.cuda.variants import POWERS, AttentionFamily, Deciders, lay
 
 
 class SplitFamily(AttentionFamily):
-    """The variants of attention over a cache: few queries by many programs a head of keys."""
+    """Variants of attention over a cache; few queries are split over many programs per key head."""
 
     def __init__(
         self, launch: ir.AttentionLaunch, target: str, table: LaunchLayout, tiles: Tiles,
@@ -36,14 +36,14 @@ class SplitFamily(AttentionFamily):
         self._splits: dict[object, Job] = {}
 
     def layout(self, launch: ir.AttentionLaunch, table: LaunchLayout) -> ArgumentLayout:
-        """Say where the arguments of the split form lie."""
+        """Return the argument layout of split attention."""
         given = [a for a in launch.operands if a is not None]
         plain = lay_out(given, "turns", self._sizes, table)
         sums = (table.slots[launch.workspaces[0]], None)
         return ArgumentLayout((*plain.pointers, sums), "turns", plain.sizes)
 
     def pick(self, sizes: Sequence[int]) -> list[Part]:
-        """Return what to run at these sizes; a grid with a zero means nothing."""
+        """Return the parts to run at these sizes; a grid with a zero is skipped."""
         assert isinstance(self.kernel, AttentionKernel)
         values = dict(zip(self._names, (sizes[k] for k in self._sizes), strict=True))
         batch, kv_heads = values["batch"], self._kv_heads
@@ -58,8 +58,7 @@ class SplitFamily(AttentionFamily):
 
     @property
     def deciders(self) -> Deciders:
-        """The sizes that decide which variant runs: those of attention, and how many sequences and
-        queries share the programs."""
+        """The deciding sizes: those of attention, and the numbers of sequences and queries."""
         found = super().deciders
         places = dict(zip(self._names, self._sizes, strict=True))
         queries, batches = split_bounds(self._group, self._kv_heads)

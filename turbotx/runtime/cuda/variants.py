@@ -1,7 +1,7 @@
-"""Which compiled variant of a kernel a shape needs, and on what grid.
+"""Variants: the compiled variant of a kernel that a shape needs, and its grid.
 
-In: the launches of a program and its evaluated sizes. Out: for each launch a job (printed once for
-each schedule) and a grid, in microseconds, since every size was evaluated by the binding::
+In: a program's launches and its evaluated sizes. Out: per launch a job, printed once per schedule,
+and a grid; this takes microseconds, since the binding has evaluated all sizes::
 
     family.pick(sizes)  ->  [Part("kernel", Job fused_add_layer_norm_0, (40, 1, 1))]
 """
@@ -61,9 +61,10 @@ from turbotx.runtime.device import Grid
 
 KEYS = ("q_len", "k_len")
 POINTERS = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr", "bias_ptr", "sinks_ptr")
-# How many keys a tile of attention can have; the last stands for more than any.
+# The possible key counts of an attention tile; the last means more than any.
 TILES_OF_KEYS = (16, 32, 64, 128, 256, 1 << 30)
-# Elements from which on a kernel counts in 64 bits: a masked tile reaches past the end.
+# Elements from which kernels use 64-bit offsets; below 2**31, since masked tiles reach past the
+# end.
 LARGE = INT32_LIMIT - PERSISTENT
 
 
@@ -78,16 +79,17 @@ def lay_out(
     return ArgumentLayout(tuple(pointers), cell, tuple(sizes))
 
 
-# Lengths up to which a choice by powers of two holds; the last one stands for all larger ones.
+# Upper ends of the power-of-two ranges of a length; the last stands for all larger ones.
 POWERS = tuple(1 << k for k in range(31))
 
 
 @dataclass(frozen=True)
 class Deciders:
-    """What of a program's sizes decides over a family's variants, by their places.
+    """The sizes, by index, that decide which variant of a family runs.
 
-    by: up to which values one choice holds, the last one for all larger. even: whether it is a
-    multiple of 16. large: whether any of them passes what 32 bits can count.
+    by: the upper ends of the ranges of a size with the same choice, the last for all larger. even:
+    sizes of which only divisibility by 16 matters. large: sizes of which only whether one exceeds
+    32-bit offsets matters.
     """
 
     by: tuple[tuple[int, tuple[int, ...]], ...]
@@ -96,7 +98,7 @@ class Deciders:
 
 
 class KernelFamily:
-    """All variants of one generated kernel; equal kernels of several layers share one."""
+    """The variants of a generated kernel; equal kernels of several layers share a family."""
 
     def __init__(
         self, kernel: ir.Kernel, target: str, table: LaunchLayout, choose: Choose,
@@ -128,8 +130,8 @@ class KernelFamily:
         return self.at(schedule, sizes)
 
     def expected(self, sizes: Sequence[int]) -> list[Job]:
-        """Return the jobs for these sizes with few rows and with many, so that no stream of shapes
-        builds more."""
+        """Return the jobs for these sizes with few and with many rows: no further builds are needed
+        for other numbers of rows."""
         _, schedule = self.chosen(sizes)
         if not schedule.programs:
             return []
@@ -138,8 +140,8 @@ class KernelFamily:
 
     @property
     def deciders(self) -> Deciders:
-        """The sizes that decide which variant runs: the row length by powers of two, whether
-        programs share many rows, and whether strides are multiples of 16."""
+        """The deciding sizes: row length by powers of two, number of rows, divisibility of strides
+        by 16."""
         strides = tuple(place for _, place in self._strides)
         by = [(self._length, POWERS)]
         if self.kernel.columns and self.kernel.rows:
@@ -148,7 +150,7 @@ class KernelFamily:
 
     def at(self, schedule: Schedule, sizes: Sequence[int]) -> list[Part]:
         """Return what to run at these sizes by a given schedule."""
-        if self.masks_rows and schedule.rows == 1:  # a program of one row would ask for no mask
+        if self.masks_rows and schedule.rows == 1:  # a tile of one row has no mask
             schedule = replace(schedule, rows=2)
         if schedule.programs and sizes[self._outer] <= MANY_ROWS:
             schedule = replace(schedule, programs=0)
@@ -168,7 +170,7 @@ class KernelFamily:
         return job
 
     def chosen(self, sizes: Sequence[int]) -> tuple[int, Schedule]:
-        """Return the length of a tile's columns, and the schedule that `pick` takes."""
+        """Return the row length, and the schedule that `pick` uses."""
         self.pick(sizes)
         length = sizes[self._length]
         return length, next(s for (n, _), s in self._schedules.items() if n == length)
@@ -179,11 +181,11 @@ class KernelFamily:
         return self.kernel.name
 
     def structure(self) -> str:
-        """Key of tuned schedules: the kernel's digest."""
+        """Return the key of tuned schedules: the kernel's digest."""
         return self.kernel.digest()
 
     def neighbours(self, schedule: Schedule, length: int) -> Sequence[Schedule]:
-        """Return the schedules to try beside one, at a row length."""
+        """Return schedules near one, to try when tuning, at a row length."""
         return neighbours(self.kernel, schedule, length)
 
     def bucket(self, length: int) -> str:
@@ -203,8 +205,8 @@ class KernelFamily:
 
 
 class AttentionFamily:
-    """The variants of an attention launch, or of one of attention's two products: tiles by the
-    number of queries, strides, addresses."""
+    """The variants of an attention launch, or of one of attention's two products, by the number of
+    queries and the divisibility of strides and addresses."""
 
     def __init__(
         self, launch: ir.AttentionLaunch | ir.ProductLaunch, target: str, table: LaunchLayout,
@@ -235,14 +237,14 @@ class AttentionFamily:
         return self.at(self.chosen(sizes)[1], sizes)
 
     def chosen(self, sizes: Sequence[int]) -> tuple[int, AttentionTiles]:
-        """Return the bucket of the number of queries, and the schedule that `pick` takes."""
+        """Return the bucket of the number of queries, and the schedule that `pick` uses."""
         bucket = queries_bucket(sizes[self._sizes[self._names.index("q_len")]])
         if bucket not in self._chosen:
             self._chosen[bucket] = self._tiles.attention(self.kernel, bucket)
         return bucket, self._chosen[bucket]
 
     def expected(self, sizes: Sequence[int]) -> list[Job]:
-        """Return the jobs for these sizes, and for the same queries with any number of keys."""
+        """Return the jobs for these sizes and any number of keys."""
         tiles, q, k = self.chosen(sizes)[1], *(self._sizes[self._names.index(n)] for n in KEYS)
         found = self.at(tiles, sizes)
         if isinstance(tiles, AttentionSchedule) and tiles.once and q != k:
@@ -251,12 +253,12 @@ class AttentionFamily:
 
     @property
     def deciders(self) -> Deciders:
-        """The sizes that decide which variant runs: lengths of queries and keys by range, and
-        whether strides are multiples of 16."""
+        """The deciding sizes: numbers of queries and keys by range, divisibility of strides by
+        16."""
         places = dict(zip(self._names, self._sizes, strict=True))
         even = (*(places[n] for n in self._strides), *(k for _, k in self._shifts))
         by = [(places["q_len"], POWERS)]
-        if isinstance(self.kernel, AttentionKernel):  # whether one tile has all keys
+        if isinstance(self.kernel, AttentionKernel):  # whether one tile holds all keys
             by.append((places["k_len"], TILES_OF_KEYS))
         return Deciders(tuple(by), even)
 
@@ -275,7 +277,7 @@ class AttentionFamily:
     def _known(
         self, values: Mapping[str, int], sizes: Sequence[int]
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return which strides are multiples of 16, and which addresses are none."""
+        """Return the strides that are multiples of 16, and the pointers not aligned to 16 bytes."""
         even = (name for name in self._strides if values[name] % 16 == 0)
         unaligned = tuple(name for name, k in self._shifts if sizes[k] % ALIGNED_NBYTES)
         return tuple(name for name in even if name not in self._cells), unaligned
@@ -300,24 +302,24 @@ class AttentionFamily:
         return self.kernel.name
 
     def structure(self) -> str:
-        """Key of tuned tiles: the kernel's structure."""
+        """Return the key of tuned tiles: the kernel's structure."""
         return structure_of(self.kernel)
 
     def neighbours(self, tiles: AttentionTiles, bucket: int) -> Sequence[AttentionTiles]:
-        """Return the tiles to try beside some."""
+        """Return tiles near some, to try when tuning."""
         return attention_neighbours(tiles)
 
     def bucket(self, length: int) -> str:
-        """Return the bucket that a number of queries is tuned in, as text."""
+        """Return the tuning bucket of a number of queries, as text."""
         return str(length)
 
     def tag(self, tiles: AttentionTiles) -> str:
-        """Return the short name of some tiles."""
+        """Return the tiles' short name."""
         return tag_of(tiles)
 
 
 class SequenceFamily:
-    """The variants of a launch over each sequence's tokens: of one column, and of more."""
+    """The variants of a launch over each sequence's tokens: one column, and several."""
 
     def __init__(self, launch: ir.SequenceLaunch, target: str, table: LaunchLayout) -> None:
         self.kernel, self._target = launch.kernel, target
@@ -335,5 +337,5 @@ class SequenceFamily:
 
     @property
     def deciders(self) -> Deciders:
-        """The sizes that decide which variant runs: whether there is more than one column."""
+        """The deciding size: whether there is more than one column."""
         return Deciders(((self._extents[3], (1, POWERS[-1])),), ())

@@ -1,13 +1,13 @@
-"""Weight copies: repeats a launch on cold copies of its weights, for timing from memory.
+"""Weight copies: repeats a launch on copies of its weights that are not in L2, for timing.
 
-In: a launch of a program that has run, and its address table. Out: the state to queue it with, and
-in the table the addresses of another copy of its weights at every turn::
+In: a launch of a program that has run, and its address table. Out: the state to queue it with; each
+turn writes the addresses of another copy to the table::
 
     with WeightCopies(runtime, 3, table, state, sizes) as copies:
         runtime.queue(3, parts, table, copies.turn())
 
-In a call every launch reads weights that no other does: they come from the device's memory.
-Launched in a row over the same weights, it would find them in the L2 cache, 50 MB or more.
+In a real call, every launch reads its own weights from device memory. Repeating a launch over the
+same weights would read them from the L2 cache (50 MB or more).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from turbotx import ir
 from turbotx.runtime.cuda.runtime import CudaRuntime
 from turbotx.runtime.state import RunState
 
-# Together the copies are larger than any device's L2 cache. Of small weights there are as many as
-# fit into a graph: what they take is not the way from memory.
+# The copies together exceed any device's L2 cache. Small weights have as many copies as fit into a
+# graph: their time is not dominated by memory.
 LEAST_NBYTES = 128 << 20
 MOST_COPIES = 256
 
 
 class WeightCopies:
-    """count: how many turns there are until the first copy's again. table: the program's."""
+    """count: the number of copies. table: the program's address table."""
 
     def __init__(
         self, runtime: CudaRuntime, launch: int, table: Any, state: RunState, sizes: Any
@@ -57,20 +57,20 @@ class WeightCopies:
         self.restore()
 
     def turn(self) -> RunState:
-        """Point the table at the next copy; return the state for what PyTorch runs."""
+        """Point the table at the next copy; return the state for PyTorch's calls."""
         copy = self._copies[self._next]
         self._next = (self._next + 1) % self.count
         return self._point(copy)
 
     def restore(self) -> None:
-        """Point the table at the program's own weights again."""
+        """Point the table at the program's own weights."""
         self._next = 0
         self._point(self._copies[0])
 
     def _point(self, copy: Mapping[str, torch.Tensor]) -> RunState:
         for name, tensor in copy.items():
             self.table[self._slots[name]] = tensor.data_ptr()
-        self.table.frame.refill(self._sizes)
+        self.table.arguments.refill(self._sizes)
         if copy is self._copies[0]:
             return self._state
         return replace(self._state, tensors=ChainMap(dict(copy), dict(self._state.tensors)))

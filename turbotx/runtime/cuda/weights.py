@@ -1,9 +1,9 @@
-"""Placed weights: addresses of weights for a device's kernels, alive while anything reads them.
+"""Placed weights: addresses of a program's weights on a device.
 
-In: parameters and what was derived from them. Out: their addresses in a program's table, and a
-`WeightsVersion`, which keeps their memory as long as a table or a graph refers to it::
+In: parameters and hoisted constants. Out: their addresses in a program's table, and a
+`WeightsVersion`, which keeps their memory alive while a table or a graph refers to it::
 
-    version, held = placed.fill(table); placed.use(held)    # on whatever stream reads them next
+    version, held = placed.fill(table); placed.use(held)    # before a stream reads them
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from turbotx.runtime.weights import Weights
 
 
 class WeightsVersion:
-    """The memory of one version of the weights, and the streams on which it was read.
+    """The memory of one version of the weights, and the streams that read it.
 
-    tensors: by name in the program, each with the storage that it had: a parameter may let go of
-    its own while a graph still reads it.
+    tensors: by name in the program, sharing the storage of that version: a parameter may replace
+    its storage while a graph still reads the old one.
     """
 
     def __init__(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -33,20 +33,20 @@ class WeightsVersion:
 
 
 class PlacedWeights:
-    """The weights of one program on its device; thread-safe."""
+    """A program's weights on its device; thread-safe."""
 
     def __init__(self, weights: Weights, device: Device, slots: Mapping[str, int]) -> None:
-        """slots: places in the program's table by name."""
+        """slots: indices in the program's table by name."""
         self._weights, self._device, self._slots = weights, device, slots
         self._held = WeightsVersion(-1, {})
         self._lock = threading.Lock()
-        # Other threads read on streams of theirs, which wait for nothing of this one.
+        # Other threads read on their own streams, which do not wait for this one.
         weights.settle = device.wait
 
     def fill(self, table: Any) -> tuple[int, WeightsVersion]:
-        """Write their addresses into a table; return their version and what holds them.
+        """Write the addresses to a table; return the version and the object that keeps them alive.
 
-        Raises InputError where a parameter lies on another device.
+        Raises InputError if a parameter is on another device.
         """
         with self._lock:
             version, tensors = self._weights.version, self._weights.tensors
@@ -63,23 +63,24 @@ class PlacedWeights:
 
     @property
     def held(self) -> WeightsVersion:
-        """The version that was filled in last."""
+        """The version written last."""
         return self._held
 
     def are_filled(self) -> bool:
-        """Return whether nothing has to be derived or placed anew before kernels can read them."""
+        """Return whether the weights are current: nothing has to be derived or copied."""
         return not self._weights.is_stale() and self._held.version == self._weights.version
 
     def use(self, held: WeightsVersion) -> None:
-        """Note that the current stream reads them: memory that is freed later is not given to
-        others before the stream has done so."""
+        """Record that the current stream reads them, so that the allocator does not reuse their
+        memory before the stream is done."""
         stream = self._device.stream()
         if stream not in held.streams:
             self._device.retain(list(held.tensors.values()))
             held.streams.add(stream)
 
     def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor that kernels can read: here, and where 16 bytes may be loaded at once."""
+        """Return the tensor, or a copy if its address is no multiple of 16. Raises InputError if it
+        is on another device."""
         here = self._device.torch_device
         if tensor.device != here:
             if tensor.numel() != 1:

@@ -85,7 +85,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return dict(load_file(path))
     except SafetensorError as error:
-        raise WeightsError(f"{path} is no whole safetensors file: {error}") from error
+        raise WeightsError(f"{path} is not a complete safetensors file: {error}") from error
 
 
 def _read_torch(path: Path) -> dict[str, torch.Tensor]:
@@ -93,7 +93,7 @@ def _read_torch(path: Path) -> dict[str, torch.Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} is no state dict of tensors that can be read without running code from it "
+            f"{path} is not a state dict of tensors that can be read without running code from it "
             f"(torch.load with weights_only=True): {first_line(error)}"
         ) from error
     for name in INNER_NAMES:
@@ -109,7 +109,7 @@ def _only_tensors(path: Path, found: Mapping[Any, Any]) -> dict[str, torch.Tenso
     wrong = [f"{k} ({type(v).__name__})" for k, v in found.items() if not torch.is_tensor(v)]
     if wrong:
         shown = ", ".join(wrong[:5])
-        raise WeightsError(f"{path} is no state dict: these entries are not tensors: {shown}")
+        raise WeightsError(f"{path} is not a state dict: these entries are not tensors: {shown}")
     return {str(name): tensor for name, tensor in found.items()}
 
 
@@ -122,7 +122,9 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
                 array = archive[name]
                 found[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), "C"))
             except (TypeError, ValueError) as error:
-                raise WeightsError(f"{path}: {name} is no tensor: {first_line(error)}") from error
+                raise WeightsError(
+                    f"{path}: {name} is not a tensor: {first_line(error)}"
+                ) from error
     return found
 
 
@@ -131,7 +133,7 @@ def _read_shards(path: Path) -> dict[str, torch.Tensor]:
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"].items()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{path} is no index of a sharded checkpoint: no weight_map") from error
+        raise WeightsError(f"{path} is not a sharded checkpoint's index: no weight_map") from error
     files: dict[str, dict[str, torch.Tensor]] = {}
     found: dict[str, torch.Tensor] = {}
     for name, file in listed:

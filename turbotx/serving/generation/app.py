@@ -1,7 +1,7 @@
-"""The HTTP application of generation: OpenAI's paths, answers whole or as server-sent events.
+"""The HTTP application of generation: OpenAI's paths, with JSON or server-sent-event responses.
 
-In: a service. Out: an ASGI application; starting it up starts the service, shutting it down
-finishes what was begun::
+In: a service. Out: an ASGI application; its startup starts the service, its shutdown finishes
+accepted requests::
 
     app = create_generation_app(GenerationService(generator, settings, limits, 2 << 30))
 """
@@ -39,7 +39,7 @@ COMPUTING = (
 
 
 def create_generation_app(service: GenerationService) -> Starlette:
-    """Return the application of a service that makes texts."""
+    """Return the ASGI application of a generation service."""
 
     def describe() -> dict[str, Any]:
         generator, limits = service.generator, service.scheduler.limits
@@ -67,20 +67,20 @@ async def _answer(
         shape = Shape(items, items * service.generator.context)
         text = await read_body(request, settings, service.left, service.bodies, held, shape)
         scope = read_scope(request, 0.0)
-        service.worker  # noqa: B018 - refuses while there is none, before any work is spent
+        service.worker  # noqa: B018 - raises NotReady before any work is done
         body = await decode_body(service, endpoint, decoder, text)
     answering = await endpoint.handler(service, body, scope.priority)
     if body.stream:
         return await _stream(service, request, answering)
     try:
-        # Its first token is waited for so long, see `GenerationService.generate`; then all of it.
+        # The time-out is for the first token, see `GenerationService.generate`.
         return json_response(await while_connected(request, answering.whole(), None))
     finally:
         await answering.close()
 
 
 async def _stream(service: GenerationService, request: Request, answering: Answering) -> Response:
-    """Return the events; what is refused before the first one is refused with its status."""
+    """Return a stream of events; a refusal before the first event is returned with its status."""
     events = answering.events()
     first = await while_connected(request, _first(events), None)
 

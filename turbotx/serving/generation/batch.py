@@ -1,7 +1,7 @@
 """Decode batch: runs the model on prompts, and on all running sequences one token at a time.
 
-In: sequences' tokens, the optimized causal language model. Out: a row of float32 logits for each,
-whatever joins and leaves between two steps::
+In: the sequences' tokens and the optimized causal language model. Out: float32 logits per sequence;
+sequences may join and leave between two steps::
 
     batch.begin(batch.lay_out([sequence])); batch.read()  ->  {sequence: logits (vocabulary,)}
     batch.join({sequence: token}); batch.step()           ->  {sequence: logits (vocabulary,)}
@@ -46,7 +46,7 @@ FARTHEST = 8_192
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a cache, and which of its latest columns have tokens, from its first one on."""
+    """A row of a cache, and the mask of its columns from its first block on."""
 
     cache: Any
     place: int
@@ -55,11 +55,12 @@ class _Row:
 
 @dataclass
 class DecodeBatch:
-    """Owned by one thread. module: called with `past_key_values`, as transformers' models are.
+    """The running batch; used by one thread.
 
-    piece: columns of prompts that are read between two steps. slots: the rows of those who decode.
-    reading: the prompts that are being read. most_blocks: of every layer, those
-    that are kept for other prompts included. no_prefixes: why none are kept, None where some are.
+    module: called with `past_key_values`, like transformers' models. piece: prompt columns read
+    between two decoding steps. slots: rows of the decoding sequences. reading: the prompts being
+    read. most_blocks: limit of cache blocks per layer, cached prefixes included. no_prefixes: the
+    reason if prefixes are not cached, else None.
     """
 
     module: Any
@@ -84,15 +85,15 @@ class DecodeBatch:
 
     @classmethod
     def of(cls, model: Any, module: Any, device: str, piece: int) -> DecodeBatch:
-        """Return a batch; module: `model` optimized, or itself."""
+        """Return an empty batch; module: `model`, optimized or not."""
         takes = frozenset(inspect.signature(type(model).forward).parameters)
         return cls(module, model.config, takes, device, piece)
 
     def prepare(self, token: int, context: int = 0) -> None:
-        """Run some tokens up to `token`, so that no request waits for the capture; what a cache
-        takes, and whether prefixes are reused, is known from then on.
+        """Run a few tokens, so that no request waits for the capture; find the cache's size and
+        whether prefixes can be reused.
 
-        context: positions that a text has at most; 0: nothing is reused.
+        token: a valid token id. context: most positions of a text; 0: do not reuse prefixes.
         """
         self._like = DynamicCache(config=self.config)
         self._call(self._like, np.array([[token]]), np.ones((1, 1), np.bool_))
@@ -114,9 +115,9 @@ class DecodeBatch:
             self.no_prefixes, self.prefixes = None, PrefixTree(memory.blocks)
 
     def _sees_gaps(self, token: int, columns: int) -> bool:
-        """Return whether the logits of tokens after a known block change where all but so few
-        columns between are empty, as with biases by the distance of columns, or with windows that
-        the cache does not know."""
+        """Return whether empty columns between a reused block and the next tokens change the
+        logits, as with biases by column distance, or sliding windows that the cache does not
+        handle."""
         ids = np.maximum(token - np.arange(BLOCK + TRIED), 0)[None]
         gap = (columns - BLOCK - TRIED) // BLOCK * BLOCK
         cache = blank_like(self._like, 1, 0)
@@ -134,17 +135,17 @@ class DecodeBatch:
         return not np.abs(near - far).max() <= rounding * np.abs(near).max()
 
     def close(self) -> None:
-        """Let go of all blocks that are kept for others; everybody has left."""
+        """Release all cached prefix blocks, after all sequences have left."""
         self.prefixes.evict(self.prefixes.idle)
 
     def lay_out(self, sequences: Sequence[Prompted]) -> PromptReading:
-        """Return how prompts would be read together."""
+        """Return the layout of a joint prefill of these prompts."""
         columns = self.most_blocks * BLOCK
         return lay_out(sequences, self.slots, self.prefixes, self.piece, columns)
 
     def begin(self, reading: PromptReading) -> None:
-        """Begin a reading; nothing runs yet. A step is to be taken between two calls of `read`
-        where sequences decode meanwhile."""
+        """Start a prefill without running it. If sequences are decoding, the caller takes a step
+        between two calls of `read`."""
         table = reading.table(self.layers) if reading.first else None
         reading.cache = blank_like(self._like, len(reading.rows), reading.start, table)
         self.reading = reading
@@ -154,8 +155,8 @@ class DecodeBatch:
                 self._held[key] = row.prefix
 
     def read(self) -> dict[Hashable, Logits] | None:
-        """Run the next columns of the reading; return the logits after each one's prompt when it is
-        done, (vocabulary,) float32."""
+        """Run the next columns of the prefill; when it is complete, return float32 (vocabulary,)
+        logits per sequence, else None."""
         reading = self.reading
         assert reading is not None
         begin, end, length = reading.done, reading.next, reading.length
@@ -172,8 +173,8 @@ class DecodeBatch:
         return {key: logits[r] for r, row in enumerate(reading.rows) for key in row.keys}
 
     def join(self, tokens: Mapping[Hashable, int]) -> None:
-        """Let all whose prompts are read take part in the next step, which goes on with these
-        tokens. Rows of caches move by their blocks."""
+        """Add the sequences of the finished prefill to the batch; tokens: the next token of each.
+        Cache rows are moved by their block tables."""
         reading, self.reading = self.reading, None
         assert reading is not None
         joining: dict[Hashable, _Row] = {}
@@ -188,8 +189,9 @@ class DecodeBatch:
         free_cache(reading.cache)
 
     def leave(self, key: Hashable, keep: bool = True) -> None:
-        """Let a sequence take part no more; its blocks of memory are free at once, those that are
-        full idle. keep: False where what is in them may be wrong."""
+        """Remove a sequence. Its blocks are released; full ones stay cached as prefixes.
+
+        keep: False if their contents may be wrong."""
         if key in self._places:
             place = self._places.index(key)
             if keep:
@@ -206,7 +208,7 @@ class DecodeBatch:
             self.prefixes.let_go(self._held.pop(key))
 
     def step(self) -> dict[Hashable, Logits]:
-        """Run every sequence's next token; return the logits after it, (vocabulary,) each."""
+        """Run one decoding step; return float32 (vocabulary,) logits per sequence."""
         self._settle()
         rows, length = self.slots.rows, self.slots.length + 1
         if length > self._mask.shape[1]:
@@ -218,29 +220,29 @@ class DecodeBatch:
         return {entry.key: logits[row] for row, entry in enumerate(rows)}
 
     def push(self, key: Hashable, token: int) -> None:
-        """Say which token a sequence goes on with."""
+        """Set a sequence's next token."""
         self._tokens[key].append(token)
 
-    # --- the memory, in blocks of every layer ---
+    # --- cache memory, counted in blocks of all layers ---
 
     @property
     def in_blocks(self) -> bool:
-        """Whether caches lie in blocks; otherwise they are contiguous, and counted by positions."""
+        """Whether caches use blocks; otherwise they are contiguous and counted by positions."""
         return isinstance(memory_of(self._like), BlockMemory)
 
     @property
     def layers(self) -> int:
-        """Layers of a cache, each of which has blocks of its own."""
+        """Number of layers; each has its own blocks."""
         return len(memory_of(self._like).shapes)
 
     def count_room(self, nbytes: int) -> int:
-        """Return how many blocks of every layer there may be in so many bytes."""
+        """Return how many blocks per layer fit into `nbytes`."""
         block_nbytes = memory_of(self._like).block_nbytes
         return nbytes // (block_nbytes * self.layers * (1 if self.in_blocks else GROWING))
 
     @property
     def layer_blocks(self) -> int:
-        """Blocks of single layers that sequences have."""
+        """Blocks used by sequences, summed over layers."""
         memory = memory_of(self._like)
         if isinstance(memory, BlockMemory):
             return memory.blocks.used - self.layers * self.prefixes.idle
@@ -254,12 +256,12 @@ class DecodeBatch:
 
     @property
     def used(self) -> int:
-        """Blocks of every layer that sequences have, rounded up."""
+        """Blocks per layer used by sequences, rounded up."""
         return -(-self.layer_blocks // self.layers)
 
     def needed(self) -> int:
-        """Return how many blocks of every layer the next turn takes at the most: the next columns
-        of the reading, and a step of all who decode then."""
+        """Return the most blocks per layer that the next turn allocates: the next prefill columns
+        and a step of all sequences that decode then."""
         self._settle()
         found, slots, reading = 0, self.slots, self.reading
         if slots.rows:
@@ -267,18 +269,19 @@ class DecodeBatch:
         if reading is not None:
             end, rows, keys = reading.start + reading.next, len(reading.rows), len(reading.keys)
             found += memory_of(reading.cache).count_new(rows, end)
-            if reading.next == reading.length:  # they take a step, and each its own last block
+            if reading.next == reading.length:  # they decode a step, each in its own block
                 found += self.layers * (keys if end % BLOCK == 0 else keys - rows)
         return -(-found // self.layers)
 
     def nbytes(self) -> int:
-        """Return what the caches take."""
+        """Return the bytes of the caches."""
         reading = self.reading
         caches = [self._cache, None if reading is None else reading.cache]
         return sum(memory_of(cache).nbytes for cache in caches if cache is not None)
 
     def _evict(self, count: int) -> None:
-        """Make room for so many blocks of single layers that are about to be taken."""
+        """Evict cached prefixes so that `count` more blocks, summed over layers, can be
+        allocated."""
         if self.prefixes.idle:
             most = self.most_blocks * self.layers
             over = self.layer_blocks + self.layers * self.prefixes.idle + count - most
@@ -287,18 +290,18 @@ class DecodeBatch:
     def _remember(
         self, key: Hashable, cache: Any, place: int, tokens: Sequence[int], mask: Mask
     ) -> None:
-        """Note what the full blocks of a row hold, for those who begin alike."""
+        """Add a row's full blocks to the prefix tree."""
         memory = memory_of(cache)
         if self.prefixes.enabled and isinstance(memory, BlockMemory):
             held, table = self._held[key], np.stack([t[place] for t in memory.tables])
             self._held[key] = self.prefixes.add(held, tokens, mask, table)
 
     def _mask_of(self, place: int) -> Mask:
-        """Return which columns of a row of the batch have tokens."""
+        """Return the mask of the batch row's columns, True where it has tokens."""
         return self._mask[place, : memory_of(self._cache).length]
 
     def _settle(self, new: Mapping[Hashable, _Row] | None = None) -> None:
-        """Make the cache of the rows that there are now."""
+        """Rebuild the batch's cache for the current rows."""
         rows, found = self.slots.rows, dict(new or {})
         if not rows or (not found and None not in self._places):
             return

@@ -1,6 +1,6 @@
-"""Prometheus metrics of generation; tokens a second are the rate of a counter.
+"""Prometheus metrics of generation; tokens per second are the rate of a counter.
 
-In: counts and durations as they happen. Out: the text that ``/metrics`` serves::
+In: counts and durations. Out: the text of ``/metrics``::
 
     metrics.first_token.observe(0.12); metrics.render()
 """
@@ -13,7 +13,7 @@ SHORT_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0
 
 
 class GenerationMetrics(MetricsRegistry):
-    """Those of texts that are made."""
+    """Metrics of the generation server."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,11 +38,11 @@ class GenerationMetrics(MetricsRegistry):
         self.read = histogram("turbotx_read_seconds", "s of reading one piece of prompts", SECONDS)
 
     def count_read(self, tokens: int, took_s: float) -> None:
-        """Record one piece of prompts."""
+        """Record the prefill of a piece of prompts."""
         self.prompt_tokens.inc(tokens)
         self.read.observe(took_s)
 
     def count_step(self, sequences: int, took_s: float) -> None:
-        """Record one step of so many sequences."""
+        """Record one decoding step; sequences: the batch size."""
         self.made_tokens.inc(sequences)
         self.step.observe(took_s)

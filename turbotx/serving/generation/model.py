@@ -1,6 +1,6 @@
 """Generator: a causal language model from disk, optimized, with its tokenizer.
 
-In: a Hugging Face directory. Out: what the server runs and what it tells about; nothing is ever
+In: a Hugging Face directory. Out: the model that the server runs, with its description; nothing is
 downloaded::
 
     load_generator("path/to/llama").ends      # frozenset({2})
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Generator:
-    """A model and what its files say.
+    """A causal language model with its tokenizer and settings.
 
-    module: what is called, `model` optimized. ends: tokens that end a text. context: positions.
-    defaults: how tokens are drawn where a request does not say, by `generation_config.json`.
+    module: `model` optimized. ends: end-of-text tokens. context: most positions of a sequence.
+    defaults: default sampling options, from `generation_config.json`.
     """
 
     model: Any
@@ -43,7 +43,7 @@ class Generator:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the tokenizer says how messages become a prompt."""
+        """Whether the tokenizer has a chat template."""
         return bool(self.tokenizer.chat_template)
 
 
@@ -59,8 +59,8 @@ def load_generator(
 ) -> Generator:
     """Load a causal language model from a local directory and optimize it.
 
-    quantize: the option of ``turbotx.optimize``. max_length: positions of a sequence, at most those
-    that the model has. max_cache_nbytes: of its key/value caches. Raises ModelFilesError.
+    quantize: the option of ``turbotx.optimize``. max_length: most positions of a sequence, at most
+    the model's. max_cache_nbytes: limit of the key/value caches. Raises ModelFilesError.
     """
     if dtype not in DTYPES:
         raise ModelFilesError(f"no dtype {dtype!r}: use one of {', '.join(DTYPES)}")
@@ -70,7 +70,7 @@ def load_generator(
     with loading(str(folder)):
         plain, tokenizer = _read(folder, dtype)
     plain = plain.to(device).eval()
-    # Not at the top: a process that only looks at files compiles nothing.
+    # A lazy import: a process that only reads files does not need it.
     from turbotx.engine.optimize import optimize
 
     module = optimize(plain, max_cache_nbytes=max_cache_nbytes, quantize=quantize)
@@ -83,7 +83,7 @@ def make_generator(
     model: Any, module: Any, tokenizer: Any, name: str, max_length: int | None = None,
     dtype: str = "float32", device: str = "cpu",
 ) -> Generator:  # fmt: skip
-    """Return the description of a model that is loaded. Raises ModelFilesError."""
+    """Return the generator of a loaded model. Raises ModelFilesError."""
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ModelFilesError(
             f"{type(tokenizer).__name__} is written in Python: only fast tokenizers are served"
@@ -94,7 +94,7 @@ def make_generator(
     if tokenizer.model_max_length < LONGEST:
         positions.append(int(tokenizer.model_max_length))
     if not positions and max_length is None:
-        raise ModelFilesError(f"{name} does not say how many positions it has: give --max-length")
+        raise ModelFilesError(f"{name} has no number of positions: give --max-length")
     context = min([*positions, *([] if max_length is None else [max_length])])
     generation = model.generation_config
     ends = frozenset([*_ids(generation.eos_token_id), *_ids(tokenizer.eos_token_id)])
@@ -113,7 +113,7 @@ def _read(folder: Path, dtype: str) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    # Standard error is lines of JSON; what is missing is refused below.
+    # stderr has JSON lines only; missing weights are an error below.
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     config = transformers.AutoConfig.from_pretrained(

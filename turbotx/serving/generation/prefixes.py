@@ -1,17 +1,16 @@
-"""Prefix tree: blocks of keys and values that are found again by the tokens they belong to.
+"""Prefix tree: finds cached blocks of keys and values by their tokens.
 
-In: the blocks of texts that are made or were made, with their tokens. Out: the blocks of the
-longest known beginning of a new prompt; those that no text uses any more are evicted, the least
-recently used first::
+In: blocks of earlier and running texts, with their tokens. Out: the blocks of the longest cached
+prefix of a new prompt. Blocks that no text uses are evicted, least recently used first::
 
     tree.add(tree.root, tokens, mask, table)
     tree.find(prompt, most_gaps=64).chain()     ->  [PrefixBlock, ...]
 
-vLLM's automatic prefix caching chains hashes of blocks, SGLang keeps a tree of tokens; this is a
-tree whose edges are a block's tokens, so that no two prefixes are ever taken for each other. A
-block holds up to 64 positions: its mask says in which columns, since a row may begin, or go on, in
-the middle of a block. Positions are counted without empty columns, so that keys and values depend
-on the tokens alone. No tensors in here, so that simulations use it too.
+vLLM's automatic prefix caching chains hashes of blocks, SGLang keeps a tree of tokens; this tree's
+edges are a block's tokens, so that different prefixes can never collide. A block holds up to 64
+positions: its mask gives their columns, since a row may start or continue inside a block. Positions
+do not count empty columns, so that keys and values depend on the tokens alone. There are no tensors
+here, so that simulations can use it.
 """
 
 from __future__ import annotations
@@ -34,21 +33,21 @@ GAPS = 8
 
 
 class SharedBlocks(Protocol):
-    """Blocks that count who refers to them."""
+    """Reference-counted blocks."""
 
     def share(self, ids: Ids) -> None:
-        """Add a reference to each."""
+        """Add a reference to each block."""
 
     def release(self, ids: Ids) -> None:
-        """Drop a reference to each."""
+        """Remove a reference from each block."""
 
 
 @dataclass(eq=False)
 class PrefixBlock:
-    """A block of every layer, after those of its parents.
+    """One block per layer, following those of its parents.
 
-    tokens: of its positions. mask: (64,), True in the columns where they are. ids: of the block in
-    each layer, (layers,). holders: texts that use it or a block below it.
+    tokens: of its positions. mask: (64,) bool, True in the columns of tokens. ids: the block's id
+    in each layer, (layers,). holders: number of texts that use it or a block below it.
     """
 
     parent: PrefixBlock | None = None
@@ -60,7 +59,7 @@ class PrefixBlock:
     holders: int = 0
 
     def chain(self) -> list[PrefixBlock]:
-        """Return the blocks from the first one to this; none for the root."""
+        """Return the blocks from the first one to this; empty for the root."""
         found, block = list[PrefixBlock](), self
         while block.parent is not None:
             found.append(block)
@@ -69,10 +68,10 @@ class PrefixBlock:
 
 
 class PrefixTree:
-    """Owned by one thread."""
+    """The tree of cached prefixes; used by one thread."""
 
     def __init__(self, blocks: SharedBlocks | None = None) -> None:
-        """blocks: of all caches; None: nothing is kept."""
+        """blocks: of all caches; None: nothing is cached."""
         self.root, self.evicted = PrefixBlock(), 0
         self._blocks = blocks
         self._idle: dict[PrefixBlock, None] = {}
@@ -80,19 +79,18 @@ class PrefixTree:
 
     @property
     def enabled(self) -> bool:
-        """Whether blocks are kept."""
+        """Whether prefixes are cached."""
         return self._blocks is not None
 
     @property
     def idle(self) -> int:
-        """Blocks of every layer that no text uses: those that can be evicted."""
+        """Blocks per layer that no text uses and that can be evicted."""
         return len(self._idle)
 
     def find(self, tokens: Sequence[int], most_gaps: int) -> PrefixBlock:
-        """Return the last block of the longest known beginning, the root where there is none; it
-        leaves one token or more to be read.
+        """Return the last block of the longest cached prefix, the root if there is none.
 
-        most_gaps: empty columns that its blocks may have.
+        At least one token is left to be read. most_gaps: most empty columns of its blocks.
         """
         best, found, paths = self.root, 0, [(self.root, 0, 0)]
         while paths:
@@ -111,24 +109,24 @@ class PrefixTree:
         return best
 
     def hold(self, block: PrefixBlock) -> None:
-        """Keep a block, and those before it, while a text uses them."""
+        """Protect a block and its parents from eviction while a text uses them."""
         for each in block.chain():
             if not each.holders:
                 del self._idle[each]
             each.holders += 1
 
     def let_go(self, block: PrefixBlock) -> None:
-        """End a `hold`: blocks that nobody holds are the most recently used ones from now on."""
+        """End a `hold`; blocks without holders become the most recently used idle ones."""
         for each in reversed(block.chain()):
             each.holders -= 1
             if not each.holders:
                 self._idle[each] = None
 
     def add(self, held: PrefixBlock, tokens: Sequence[int], mask: Mask, table: Ids) -> PrefixBlock:
-        """Note the full blocks of a row, and hold the last one instead of `held`; return it.
+        """Add a row's full blocks; hold the last one instead of `held` and return it.
 
-        mask: (columns,), True where the row's tokens are, from the beginning of a block on. table:
-        the row's blocks, (layers, blocks or more). A block of known tokens is not noted again.
+        mask: (columns,) bool, True where the row has tokens, starting at a block. table: the row's
+        block ids, (layers, at least that many blocks). Blocks of cached tokens are not added again.
         """
         if self._blocks is None:
             return held
@@ -153,7 +151,7 @@ class PrefixTree:
         return block
 
     def evict(self, count: int) -> None:
-        """Let go of so many blocks of every layer, or of all that are idle."""
+        """Evict `count` blocks per layer, or all idle ones."""
         for block in list(islice(self._idle, count)):
             assert self._blocks is not None and block.parent is not None and not block.children
             siblings = block.parent.children[len(block.tokens)]

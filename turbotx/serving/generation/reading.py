@@ -1,13 +1,13 @@
-"""Reading: prompts that are read together, each after the blocks that are known of its beginning.
+"""Reading: the layout of prompts that are prefilled together, each after its cached prefix.
 
-In: sequences, the rows that decode, the tree of known prefixes. Out: which columns of a cache hold
-what, and how many blocks that takes. No tensors in here, so that simulations use it too::
+In: sequences, the decoding rows, the prefix tree. Out: the contents of the cache's columns, and the
+number of blocks they take. There are no tensors here, so that simulations can use it::
 
     lay_out([sequence], slots, tree, piece=256, most_columns=4096)
         ->  PromptReading(rows=[...], first=128, pad=37, length=20)
 
-Columns of a reading: `first` in whole blocks, which are known and shared; `pad` empty ones, so that
-it ends where the batch does; `length` that are read, shorter prompts filled up on the left.
+Columns of a reading: `first` in whole blocks, cached and shared; `pad` empty ones, so that it ends
+at the batch's column; `length` that are read, with shorter prompts padded on the left.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from turbotx.serving.generation.slots import BLOCK, Slots
 
 
 class Prompted(Protocol):
-    """What is known here of a sequence."""
+    """The part of a sequence that a layout needs."""
 
     def __hash__(self) -> int:
-        """Two are equal only if they are one."""
+        """Return a hash by identity: equal only to itself."""
 
     @property
     def prompt(self) -> Sequence[int]:
-        """The tokens to be read before the next one is made: after it gave way, also its own."""
+        """The tokens to prefill; after a preemption also the generated ones."""
 
     @property
     def most(self) -> int:
-        """Positions that it takes at its end."""
+        """Most positions it can have."""
 
 
 @dataclass
 class PromptRow:
-    """A prompt, those who go on from it, and the last block that is known of it."""
+    """A prompt, the sequences that continue it, and the last block of its cached prefix."""
 
     prompt: tuple[int, ...]
     keys: list[Hashable]
@@ -54,9 +54,10 @@ class PromptRow:
 
 @dataclass
 class PromptReading:
-    """Prompts that are read together, equal ones once.
+    """Prompts that are prefilled together, equal prompts once.
 
-    cache: what holds the columns. done: of `length`, how many are in it; next: after the next call.
+    cache: holds the columns. done: columns of `length` already read; next: `done` after the next
+    call.
     """
 
     rows: list[PromptRow]
@@ -69,27 +70,27 @@ class PromptReading:
 
     @property
     def keys(self) -> list[Hashable]:
-        """Those who wait for it."""
+        """The sequences that wait for it."""
         return [key for row in self.rows for key in row.keys]
 
     @property
     def start(self) -> int:
-        """Columns before those that are read."""
+        """Number of columns before those that are read."""
         return self.first + self.pad
 
     @property
     def end(self) -> int:
-        """All columns."""
+        """Number of all columns."""
         return self.start + self.length
 
     @property
     def blocks(self) -> int:
-        """Blocks of every layer that it takes at its end, beside those that others hold."""
+        """Blocks per layer that it allocates, without shared ones."""
         revived = {block for row in self.rows for block in row.chain if not block.holders}
         return len(revived) + len(self.rows) * -(-(self.pad + self.length) // BLOCK)
 
     def mask_of(self, row: PromptRow) -> Mask:
-        """Return which columns a row has tokens in, (columns,)."""
+        """Return a row's mask, (columns,) bool, True where it has tokens."""
         parts = [block.mask for block in row.chain]
         left = len(row.prompt) - row.cached
         before = np.zeros(self.first - BLOCK * len(parts), np.bool_)
@@ -97,7 +98,8 @@ class PromptReading:
         return np.concatenate([before, *parts, gap, np.ones(left, np.bool_)])
 
     def table(self, layers: int) -> NDArray[np.int64]:
-        """Return the known blocks, (layers, rows, columns of blocks), -1 for none."""
+        """Return the block ids of the cached prefixes, int64 (layers, rows, blocks), -1 for
+        none."""
         made = np.full((layers, len(self.rows), self.first // BLOCK), -1, np.int64)
         for place, row in enumerate(self.rows):
             for column, block in enumerate(row.chain, made.shape[2] - len(row.chain)):
@@ -108,9 +110,9 @@ class PromptReading:
 def lay_out(
     sequences: Sequence[Prompted], slots: Slots, tree: PrefixTree, piece: int, most_columns: int
 ) -> PromptReading:
-    """Return how prompts are read together, before the rows of `slots` and by `piece` columns.
+    """Return the layout of a joint prefill, by `piece` columns, that joins the rows of `slots`.
 
-    most_columns: that a row may have at its end; a prefix whose empty columns pass it is not used.
+    most_columns: limit of a row's columns; a prefix with too many empty columns is not used.
     """
     keys: dict[tuple[int, ...], list[Prompted]] = {}
     for sequence in sequences:

@@ -1,7 +1,7 @@
-"""Routes of generation: OpenAI's bodies to prompts, pieces to OpenAI's answers and events.
+"""Routes of generation: OpenAI's requests to prompts, pieces to OpenAI's responses.
 
-In: a decoded body, the service. Out: an `Answering`: whole as one record, or event by event.
-Neither HTTP nor JSON in here; refusals are exceptions::
+In: a decoded body and the service. Out: an `Answering`: one record or a stream of events. No HTTP
+or JSON; refusals are exceptions::
 
     answering = await completions(service, body, priority=0)
     await answering.whole()                          # CompletionResponse(...)
@@ -41,14 +41,14 @@ from turbotx.serving.generation.service import GenerationService
 from turbotx.serving.refusals import BadInput, TooLarge
 
 MOST_STOPS = 16
-DEFAULT_TOKENS = 16  # OpenAI's, of a completion
-MOST_TEXTS = 128  # of one request
-CHARACTERS_PER_TOKEN = 24  # more than any tokenizer needs on average over a whole text
+DEFAULT_TOKENS = 16  # OpenAI's default of max_tokens for completions
+MOST_TEXTS = 128  # per request
+CHARACTERS_PER_TOKEN = 24  # an upper bound of any text's average
 
 
 @dataclass
 class _Text:
-    """What is there of one text."""
+    """State of one generated text."""
 
     prompt: Sequence[int]
     asked: Asked
@@ -61,7 +61,7 @@ class _Text:
 
 
 class Answering(ABC):
-    """A request that is being answered."""
+    """A request in progress."""
 
     prefix = "cmpl"
 
@@ -79,7 +79,7 @@ class Answering(ABC):
         )
 
     async def whole(self) -> Any:
-        """Return the answer when all of it is there."""
+        """Return the complete response."""
         async for index, piece in self._pieces:
             text = self._note(index, piece)
             text.text += piece.text
@@ -89,7 +89,7 @@ class Answering(ABC):
         return self._answer(self._texts, self._usage())
 
     async def events(self) -> AsyncIterator[Any]:
-        """Give what is new, as it comes."""
+        """Yield the events of a streaming response."""
         options = self._body.stream_options
         counts = options is not None and bool(options.include_usage)
         begun: set[int] = set()
@@ -105,7 +105,7 @@ class Answering(ABC):
             yield self._last(self._usage())
 
     async def close(self) -> None:
-        """Stop what still runs."""
+        """Cancel the remaining generation."""
         await self._pieces.aclose()  # type: ignore[attr-defined]
 
     def _note(self, index: int, piece: Piece) -> _Text:
@@ -125,7 +125,7 @@ class Answering(ABC):
         )  # fmt: skip
 
     def _show(self, token: int) -> str:
-        """Return the text of one token; U+FFFD for a part of a character."""
+        """Return one token's text, U+FFFD for an incomplete character."""
         text: str = self._service.generator.tokenizer.backend_tokenizer.decode(
             [token], skip_special_tokens=False
         )
@@ -145,7 +145,7 @@ class Answering(ABC):
 
 
 class CompletionAnswering(Answering):
-    """OpenAI's completions."""
+    """Responses of /v1/completions."""
 
     def _answer(self, texts: Sequence[_Text], usage: TokenUsage) -> CompletionResponse:
         choices = [
@@ -197,7 +197,7 @@ class CompletionAnswering(Answering):
 
 
 class ChatAnswering(Answering):
-    """OpenAI's chat completions."""
+    """Responses of /v1/chat/completions."""
 
     prefix = "chatcmpl"
 
@@ -245,12 +245,12 @@ class ChatAnswering(Answering):
 async def completions(
     service: GenerationService, body: CompletionRequest, priority: int
 ) -> Answering:
-    """OpenAI's completions. Raises BadInput, TooLarge."""
+    """Answer /v1/completions. Raises BadInput, TooLarge."""
     if body.suffix is not None:
-        raise BadInput("suffix is not known: texts are made after their prompt only")
+        raise BadInput("suffix is not supported: leave it out")
     n = body.n or 1
     if body.best_of is not None and body.best_of != n:
-        raise BadInput(f"best_of is {body.best_of}: only n texts are made, {n}")
+        raise BadInput(f"best_of is {body.best_of}: only best_of = n = {n} is supported")
     rows = await _read_prompts(service, body.prompt)
     echoes = [""] * len(rows)
     if body.echo:
@@ -266,14 +266,14 @@ async def completions(
 async def chat_completions(
     service: GenerationService, body: ChatCompletionRequest, priority: int
 ) -> Answering:
-    """OpenAI's chat completions, by the tokenizer's own template. Raises BadInput, TooLarge."""
+    """Answer /v1/chat/completions with the tokenizer's template. Raises BadInput, TooLarge."""
     generator = service.generator
     if not generator.has_chat_template:
         raise BadInput(
             f"the tokenizer of {generator.name} has no chat template: use /v1/completions"
         )
     if body.tools or body.tool_choice not in (None, "none"):
-        raise BadInput("tools are not known here: leave tools and tool_choice out")
+        raise BadInput("tools are not supported: leave tools and tool_choice out")
     if body.response_format is not None and body.response_format.type != "text":
         raise BadInput(f"response_format is {body.response_format.type!r}: only text is made")
     messages = [{"role": m.role, "content": _content(m.content)} for m in body.messages]
@@ -285,9 +285,9 @@ async def chat_completions(
                 messages, tokenize=False, add_generation_prompt=True,
                 **values,
             )  # fmt: skip
-        except Exception as error:  # a template may refuse roles, in words of its own
+        except Exception as error:  # templates raise their own errors, such as for unknown roles
             raise BadInput(f"the chat template refuses the messages: {error}") from error
-        # The template writes the special tokens itself.
+        # The template already contains the special tokens.
         return _encode(generator, prompt, special=False)
 
     row = await service.tokenize(sum(len(m["content"]) for m in messages), work)
@@ -297,12 +297,12 @@ async def chat_completions(
 
 
 async def _read_prompts(service: GenerationService, prompt: Any) -> list[list[int]]:
-    """Return token ids of a text, of several, of ids, of several lists of ids."""
+    """Return the token ids of a text, texts, ids or lists of ids. Raises BadInput, TooLarge."""
     items = prompt if isinstance(prompt, list) else [prompt]
     if items and all(isinstance(x, int) for x in items):
         items = [items]
     if not items or any(isinstance(x, int) for x in items):
-        raise BadInput("prompt is a text, a list of token ids, or a list of either, not empty")
+        raise BadInput("prompt must be a text, a list of token ids, or a list of either, not empty")
     if len(items) > service.settings.max_client_batch:
         raise TooLarge(
             f"{len(items)} prompts in one request, at most {service.settings.max_client_batch}"
@@ -337,8 +337,8 @@ def _encode(generator: Any, text: str, special: bool = True) -> list[int]:
 
 
 def _template_values(generator: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return what a request sets of the template's own variables. Raises BadInput for what is an
-    argument of transformers instead: a template of the client's own would run here."""
+    """Return the template's variables. Raises BadInput for arguments of transformers, such as a
+    template of the client's own."""
     own = inspect.signature(generator.tokenizer.apply_chat_template).parameters
     refused = sorted(name for name in given if name in own)
     if refused:
@@ -351,7 +351,7 @@ def _content(said: Any) -> str:
         return said or ""
     other = [part.type for part in said if part.type != "text"]
     if other:
-        raise BadInput(f"a message has a part of type {other[0]!r}: only text is read")
+        raise BadInput(f"a message has a part of type {other[0]!r}: only text is supported")
     return "".join(part.text for part in said)
 
 
@@ -359,13 +359,13 @@ def _texts(
     service: GenerationService, body: GenerationRequest, rows: Sequence[Sequence[int]],
     max_tokens: int, logprobs: int | None,
 ) -> list[_Text]:  # fmt: skip
-    """Return n texts for each prompt, each with a seed of its own."""
+    """Return the states of n texts per prompt, each with its own seed."""
     generator, n = service.generator, body.n or 1
     if len(rows) * n > MOST_TEXTS:
-        raise TooLarge(f"{len(rows)} prompts with n={n}: at most {MOST_TEXTS} texts in a request")
+        raise TooLarge(f"{len(rows)} prompts with n={n}: at most {MOST_TEXTS} texts per request")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stops) > MOST_STOPS or not all(stops):
-        raise BadInput(f"stop is at most {MOST_STOPS} texts, none of them empty")
+        raise BadInput(f"stop must be at most {MOST_STOPS} texts, none of them empty")
     sampling = _sampling(service, body, logprobs)
     ends = frozenset() if body.ignore_eos else generator.ends
     texts = []
@@ -383,7 +383,7 @@ def _sampling(
     bias = {}
     for key, value in (body.logit_bias or {}).items():
         if not key.isdecimal() or int(key) >= service.generator.vocabulary:
-            raise BadInput(f"logit_bias has {key!r}: keys are token ids")
+            raise BadInput(f"logit_bias has {key!r}: keys must be token ids")
         bias[int(key)] = value
 
     def said(name: str) -> Any:

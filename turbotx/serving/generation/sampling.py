@@ -1,7 +1,7 @@
-"""Sampling: from a row of logits to the next token.
+"""Sampling: draws the next token from a row of logits.
 
-In: float32 logits over the vocabulary, what a request asks for, the tokens so far. Out: a token,
-its logarithm of probability, and those of the most probable ones::
+In: float32 logits over the vocabulary, sampling options, the tokens so far. Out: a token, its log
+probability, and those of the most probable tokens::
 
     Sampler(Sampling(temperature=0.7, seed=1)).pick(logits).token      # 318
 """
@@ -21,11 +21,12 @@ MANY = 1_024
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a request says about how tokens are drawn. Temperature 0: the most probable one.
+    """Sampling options of a request.
 
-    top_k: 0 for all. seed: None draws otherwise each time. logprobs: how many of the most probable
-    tokens to tell of, None for no probabilities at all. Penalties are OpenAI's: subtracted from the
-    logits of tokens that were made, once, and for each time.
+    temperature: 0 for greedy. top_k: 0 for all. seed: None for a random one. logprobs: number of
+    most probable tokens to return, None for no log probabilities. Penalties are OpenAI's,
+    subtracted from logits of generated tokens: presence_penalty once, frequency_penalty per
+    occurrence.
     """
 
     temperature: float = 1.0
@@ -40,8 +41,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Picked:
-    """A token, its natural logarithm of probability at temperature 1, and (token, logarithm) of
-    the most probable ones in descending order."""
+    """A token, its natural log probability at temperature 1, and (token, log probability) of the
+    most probable ones in descending order."""
 
     token: int
     logprob: float | None = None
@@ -49,7 +50,7 @@ class Picked:
 
 
 class Sampler:
-    """Draws the tokens of one sequence."""
+    """Samples the tokens of one sequence."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
@@ -57,14 +58,14 @@ class Sampler:
         self._made: dict[int, int] = {}
 
     def pick(self, logits: Logits) -> Picked:
-        """Draw the next token from (vocabulary,) logits.
+        """Sample the next token from (vocabulary,) logits.
 
-        Raises ValueError where they hold no number that is largest: a NaN, or nothing but -inf.
+        Raises ValueError if they contain NaN or only -inf.
         """
         sampling = self._sampling
         scores = self._adjust(logits)
         if not np.isfinite(scores.max()):
-            raise ValueError("the model's logits are not numbers")
+            raise ValueError("the model's logits are NaN or all -inf")
         token = int(scores.argmax()) if sampling.temperature == 0 else self._draw(scores)
         self._made[token] = self._made.get(token, 0) + 1
         if sampling.logprobs is None:
@@ -74,7 +75,7 @@ class Sampler:
         return Picked(token, float(logs[token]), [(int(i), float(logs[i])) for i in best])
 
     def _adjust(self, logits: Logits) -> Logits:
-        """Return the logits with biases and penalties; the same array where there are none."""
+        """Return the logits with biases and penalties; the same array if there are none."""
         sampling = self._sampling
         penalised = self._made and (sampling.presence_penalty or sampling.frequency_penalty)
         if not sampling.logit_bias and not penalised:
@@ -107,14 +108,14 @@ class Sampler:
 
 
 def log_softmax(scores: Logits) -> NDArray[np.float64]:
-    """Return natural logarithms of the probabilities of (vocabulary,) logits."""
+    """Return natural log probabilities, float64 (vocabulary,)."""
     shifted = scores.astype(np.float64) - scores.max()
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
     return result
 
 
 def _largest(values: NDArray[np.floating], count: int) -> NDArray[np.int64]:
-    """Return the places of the largest values in descending order."""
+    """Return the indices of the `count` largest values, in descending order."""
     count = min(count, len(values))
     if count == 0:
         return np.empty(0, np.int64)
@@ -123,8 +124,8 @@ def _largest(values: NDArray[np.floating], count: int) -> NDArray[np.int64]:
 
 
 def _nucleus(weights: NDArray[np.float64], share: float) -> NDArray[np.int64]:
-    """Return the fewest most probable places whose weights make up `share` of all, at least one
-    (Holtzman et al. 2020, section 3.1)."""
+    """Return the smallest set of most probable indices with at least `share` of the total weight
+    (top-p, Holtzman et al. 2020, section 3.1)."""
     wanted = share * weights.sum()
     for count in (MANY, len(weights)):
         order = _largest(weights, count)

@@ -1,8 +1,7 @@
-"""Scheduler of generation: whose prompt is read next, who decodes, who has to give way.
+"""Generation scheduler: selects prompts to prefill, sequences to decode, and whom to preempt.
 
-In: sequences that arrive, and how many blocks of the cache are taken. Out: one turn at a time, a
-piece of prompts to read and whether the running sequences take a step; it has no clock, no model
-and no HTTP in it::
+In: arriving sequences, and the number of used cache blocks. Out: one turn at a time: a piece of
+prompts to prefill and whether running sequences take a step. It has no clock, model or HTTP::
 
     scheduler.submit([sequence])
     scheduler.next(blocks)          ->  SchedulerTurn(begin=PromptReading(...), read=True)
@@ -23,42 +22,42 @@ from turbotx.serving.refusals import Busy, TooLarge
 
 
 class Sequenced(Prompted, Protocol):
-    """What the scheduler knows of a sequence."""
+    """The part of a sequence that the scheduler needs."""
 
     @property
     def priority(self) -> int:
-        """Its class: -1, 0 or 1, the highest first."""
+        """Priority -1, 0 or 1; the highest is first."""
 
 
 class Blocks(Protocol):
-    """What the scheduler knows of the cache, in blocks of every layer."""
+    """The cache as the scheduler sees it, counted in blocks per layer."""
 
     @property
     def used(self) -> int:
-        """Blocks that sequences have; others can be evicted."""
+        """Blocks used by sequences; all others can be evicted."""
 
     def needed(self) -> int:
-        """Return how many more the next turn takes at the most."""
+        """Return the most blocks that the next turn allocates."""
 
     def lay_out(self, sequences: Sequence[Prompted]) -> PromptReading:
-        """Return how prompts would be read together."""
+        """Return the layout of a joint prefill of these prompts."""
 
 
 @dataclass(frozen=True)
 class GenerationLimits:
-    """Of one server, in sequences, tokens, and blocks of the cache: 64 positions of every layer."""
+    """Limits of one server, in sequences, tokens, and cache blocks of 64 positions per layer."""
 
-    max_sequences: int = 16  # that decode together
-    max_blocks: int = 1_024  # of all that decode or are read
-    prefill_tokens: int = 256  # of prompts between two steps
+    max_sequences: int = 16  # decoding together
+    max_blocks: int = 1_024  # of decoding and prefilling sequences
+    prefill_tokens: int = 256  # prompt tokens between two decoding steps
     max_waiting: int = 128
-    context: int = 2_048  # positions that the model has
-    prefix_cache: bool = True  # whether blocks of earlier texts are kept and found again
+    context: int = 2_048  # the model's positions
+    prefix_cache: bool = True  # reuse the blocks of earlier texts
 
 
 @dataclass(frozen=True)
 class SchedulerTurn:
-    """What to do now: begin this reading, read on, take a step."""
+    """One turn: start this prefill, continue the prefill, take a decoding step."""
 
     begin: PromptReading | None = None
     read: bool = False
@@ -67,20 +66,21 @@ class SchedulerTurn:
 
 @dataclass
 class GenerationScheduler:
-    """First come, first served, higher classes before lower ones. Who gave way comes first."""
+    """First come, first served by priority; preempted sequences go first within theirs."""
 
     limits: GenerationLimits
     waiting: list[Sequenced] = field(default_factory=list)
     reading: list[Sequenced] = field(default_factory=list)
-    running: list[Sequenced] = field(default_factory=list)  # in the order in which they came
+    running: list[Sequenced] = field(default_factory=list)  # in order of arrival
     preemptions: int = 0
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.reading) + len(self.running)
 
     def check(self, prompt: int, most: int) -> None:
-        """Raise TooLarge for a sequence of `prompt` tokens and `most` positions that can never
-        run."""
+        """Raise TooLarge for a sequence that can never run.
+
+        prompt: its tokens; most: positions, generated tokens included."""
         limits = self.limits
         if most > limits.context:
             raise TooLarge(
@@ -94,26 +94,27 @@ class GenerationScheduler:
             )
 
     def submit(self, sequences: Sequence[Sequenced]) -> None:
-        """Let sequences of one request wait. Raises Busy where too many wait; an idle server
-        takes any request."""
+        """Queue the sequences of one request. Raises Busy if too many wait; an idle server accepts
+        any request."""
         room = self.limits.max_waiting - len(self.waiting)
         if len(sequences) > room and len(self):
-            raise Busy(f"{len(self.waiting)} sequences wait", retry_after_s=1.0)
+            raise Busy(f"{len(self.waiting)} sequences wait: retry later", retry_after_s=1.0)
         for sequence in sequences:
             self._insert(sequence, behind=True)
 
     def drop(self, sequence: Sequenced) -> None:
-        """Forget a sequence, whatever it is doing."""
+        """Remove a sequence in any state."""
         for queue in (self.waiting, self.reading, self.running):
             if sequence in queue:
                 queue.remove(sequence)
 
     def give_way(self, blocks: Blocks) -> list[Sequenced]:
-        """Return who has to let go of its blocks before the next turn fits; they wait again. To be
-        asked until it is nobody.
+        """Return sequences to preempt so that the next turn fits; they are queued again. Call it
+        until it returns none.
 
-        Those who are read, unless one of a lower class decodes; else the youngest of the lowest
-        class. The last one stays, but where it decodes: read anew, it begins with a block.
+        Prefilling sequences are preempted first unless one of a lower priority decodes, then the
+        youngest of the lowest priority. A single prefilling sequence is not preempted; a single
+        decoding one is, since prefilled again it starts at a block boundary.
         """
         if self.limits.max_blocks - blocks.used >= blocks.needed():
             return []
@@ -133,25 +134,25 @@ class GenerationScheduler:
         return gone
 
     def next(self, blocks: Blocks) -> SchedulerTurn:
-        """Return what to do now, and note that it is being done."""
+        """Return the next turn and record it as started."""
         begin = self._admit(blocks) if self.waiting and not self.reading else None
         return SchedulerTurn(begin, bool(self.reading), bool(self.running))
 
     def have_read(self) -> None:
-        """Note that all whose prompts were read decode from now on."""
+        """Record the end of a prefill: its sequences decode from now on."""
         self.running += self.reading
         self.reading = []
 
     def _insert(self, sequence: Sequenced, behind: bool) -> None:
-        """Put a sequence behind those of its class or before them."""
+        """Insert a sequence after (`behind`) or before the waiting ones of its priority."""
         rank = sequence.priority
         above = [i for i, s in enumerate(self.waiting) if s.priority < rank or
                  (not behind and s.priority == rank)]  # fmt: skip
         self.waiting.insert(above[0] if above else len(self.waiting), sequence)
 
     def _admit(self, blocks: Blocks) -> PromptReading | None:
-        """Take the first that waits, and others behind it that can be read in the same piece, equal
-        prompts as one; every sequence is left one block more, for its next steps."""
+        """Return a prefill of the first waiting sequence and further ones that fit into the same
+        piece, equal prompts once. One block per sequence is reserved for its next steps."""
         limits, begin = self.limits, None
         free = limits.max_blocks - blocks.used
         while self.waiting:

@@ -1,4 +1,4 @@
-"""The bodies of the HTTP API of generation: OpenAI's completions and chat completions.
+"""Request and response bodies of generation: OpenAI's completions and chat completions.
 
 In: JSON. Out: typed records, or a msgspec.ValidationError that names the field::
 
@@ -18,14 +18,14 @@ Natural = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """include_usage: a last event that counts tokens."""
+    """include_usage: send a final event with token counts."""
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # nothing is padded
+    include_obfuscation: bool | None = None  # accepted and ignored
 
 
 class GenerationRequest(RequestBody, kw_only=True):
-    """What completions and chats have in common. Fields that change nothing here are taken."""
+    """Fields of both requests. Fields without an effect here are accepted."""
 
     temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
@@ -44,7 +44,7 @@ class GenerationRequest(RequestBody, kw_only=True):
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
-    """OpenAI's ``/v1/completions``: a prompt or several, as text or as token ids."""
+    """OpenAI's ``/v1/completions``: one or several prompts, as text or token ids."""
 
     prompt: str | list[str | int | list[int]]
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
@@ -54,14 +54,14 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
 
 class TextPart(msgspec.Struct, kw_only=True):
-    """A part of a message; other kinds than text are refused."""
+    """A part of a message; only type "text" is supported."""
 
     type: str
     text: str = ""
 
 
 class ChatMessage(msgspec.Struct, kw_only=True):
-    """One message; its content as text, or as parts of text."""
+    """One message; content is a text or a list of text parts."""
 
     role: str
     content: str | list[TextPart] | None = None
@@ -69,7 +69,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
 
 
 class ResponseFormat(msgspec.Struct, kw_only=True):
-    """Only text is made."""
+    """Output format; only type "text" is supported."""
 
     type: str
 
@@ -91,13 +91,13 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
 
 
 class PromptTokensDetails(msgspec.Struct, kw_only=True):
-    """cached_tokens: that were not read, since their keys and values were known."""
+    """cached_tokens: prompt tokens whose keys and values were reused."""
 
     cached_tokens: int
 
 
 class TokenUsage(msgspec.Struct, kw_only=True):
-    """What is charged by others."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -106,7 +106,7 @@ class TokenUsage(msgspec.Struct, kw_only=True):
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):
-    """By token: its text, logarithm of probability, the best ones, where it begins in the text."""
+    """Per token: its text, log probability, the most probable tokens, its offset in the text."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -115,7 +115,7 @@ class CompletionLogprobs(msgspec.Struct, kw_only=True):
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
-    """One text, or the next part of it."""
+    """One text, or its next part in a stream."""
 
     index: int
     text: str
@@ -124,7 +124,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
 
 
 class CompletionResponse(msgspec.Struct, kw_only=True):
-    """The texts, or an event of a stream."""
+    """The complete response, or one event of a stream."""
 
     id: str
     created: int
@@ -135,7 +135,7 @@ class CompletionResponse(msgspec.Struct, kw_only=True):
 
 
 class TokenLogprob(msgspec.Struct, kw_only=True):
-    """A token, as text and as bytes."""
+    """A token as text and bytes, with its log probability."""
 
     token: str
     logprob: float
@@ -143,26 +143,26 @@ class TokenLogprob(msgspec.Struct, kw_only=True):
 
 
 class ChosenLogprob(TokenLogprob, kw_only=True):
-    """A token of the text, and the most probable in its place."""
+    """A token of the text, with the most probable alternatives."""
 
     top_logprobs: list[TokenLogprob]
 
 
 class ChatLogprobs(msgspec.Struct, kw_only=True):
-    """By token."""
+    """Log probabilities per token."""
 
     content: list[ChosenLogprob]
 
 
 class Said(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """The answer, or the next part of it."""
+    """The assistant's message, or its next part in a stream."""
 
     role: str | None = None
     content: str | None = None
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
-    """One answer."""
+    """One message of the response."""
 
     index: int
     message: Said
@@ -171,7 +171,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
 
 
 class ChatResponse(msgspec.Struct, kw_only=True):
-    """The answers."""
+    """The complete response."""
 
     id: str
     created: int
@@ -182,7 +182,7 @@ class ChatResponse(msgspec.Struct, kw_only=True):
 
 
 class ChatDelta(msgspec.Struct, kw_only=True):
-    """The next part of one answer."""
+    """The next part of one message."""
 
     index: int
     delta: Said
@@ -191,7 +191,7 @@ class ChatDelta(msgspec.Struct, kw_only=True):
 
 
 class ChatEvent(msgspec.Struct, kw_only=True):
-    """An event of a stream of answers."""
+    """One event of a stream."""
 
     id: str
     created: int

@@ -1,6 +1,6 @@
-"""Sequence: one text that is being made: its prompt, its tokens, why it ends.
+"""Sequence: one text being generated, with its prompt, tokens and end conditions.
 
-In: what a request asks for; logits, one row at a time. Out: pieces for whoever listens::
+In: a request's options; logits, one row per step. Out: pieces, passed to a callback::
 
     sequence.take(logits)     # Piece(text=" is", token=318, ...)
 """
@@ -19,8 +19,10 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request says of each of its texts. max_tokens: made at most; ends: tokens that end a
-    text, and are no part of it; stops: strings that do."""
+    """Options of one text.
+
+    max_tokens: most generated tokens. ends: end-of-text tokens, not part of the text. stops:
+    strings that end it."""
 
     max_tokens: int
     ends: frozenset[int] = frozenset()
@@ -30,8 +32,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step added to a text. picked: None where only held back text is handed out. cached:
-    tokens of the text's prompt that were not read, since their keys and values were known."""
+    """The result of one step.
+
+    picked: None if the piece has only text held back before. cached: prompt tokens whose keys and
+    values were reused."""
 
     text: str
     picked: Picked | None
@@ -40,9 +44,9 @@ class Piece:
 
 
 class GeneratedSequence:
-    """Owned by the worker's thread; `tell` is called there with each piece or an error.
+    """A sequence of the worker; `tell` is called on its thread with each piece or an error.
 
-    Two sequences are equal only if they are one.
+    Sequences are compared by identity.
     """
 
     def __init__(
@@ -58,23 +62,24 @@ class GeneratedSequence:
 
     @property
     def prompt(self) -> Sequence[int]:
-        """The tokens to be read before the next one is made: after it gave way, also its own."""
+        """The tokens to prefill; after a preemption also the generated ones."""
         return [*self.ids, *self.tokens]
 
     @property
     def most(self) -> int:
-        """Positions that it takes at its end."""
+        """Most positions it can have."""
         return len(self.ids) + self.asked.max_tokens
 
     def note_cached(self, tokens: int) -> None:
-        """Note how much of the prompt was not read; when it is read again, that does not count."""
+        """Record the number of reused prompt tokens at the first prefill; later ones do not
+        count."""
         if self._cached is None:
             self._cached = tokens
 
     def take(self, logits: Logits) -> None:
-        """Draw the next token and tell of it; `finished` says whether it is the last.
+        """Sample the next token and pass it to `tell`; `finished` is set after the last.
 
-        logits: float, (vocabulary,). Raises ValueError for logits that are no numbers.
+        logits: float (vocabulary,). Raises ValueError if they are NaN.
         """
         picked = self._sampler.pick(logits)
         if picked.token in self.asked.ends:
@@ -90,7 +95,7 @@ class GeneratedSequence:
             self.tell(Piece(text, picked, None, self._cached or 0))
 
     def fail(self, error: Exception) -> None:
-        """End it by an error."""
+        """End the sequence with an error."""
         self.finished = True
         self.tell(error)
 

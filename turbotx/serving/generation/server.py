@@ -1,7 +1,7 @@
 """``turbotx serve --task generate``: loads a causal language model and listens.
 
-In: the command line's arguments. Out: a server until it is told to stop; then it finishes the texts
-that it has begun, and exits::
+In: the command line's arguments. Out: a server until SIGINT or SIGTERM; it then finishes accepted
+texts and exits::
 
     serve_generation("path/to/llama", Settings(), GenerationSettings(), host="127.0.0.1", port=8080)
 """
@@ -21,13 +21,13 @@ from turbotx.serving.settings import Settings, SettingsError
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What an operator may set beside ``Settings``: sequences, tokens, bytes."""
+    """Options of a generation server besides ``Settings``."""
 
-    max_sequences: int = 16  # that decode together
-    max_cache_nbytes: int = 2 << 30  # of keys and values, room to grow included
-    prefill_tokens: int = 256  # of prompts between two steps of decoding
-    max_waiting: int = 128  # sequences; beyond it 429
-    prefix_cache: bool = True  # whether blocks of earlier texts are kept and found again
+    max_sequences: int = 16  # decoding together
+    max_cache_nbytes: int = 2 << 30  # of the key/value caches, with reserved space
+    prefill_tokens: int = 256  # prompt tokens between two decoding steps
+    max_waiting: int = 128  # waiting sequences; above it requests get 429
+    prefix_cache: bool = True  # reuse the blocks of earlier texts
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_cache_nbytes", "prefill_tokens", "max_waiting"):
@@ -39,9 +39,9 @@ def serve_generation(
     model: str, settings: Settings, generation: GenerationSettings, *, host: str, port: int,
     **choices: Any,
 ) -> None:  # fmt: skip
-    """Serve one model until SIGINT or SIGTERM; ``choices`` are the arguments of `load_generator`.
+    """Serve one model until SIGINT or SIGTERM.
 
-    Raises ModelFilesError, SettingsError, ModelFailed.
+    choices: arguments of `load_generator`. Raises ModelFilesError, SettingsError, ModelFailed.
     """
     listener = open_port(host, port)  # before the model is loaded, which takes much longer
     generator = load_generator(model, max_cache_nbytes=generation.max_cache_nbytes, **choices)

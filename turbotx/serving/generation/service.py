@@ -1,7 +1,7 @@
-"""Generation service: the model behind its worker, requests as streams of pieces.
+"""Generation service: a model with its worker; requests are streams of pieces.
 
-In: token ids and what a request asks for. Out: pieces of every text as they are made; who leaves
-frees the cache at once::
+In: token ids and a request's options. Out: pieces of every text as they are generated. If the
+client disconnects, its cache blocks are released at once::
 
     async for index, piece in service.generate([ids], asked, priority=0): ...
 """
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class GenerationService(Served):
-    """One model, one worker. All but the worker belongs to one event loop."""
+    """One model and its worker. All methods run on one event loop."""
 
     metrics: GenerationMetrics
 
@@ -39,7 +39,7 @@ class GenerationService(Served):
         self, generator: Generator, settings: Settings, limits: GenerationLimits,
         max_cache_nbytes: int,
     ) -> None:  # fmt: skip
-        """limits: all but the blocks, which follow from bytes and model."""
+        """limits: max_blocks is replaced by the number that fits max_cache_nbytes."""
         super().__init__(settings, [generator.name], GenerationMetrics())
         self.generator = generator
         self._limits, self._nbytes = limits, max_cache_nbytes
@@ -48,11 +48,11 @@ class GenerationService(Served):
 
     @property
     def worker(self) -> DecodeWorker:
-        """Raises NotReady while there is none that accepts."""
+        """The worker. Raises NotReady while the service does not accept requests."""
         return self.when_ready(self._worker)
 
     async def start(self) -> None:
-        """Run the model once, accept requests. Raises ModelFailed."""
+        """Run the model once, then accept requests. Raises ModelFailed."""
         generator, piece = self.generator, self._limits.prefill_tokens
         batch = DecodeBatch.of(generator.model, generator.module, generator.device, piece)
         token = min(generator.vocabulary, 100) - 1
@@ -75,17 +75,17 @@ class GenerationService(Served):
         )  # fmt: skip
 
     async def drain(self) -> None:
-        """Finish all texts that were begun or wait."""
+        """Finish all running and waiting texts."""
         if self._worker is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._worker.drain)
 
     async def generate(
         self, prompts: Sequence[Sequence[int]], asked: Sequence[Asked], priority: int = 0
     ) -> AsyncIterator[tuple[int, Piece]]:
-        """Give the pieces of every prompt's text as they come, each with its prompt's index.
+        """Yield the pieces of every prompt's text as they come, with the prompt's index.
 
-        Raises TooLarge, Busy, NotReady; TimedOut where no first token comes in time; BackendFailed.
-        Who leaves the iteration cancels what is left.
+        Closing the iterator cancels the remaining texts. Raises TooLarge, Busy, NotReady, TimedOut
+        if the first token is late, BackendFailed.
         """
         for prompt, wanted in zip(prompts, asked, strict=True):
             self.scheduler.check(len(prompt), len(prompt) + wanted.max_tokens)
@@ -93,7 +93,7 @@ class GenerationService(Served):
 
         def teller(index: int) -> Callable[[Piece | Exception], None]:
             def tell(piece: Piece | Exception) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop was left meanwhile
+                with contextlib.suppress(RuntimeError):  # the event loop has been closed
                     loop.call_soon_threadsafe(arrived.put_nowait, (index, piece))
 
             return tell
@@ -133,7 +133,7 @@ class GenerationService(Served):
                 worker.cancel(sequences)
 
     def figures(self) -> dict[str, float]:
-        """Gauges for the metrics: sequences, the cache, the module's own counts."""
+        """Return gauges of sequences, the cache, and the module's statistics."""
         found = {"ready": float(self.state == "ready")}
         if self._worker is not None:
             found.update(self._worker.figures())

@@ -1,7 +1,7 @@
-r"""Text of tokens as they are made: whole characters only, held back where a stop may begin.
+r"""Text stream: decodes tokens to whole characters; holds back text that may begin a stop string.
 
-In: tokens one by one, the strings that end a text. Out: what may be sent now; a stop string and
-all after it never is::
+In: tokens one by one, and the stop strings. Out: the text that can be sent; a stop string and all
+after it are never sent::
 
     text = TextStream(tokenizer, stops=["\n\n"]); text.push(318)      # ' is'
 """
@@ -13,10 +13,10 @@ from typing import Any
 
 
 class TextStream:
-    """Decodes one sequence; `stopped` once a stop string has come."""
+    """Decodes one sequence; `stopped` is set after a stop string."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
-        """tokenizer: of the library tokenizers."""
+        """tokenizer: a `tokenizers.Tokenizer`."""
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer, self._stops = tokenizer, [s for s in stops if s]
@@ -26,14 +26,14 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Take the next token; return the text that is certain now, "" where there is none."""
+        """Add the next token; return the text that can be sent now, possibly empty."""
         self._tokens.append(token)
         return self._hand_out(self._stream.step(self._tokenizer, token) or "", last=False)
 
     def finish(self) -> str:
-        """Return what was held back: no token comes any more.
+        """Return the text held back, after the last token.
 
-        Bytes that make no whole character show as U+FFFD.
+        Incomplete characters become U+FFFD.
         """
         if self.stopped:
             return ""
@@ -58,7 +58,8 @@ class TextStream:
         return certain
 
     def _begun(self) -> int:
-        """Return the length of the longest end of the held text that begins a stop string."""
+        """Return the length of the longest suffix of the held text that is a prefix of a stop
+        string."""
         longest = max((len(s) - 1 for s in self._stops), default=0)
         for count in range(min(longest, len(self._held)), 0, -1):
             if any(s.startswith(self._held[-count:]) for s in self._stops):

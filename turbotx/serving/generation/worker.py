@@ -1,7 +1,7 @@
-"""DecodeWorker: the one thread that runs the model, a turn at a time.
+"""DecodeWorker: the thread that runs the model, one turn at a time.
 
-In: sequences, from any thread. Out: their pieces by `tell`; between two turns sequences join, leave
-or give way::
+In: sequences, from any thread. Out: their pieces, by `tell`. Sequences join, leave or are preempted
+between turns::
 
     worker = DecodeWorker(batch, scheduler, metrics); worker.start(); worker.submit([sequence])
 """
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class DecodeWorker:
-    """`submit` and `cancel` may be called from any thread; all else runs on its own."""
+    """The worker; `submit` and `cancel` may be called from any thread."""
 
     def __init__(
         self, batch: DecodeBatch, scheduler: GenerationScheduler, metrics: GenerationMetrics
@@ -36,11 +36,11 @@ class DecodeWorker:
         self._thread = threading.Thread(target=self._run, name="turbotx-decode", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     def submit(self, sequences: Sequence[GeneratedSequence]) -> None:
-        """Let the sequences of a request wait for their turn. Raises Busy, NotReady."""
+        """Queue the sequences of a request. Raises Busy, NotReady."""
         with self._changed:
             if self._draining:
                 raise NotReady("the server is shutting down")
@@ -48,13 +48,13 @@ class DecodeWorker:
             self._changed.notify()
 
     def cancel(self, sequences: Sequence[GeneratedSequence]) -> None:
-        """Let nobody wait for these any more: their part of the cache is free after this turn."""
+        """Cancel sequences; their cache blocks are released after the current turn."""
         with self._changed:
             self._cancelled.update(s for s in sequences if not s.finished)
             self._changed.notify()
 
     def drain(self) -> None:
-        """Finish what there is and end the thread; blocks until then."""
+        """Finish all sequences and end the thread; blocks until then."""
         with self._changed:
             self._draining = True
             self._changed.notify()
@@ -63,7 +63,7 @@ class DecodeWorker:
         self.batch.close()
 
     def figures(self) -> dict[str, float]:
-        """Gauges for the metrics."""
+        """Return gauges for the metrics."""
         with self._changed:
             scheduler, batch = self._scheduler, self.batch
             return {
@@ -107,12 +107,12 @@ class DecodeWorker:
             try:
                 if concerned:
                     work()
-            except Exception as error:  # whatever the model raises: nobody may wait for ever
+            except Exception as error:  # any of the model: waiting requests get it
                 log.exception("a turn failed")
                 self._fail(error, reading=work == self._read)
 
     def _read(self) -> None:
-        """Read a piece of the prompts; at their end make each one's first token and join them."""
+        """Prefill a piece of the prompts; at the end sample first tokens and join the batch."""
         reading = self.batch.reading
         assert reading is not None
         begin, columns = time.perf_counter(), reading.next - reading.done
@@ -131,7 +131,7 @@ class DecodeWorker:
             self._scheduler.have_read()
 
     def _step(self) -> None:
-        """Make one token of every running sequence."""
+        """Decode one token of every running sequence."""
         begin = time.perf_counter()
         found = self.batch.step()
         self._metrics.count_step(len(found), time.perf_counter() - begin)
@@ -141,7 +141,7 @@ class DecodeWorker:
                 self.batch.push(sequence, sequence.tokens[-1])
 
     def _take(self, sequence: GeneratedSequence, logits: Logits) -> bool:
-        """Let a sequence draw its next token; tell whether it goes on."""
+        """Sample a sequence's next token; return whether it continues."""
         right = True
         try:
             sequence.take(logits)
@@ -155,7 +155,7 @@ class DecodeWorker:
         return not sequence.finished
 
     def _forget_cancelled(self) -> None:
-        """Take sequences that nobody waits for off everything."""
+        """Remove cancelled sequences."""
         for sequence in self._cancelled:
             self._scheduler.drop(sequence)
             self.batch.leave(sequence)
@@ -163,7 +163,7 @@ class DecodeWorker:
         self._cancelled.clear()
 
     def _fail(self, error: Exception, reading: bool) -> None:
-        """Tell those whose prompts were being read, or those who decoded, and forget them."""
+        """Fail and remove the prefilling (`reading`) or the decoding sequences."""
         said = str(error).partition("\n")[0]
         refusal = error if isinstance(error, Refusal) else BackendFailed(
             f"the model failed: {type(error).__name__}: {said}"

@@ -12,22 +12,22 @@ from turbotx.kernels.triton.templates.attention_tile import divide, find_keys, s
 from turbotx.kernels.triton.templates.peaks import leave_peaks
 
 HEAD_DIM = tl.constexpr(None)
-DEPTH = tl.constexpr(None)  # of a tile: HEAD_DIM, or the power of two above
+DEPTH = tl.constexpr(None)  # HEAD_DIM rounded up to a power of two
 STORED = tl.constexpr(None)  # the dtype of q, k, v and out
 PRECISION = tl.constexpr(None)  # "ieee" for float32, or None
 SCALE = tl.constexpr(None)  # of scores
-CAP = tl.constexpr(None)  # what tanh keeps scores below, before the bias; 0.0: nothing
-KEYS = tl.constexpr(None)  # "all" are seen, those of a "mask" (batch, k_len), or "lengths" of them
-BIAS = tl.constexpr(None)  # "none", "boolean", or another: numbers
-LEFT = tl.constexpr(None)  # how far to the left of its own place a query sees keys, None: any
-RIGHT = tl.constexpr(None)  # and how far to the right
-LATE = tl.constexpr(None)  # whether the last query's place is the last key
-BLIND_NAN = tl.constexpr(None)  # a query that sees no key gets NaN, and not zeros,
+CAP = tl.constexpr(None)  # soft cap of scores by tanh, before the bias; 0.0: none
+KEYS = tl.constexpr(None)  # visible keys: "all", or by a "mask" (batch, k_len) or "lengths"
+BIAS = tl.constexpr(None)  # "none", "boolean", or otherwise floats
+LEFT = tl.constexpr(None)  # sliding window to the left of a query, None: unlimited
+RIGHT = tl.constexpr(None)  # to the right
+LATE = tl.constexpr(None)  # whether the last query is aligned with the last key
+BLIND_NAN = tl.constexpr(None)  # fully masked queries get NaN instead of zeros,
 BLIND_MEAN = tl.constexpr(None)  # or the mean of all values
-SINKS = tl.constexpr(None)  # whether each head has one more score, whose share goes to no value
-ONCE = tl.constexpr(None)  # whether one tile has all keys
-PEAKS = tl.constexpr(None)  # whether the largest magnitudes of rows are left, by head
-PACKED = tl.constexpr(None)  # whether sequences lie one behind another, sequence n between bounds
+SINKS = tl.constexpr(None)  # attention sinks: an extra score per head without a value
+ONCE = tl.constexpr(None)  # whether one tile holds all keys
+PEAKS = tl.constexpr(None)  # whether to store the largest magnitude of each row, per head
+PACKED = tl.constexpr(None)  # whether sequences are concatenated, given by bounds
 # Sequences are along a grid's third axis, which has room for as many: no division then finds a
 # program's place, which would take longer than all else before its first load.
 MOST_DEEP = tl.constexpr(None)
@@ -35,7 +35,7 @@ MOST_DEEP = tl.constexpr(None)
 # Exponentials are powers of two, which GPUs have an instruction for.
 LOG2E = tl.constexpr(1.4426950408889634)
 MOST = tl.constexpr(3.4028234663852886e38)  # of float32
-SEARCHED = tl.constexpr(128)  # how many bounds a program looks at together
+SEARCHED = tl.constexpr(128)  # bounds that a program searches at once
 
 
 @triton.jit

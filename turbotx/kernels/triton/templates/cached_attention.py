@@ -1,7 +1,7 @@
-"""Attention over a decoder's cache: keys and values in blocks that a table finds, and new ones.
+"""Attention over a decoder's cache: keys and values in blocks given by a table, and new rows.
 
-What the cache held before is read where it lies, new rows where they were made: a launch that
-stores them as well waits for no store. A tile of keys is in one block.
+Old rows are read from the cache, new rows from their own tensors, so that a launch that also
+appends them does not wait for its stores. A tile of keys is within one block.
 """
 
 import triton

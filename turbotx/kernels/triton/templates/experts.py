@@ -1,7 +1,7 @@
-"""Experts: which of them a GEMM's tile of rows is of, and rows in the order of their experts.
+"""Experts: finds the expert of a GEMM's tile of rows, and sorts rows by expert.
 
-Rows of one expert stand together, in order; `ends` says behind which row each expert's are over.
-Nothing is read back on the host: programs find their own rows, and more of them start than needed.
+Rows of an expert are contiguous, in order; `ends` has the end of each expert's rows. Nothing is
+read back by the host: programs find their rows on the device, and some have none.
 """
 
 import triton

@@ -1,7 +1,7 @@
-"""The largest magnitudes of a row's parts: whoever makes rows leaves them, a product reads them.
+"""Row peaks: the largest magnitudes of a row's parts, stored by the rows' producer, read by a GEMM.
 
-They are the bits of float32 without a sign, int32 (rows, parts): so ordered, NaN is above infinity
-and that above all numbers. Scales and roundings are those of ir/quantized_ops.py, bit for bit.
+They are float32 bits without the sign, int32 (rows, parts): in this order NaN is above infinity,
+and infinity above all numbers. Scales and rounding equal those of ir/quantized_ops.py bit for bit.
 """
 
 import triton

@@ -1,7 +1,7 @@
-"""What a GEMM that waits for the kernel before it does meanwhile: ask for its weight to come to L2.
+"""Prefetch: a dependent GEMM loads its weight to L2 before it waits for the previous kernel.
 
-Lines between the place of a program (`find_tile` of gemm.py) and its wait; the first tile of tokens
-asks for the first SPAN columns of k that its program reads, of the weight's rows that it reads.
+These lines are between `find_tile` of gemm.py and the wait. Programs of the first tile of tokens
+prefetch the first SPAN columns of k of the weight's rows that they read.
 """
 
 import triton
@@ -14,9 +14,9 @@ N_MASKED = tl.constexpr(None)
 SPLITS = tl.constexpr(None)
 NUM_WARPS = tl.constexpr(None)
 SPAN = tl.constexpr(None)  # columns of k
-LINE = tl.constexpr(None)  # elements of a line of memory, and of how many lines a tile may be
+LINE = tl.constexpr(None)  # elements of a cache line; LINES: most lines of a tile
 LINES = tl.constexpr(None)
-DEEP = tl.constexpr(None)  # SPAN, or the power of two above
+DEEP = tl.constexpr(None)  # SPAN rounded up to a power of two
 ITEM_NBYTES = tl.constexpr(None)
 # One request for a line where a mask says so. The result is of no use, but there has to be one.
 LINE_REQUEST = tl.constexpr(

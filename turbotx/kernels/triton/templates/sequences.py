@@ -1,4 +1,4 @@
-"""Of each sequence of tokens one row, or running sums: `turbotx.ir.packed_ops` as kernels.
+"""Reductions and running sums over each packed sequence: `turbotx.ir.packed_ops` as kernels.
 
 x and out are dense: (before, tokens, after) of x, where sequence n has the tokens [bounds[n],
 bounds[n + 1]). One program a sequence and a tile of columns, which passes over its tokens once.
@@ -10,9 +10,9 @@ import triton.language as tl
 from turbotx.kernels.triton.templates.functions import maximum
 
 WHICH = tl.constexpr(None)  # "sum", "max", "first", "last" or "cumsum"
-SUMS = tl.constexpr(None)  # the dtype that it computes in
+SUMS = tl.constexpr(None)  # the compute dtype
 STORED = tl.constexpr(None)  # the dtype of out
-LEAST = tl.constexpr(None)  # of x's dtype, what a maximum of nothing is; None for -inf
+LEAST = tl.constexpr(None)  # the maximum of an empty integer sequence; None: -inf
 
 
 @triton.jit

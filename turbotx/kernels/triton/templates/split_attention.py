@@ -1,9 +1,9 @@
-"""Flash decoding: few queries over a cache, each part of its keys by a program of its own.
+"""Flash decoding: few queries over a cache, with the keys split into parts.
 
-One program a part of the keys of one key head, for all heads of queries that share it: keys and
-values are loaded once. Every program leaves its sums; the last to come adds them all, in order.
-After Dao et al. 2023 (Flash-Decoding). How many keys there are, it reads on the device. The program
-of the last part also stores the new rows of its head.
+One program per part of a key head's keys, for all query heads that share it, so that keys and
+values are loaded once. Every program stores partial sums; the last one to finish adds all of them,
+in order. After Dao et al. 2023 (Flash-Decoding). The number of keys is read from device memory. The
+program of the last part also appends the new rows of its head.
 """
 
 import triton
@@ -32,10 +32,10 @@ LATE = tl.constexpr(None)
 BLIND_NAN = tl.constexpr(None)
 BLIND_MEAN = tl.constexpr(None)
 SINKS = tl.constexpr(None)
-GROUP = tl.constexpr(None)  # heads of queries to a head of keys
+GROUP = tl.constexpr(None)  # query heads per key head
 SPLIT = tl.constexpr(None)  # whether there is more than one part
-ROWS = tl.constexpr(None)  # of queries, heads of a group one by one, that are left
-PARTS = tl.constexpr(None)  # that are added at a time
+ROWS = tl.constexpr(None)  # rows of partial sums: queries times heads of a group
+PARTS = tl.constexpr(None)  # parts added at once
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MOST = tl.constexpr(3.4028234663852886e38)  # of float32

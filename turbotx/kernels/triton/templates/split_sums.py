@@ -1,7 +1,7 @@
-"""Sums over k in SPLITS parts: every program leaves its own; the last to come adds all in order.
+"""Split-K: every program stores its partial sums; the last one to finish adds all, in order.
 
-Which one that is, a counter of turns tells for each tile. SUMS: the dtype of the sums, float32, or
-int32 of int8 factors. GATED: there are two tiles of them.
+A counter per tile determines the last one. SUMS: dtype of the sums, float32, or int32 for int8
+factors. GATED: there are two tiles of sums.
 """
 
 import triton
