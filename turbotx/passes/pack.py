@@ -110,8 +110,8 @@ def _find_sizes(captured: Captured) -> tuple[int, TokenSizes]:
     why = ""
     if MASK not in captured.input_names:
         why = f"the call has no {MASK}, from which its tokens would be known"
-    elif captured.effects:
-        why = "the model keeps something of a call, which rows of padding are a part of"
+    elif kept := [effect.text for effect in captured.effects if effect.is_of_call]:
+        why = f"the model keeps tensors or sizes of a call in {kept[0]!r}, rows of padding included"
     elif TOKENS in captured.dims:
         why = f"a dim of its inputs is called {TOKENS!r} already"
     mask = captured.input_names.index(MASK) if not why else 0
