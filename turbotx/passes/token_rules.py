@@ -91,7 +91,7 @@ def reshape(p: Packer, node: fx.Node) -> ByToken:
     dims = p.sizes.regroup(x.dims, g.shape(node))
     if dims is None:
         raise Refused(node, "takes the batch or the columns apart")
-    return p.token(p.emit(node, aten.view.default, x.node, p.extents(dims)), dims)
+    return p.token(p.emit(node, aten.reshape.default, x.node, p.extents(dims)), dims)
 
 
 def permute(p: Packer, node: fx.Node) -> ByToken:
@@ -303,7 +303,7 @@ def index(p: Packer, node: fx.Node) -> ByToken:
     shape = g.shape(node)
     if not p.sizes.is_batch(shape[b]) or not p.sizes.is_seq(shape[s]):
         raise Refused(node, "takes some columns of a sequence")
-    made = p.emit(node, aten.view.default, x.node, p.extents(tuple(dims)))
+    made = p.emit(node, aten.reshape.default, x.node, p.extents(tuple(dims)))
     return p.token(made, tuple(dims))
 
 
