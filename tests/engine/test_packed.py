@@ -6,8 +6,10 @@ gives for each token that the mask shows, zeros elsewhere; flat, nested and list
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.utils._pytree as pytree
@@ -159,9 +161,62 @@ def test_flat_nested_and_listed(family: str, lengths: list[int]) -> None:
     assert out.is_nested and torch.equal(out.values(), found)
 
 
+@torch.no_grad()
+def test_inputs_are_given_in_different_forms() -> None:
+    _, fast = model_of("bert")
+    parts = [torch.randint(5, 60, (n,)) for n in (3, 1)]
+    kinds = torch.tensor([0, 1, 1, 0])
+    flat = fast.packed(input_ids=torch.cat(parts), token_type_ids=kinds, lengths=np.array([3, 1]))
+    listed = fast.packed(input_ids=parts, token_type_ids=kinds)
+    assert torch.equal(torch.cat(listed[0]), flat[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "turned", [{"input_ids"}, {"attention_mask"}, {"input_ids", "attention_mask"}]
+)
+def test_inputs_may_lie_in_another_order_in_memory(turned: set[str]) -> None:
+    model, fast = model_of("bert")
+    mask = mask_of("right", [4, 2, 6], 6)
+    given = {"input_ids": torch.randint(5, 60, (3, 6)), "attention_mask": mask}
+    wanted = model(**given)[0]
+    found = fast(**{k: x.T.contiguous().T if k in turned else x for k, x in given.items()})[0]
+    torch.testing.assert_close(found, wanted * mask[:, :, None], rtol=2e-5, atol=2e-5)
+
+
+@torch.no_grad()
+def test_hidden_states_are_by_token_too() -> None:
+    config = transformers.AutoConfig.for_model("bert", **SIZES)
+    model = transformers.AutoModel.from_config(config).eval()
+    fast = turbotx.optimize(model, padding="packed")  # the first such call installs hooks
+    parts = [torch.randint(5, 60, (n,)) for n in (2, 5)]
+    for _ in range(2):
+        found = fast.packed(input_ids=parts, output_hidden_states=True).hidden_states
+    for n, part in enumerate(parts):
+        alone = model(input_ids=part[None], output_hidden_states=True).hidden_states
+        for a, b in zip(found, alone, strict=True):
+            torch.testing.assert_close(a[n], b[0], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1.5, 2.5], [4.0], [float("nan")], "4", 4, torch.tensor(4), torch.tensor([[4]]),
+                [True], [-1, 5], torch.tensor([2.0, 2.0]), torch.ones(2, device="meta").long()],
+)  # fmt: skip
+def test_lengths_are_whole_numbers(lengths: Any) -> None:
+    _, fast = model_of("bert")
+    with pytest.raises(InputError, match="one whole number of tokens, 0 or more, for each"):
+        fast.packed(input_ids=torch.randint(5, 60, (4,)), lengths=lengths)
+
+
 def test_packed_inputs_that_do_not_fit() -> None:
     _, fast = model_of("bert")
     ids = torch.randint(5, 60, (4,))
+    with pytest.raises(InputError, match="token_type_ids has one row for each column"):
+        fast.packed(input_ids=ids, token_type_ids=torch.zeros(3, dtype=torch.long), lengths=[3, 1])
+    with pytest.raises(InputError, match="longest is a whole number"):
+        fast.packed(input_ids=ids, lengths=[4], longest=4.5)
+    with pytest.raises(InputError, match="on one device"):
+        fast.packed(input_ids=[ids, ids.to("meta")])
     with pytest.raises(InputError, match="no input has 5 rows"):
         fast.packed(input_ids=ids, lengths=[2, 3])
     with pytest.raises(InputError, match="needs the lengths"):
@@ -204,3 +259,28 @@ def test_the_last_column_is_exact_and_no_flat_call_has_one() -> None:
     torch.testing.assert_close(fast(ids, mask), model(ids, mask))
     with pytest.raises(InputError, match="last column"):
         fast.packed(input_ids=ids.flatten(), lengths=[6, 6, 6])
+
+
+class Deciding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(60, 8)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        x = self.table(input_ids) * attention_mask[:, :, None]
+        return x * 2 if attention_mask.sum(1).amax() > 3 else x
+
+
+@torch.no_grad()
+def test_a_decision_by_values_is_that_of_the_call(tmp_path: Path) -> None:
+    model = Deciding().eval()
+    fast, ids = turbotx.optimize(model, padding="packed"), torch.randint(0, 60, (5,))
+    calls = [([5], 2), ([2, 3], 1), ([1, 4], 2)]
+    for lengths, factor in calls:
+        found = fast.packed(input_ids=ids, lengths=lengths)
+        assert torch.equal(found, model.table(ids) * factor)
+    turbotx.save(fast, tmp_path / "deciding.tbtx", weights=True)
+    loaded = turbotx.load(tmp_path / "deciding.tbtx")
+    for lengths, factor in calls:
+        found = loaded.packed(input_ids=ids, lengths=lengths)
+        assert torch.equal(found, model.table(ids) * factor)

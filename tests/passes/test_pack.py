@@ -85,6 +85,17 @@ def test_largest_and_first() -> None:
     assert {"sequence_max", "sequence_token"} <= set(targets(found)) and found.packing.from_start
 
 
+def test_a_largest_of_what_is_never_negative_may_hide_by_zeros() -> None:
+    """As SPLADE pools; where values may be negative, a 0 of padding would win."""
+
+    def largest(m: Model, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return (torch.log1p(attend(m, x, keys_of(mask)).relu()) * mask[:, :, None]).amax(1)
+
+    assert "sequence_max" in targets(packed(largest))
+    with pytest.raises(PackError, match="0 is what it reads"):
+        packed(lambda m, x, mask: (attend(m, x, keys_of(mask)) * mask[:, :, None]).amax(1))
+
+
 def test_positions_are_by_token() -> None:
     def placed(m: Model, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         x = x + m.places(torch.arange(x.shape[1]))

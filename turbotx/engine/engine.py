@@ -65,7 +65,7 @@ from turbotx.runtime.gc_pause import pause_gc
 from turbotx.runtime.lru import LruDict
 from turbotx.runtime.packed_parameter import restored
 from turbotx.runtime.placement import find_device, open_device, target_of
-from turbotx.runtime.program import Program
+from turbotx.runtime.program import Program, Run, run_bound
 
 log, guards = map(logging.getLogger, ("turbotx.capture", "turbotx.guards"))
 
@@ -114,22 +114,22 @@ class Engine(EagerCalls):
             return self.run_eager(args, kwargs)
         return variant.build_output(outputs)
 
-    def run_flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[Any]]:
-        """Run a call; return the variant that served it and the flat outputs. Raises UndecidedError
-        if no program can serve the outcomes of the call's decisions."""
+    def run_flat(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run = run_bound
+    ) -> tuple[Variant, list[Any]]:
+        """Return what served a call, and the flat outputs; raise UndecidedError if nothing can."""
         outcomes: Outcomes = ()
         for _ in range(MOST_CHANGES):
             variant, program, binding, tensors = self.check(args, kwargs, outcomes)
             watch = LaunchRanges(program) if self.options.launch_ranges else None
             try:
                 with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-                    outputs = program.run(binding, tensors, watch=watch)
+                    outputs, dims = run(program, binding, tensors, watch)
             except ModelChangedError as error:
                 self._forget(variant, error)
                 continue
             if variant.needs_post_run:
-                otherwise = variant.observe(outputs, binding.dims)
-                if otherwise:
+                if otherwise := variant.observe(outputs, dims):
                     outcomes, self.decided_otherwise = otherwise, self.decided_otherwise + 1
                     continue
                 outputs = variant.apply_effects(outputs)

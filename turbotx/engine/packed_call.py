@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from turbotx.capture.refusals import refuse_gradient
-from turbotx.engine.engine import MOST_CHANGES, Engine
-from turbotx.errors import CaptureError, InputError, ModelChangedError
+from turbotx.engine.engine import Engine
+from turbotx.errors import InputError
 from turbotx.runtime.packed_program import PackedProgram
 from turbotx.runtime.token_inputs import StandIns, read_sequences, run_sequences
 
@@ -39,18 +39,15 @@ def call_packed(
     found = read_sequences(lengths, longest, given)
     if torch.is_grad_enabled() and any(t.requires_grad for t in found.rows.values()):
         refuse_gradient()
-    name = type(engine.model).__name__
-    for _ in range(MOST_CHANGES):
-        padded = _kept.get(engine) or StandIns()
-        standing, by_token = padded.make(found)
-        variant, program, binding, tensors = engine.check((), standing)
+    padded = _kept.get(engine) or StandIns()
+    standing, by_token = padded.make(found)
+
+    def run(program: Any, binding: Any, tensors: Any, watch: Any) -> Any:
         assert isinstance(program, PackedProgram)
         if program.takes_any_sizes:
             _kept[engine] = padded
-        try:
-            leaves = run_sequences(program, binding.dims, found, tensors, by_token, name)
-        except ModelChangedError as error:
-            engine._forget(variant, error)
-            continue
-        return variant.build_output(leaves)
-    raise CaptureError(f"{name} is being converted while it is called")
+        name = type(engine.model).__name__
+        return run_sequences(program, binding.dims, found, tensors, by_token, name)
+
+    variant, leaves = engine.run_flat((), standing, run)
+    return variant.build_output(leaves)

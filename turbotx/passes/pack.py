@@ -26,6 +26,7 @@ from turbotx.capture.trace import Captured
 from turbotx.errors import PackError
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import Expr, dim, expr
+from turbotx.ir.memory_order import by_order, inverse
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.known_values import KnownValues
 from turbotx.passes.packer import Inputs, Packer
@@ -69,13 +70,15 @@ def pack(captured: Captured) -> PackedCapture:
     packer = Packer(graph, sizes, inputs, KnownValues(nodes[mask]), rules)
     sources = {}
     try:
-        for place, node in enumerate(nodes):
-            if _is_by_token(sizes, g.shape(node)):
-                packed = inputs.add(f"{node.name}_tokens", _fake_rows(node, fakes))
-                rest = [sizes.fixed(e) for e in g.shape(node)[2:]]
+        packer.stand_at(next(n for n in graph.nodes if n.op != "placeholder"))
+        for place, (node, shape) in enumerate(zip(nodes, captured.input_sizes, strict=True)):
+            if _is_by_token(sizes, shape):
+                rest = [sizes.fixed(e) for e in shape[2:]]
                 if None in rest:
                     raise Refused(node, "is an input of more sizes than (batch, seq)")
-                packer.values[node] = ByToken(packed, (("b",), ("s",), *(f or () for f in rest)))
+                packed = inputs.add(f"{node.name}_tokens", _fake_rows(node, fakes))
+                rows = ByToken(packed, (("b",), ("s",), *(f or () for f in rest)))
+                packer.values[node] = _in_memory(packer, node, rows)
                 sources[packed] = PackedInput(packed.name, place, True)
             else:
                 sources[node] = PackedInput(node.name, place, False)
@@ -110,8 +113,8 @@ def _find_sizes(captured: Captured) -> tuple[int, TokenSizes]:
     why = ""
     if MASK not in captured.input_names:
         why = f"the call has no {MASK}, from which its tokens would be known"
-    elif captured.effects:
-        why = "the model keeps something of a call, which rows of padding are a part of"
+    elif kept := [effect.text for effect in captured.effects if effect.is_of_call]:
+        why = f"the model keeps tensors or sizes of a call in {kept[0]!r}, rows of padding included"
     elif TOKENS in captured.dims:
         why = f"a dim of its inputs is called {TOKENS!r} already"
     mask = captured.input_names.index(MASK) if not why else 0
@@ -139,12 +142,14 @@ def _make_fakes(
     captured: Captured, nodes: list[fx.Node], sizes: TokenSizes
 ) -> Mapping[str, torch.Tensor]:
     """Return fake tensors for the packed program's own inputs, and register names of its sizes."""
-    value = next(g.tensor(n) for n in nodes if _is_by_token(sizes, g.shape(n)))
+    given = zip(nodes, captured.input_sizes, strict=True)
+    node = next(n for n, shape in given if _is_by_token(sizes, shape))
+    value = g.tensor(node)
     mode: Any = value.fake_mode  # type: ignore[attr-defined]
     env, source = mode.shape_env, ConstantSource(TOKENS)
     symbol = env.create_symbol(EXAMPLE, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
     tokens = env.create_symintnode(symbol, hint=EXAMPLE, source=source)
-    batch, seq = value.shape[:2]
+    batch, seq = by_order(value.shape, inverse(node.meta.get(ORDER)))[:2]
     # Inputs may have been captured with different batch symbols; a packed batch has one.
     extents = [(s, e) for n in nodes for s, e in zip(g.tensor(n).shape, g.shape(n), strict=True)]
     row = g.size(batch)
@@ -159,11 +164,19 @@ def _make_fakes(
 
 
 def _fake_rows(node: fx.Node, fakes: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    if node.meta.get(ORDER) is not None:
-        raise Refused(node, "is an input whose dims lie in another order in memory")
     value: Any = g.tensor(node)
+    rest = by_order(value.shape, inverse(node.meta.get(ORDER)))[2:]
     with value.fake_mode:
-        return value.new_empty((1, fakes["positions"].shape[0], *value.shape[2:]))
+        return value.new_empty((1, fakes["positions"].shape[0], *rest))
+
+
+def _in_memory(p: Packer, node: fx.Node, rows: ByToken) -> ByToken:
+    """Return rows with their dims in the order of an input whose dims lie so in memory."""
+    order = node.meta.get(ORDER)
+    if order is None:
+        return rows
+    made = p.emit(node, aten.permute.default, rows.node, list(order))
+    return p.token(made, by_order(rows.dims, order))
 
 
 def _replace_sizes(

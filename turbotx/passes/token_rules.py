@@ -91,7 +91,7 @@ def reshape(p: Packer, node: fx.Node) -> ByToken:
     dims = p.sizes.regroup(x.dims, g.shape(node))
     if dims is None:
         raise Refused(node, "takes the batch or the columns apart")
-    return p.token(p.emit(node, aten.view.default, x.node, p.extents(dims)), dims)
+    return p.token(p.emit(node, aten.reshape.default, x.node, p.extents(dims)), dims)
 
 
 def permute(p: Packer, node: fx.Node) -> ByToken:
@@ -278,6 +278,15 @@ def gather(p: Packer, node: fx.Node) -> ByToken:
     return p.token(p.emit(node, node.target, row, d, at.node), at.dims)
 
 
+def index_select(p: Packer, node: fx.Node) -> ByToken:
+    """Look up a table along one dim by token. Raises Refused for tokens in place of a table."""
+    table, ids = p.whole(node.args[0], "a table", node), p.operand(node, 2)
+    dims = [p.sizes.fixed(e) or () for e in g.shape(table)]
+    d = _arguments(node)[1] % len(dims)
+    made = p.emit(node, node.target, table, d, ids.node)
+    return p.token(made, (*dims[:d], *ids.dims, *dims[d + 1 :]))
+
+
 def index(p: Packer, node: fx.Node) -> ByToken:
     """Index a table by token; or tokens by their own (b, s), as masks do. Raises Refused if indices
     depend on values, or for several indices."""
@@ -303,7 +312,7 @@ def index(p: Packer, node: fx.Node) -> ByToken:
     shape = g.shape(node)
     if not p.sizes.is_batch(shape[b]) or not p.sizes.is_seq(shape[s]):
         raise Refused(node, "takes some columns of a sequence")
-    made = p.emit(node, aten.view.default, x.node, p.extents(tuple(dims)))
+    made = p.emit(node, aten.reshape.default, x.node, p.extents(tuple(dims)))
     return p.token(made, tuple(dims))
 
 
@@ -379,7 +388,8 @@ RULES: dict[Any, Rule] = {
                      aten._log_softmax.default), softmax),
     aten.unsqueeze.default: unsqueeze, aten.expand.default: expand, aten.slice.Tensor: cut,
     aten.select.int: select, g.GETITEM: piece, aten.cat.default: cat,
-    aten.embedding.default: embedding, aten.gather.default: gather, aten.index.Tensor: index,
+    aten.embedding.default: embedding, aten.index_select.default: index_select,
+    aten.gather.default: gather, aten.index.Tensor: index,
     **dict.fromkeys((aten.full.default, aten.zeros.default, aten.ones.default), fill),
     aten.linear.default: linear, aten.addmm.default: addmm,
 }  # fmt: skip

@@ -16,6 +16,7 @@ from torch import fx
 
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.packed_ops import sequence_cumsum, sequence_max, sequence_sum, sequence_token
+from turbotx.ir.views import is_view
 from turbotx.passes.packer import Packer, Rule
 from turbotx.passes.tokens import ByToken, Refused
 
@@ -24,6 +25,10 @@ _BY_SEQUENCE: dict[Any, Any] = {
     aten.sum.dim_IntList: sequence_sum, aten.any.dim: sequence_max, aten.any.dims: sequence_max,
     aten.amax.default: sequence_max,
 }  # fmt: skip
+
+_NONNEGATIVE = frozenset({aten.relu.default, aten.abs.default, aten.exp.default,
+                          aten.sigmoid.default})  # fmt: skip
+_KEEPS_SIGN = frozenset({aten.log1p.default, aten.sqrt.default, aten._to_copy.default})
 
 
 def take_token(p: Packer, node: fx.Node, x: ByToken, last: bool) -> fx.Node:
@@ -81,6 +86,17 @@ def reduce(p: Packer, node: fx.Node) -> Any:
     return made
 
 
+def _is_nonnegative(p: Packer, node: Any) -> bool:
+    """Return whether it follows from the ops that no element is below 0."""
+    if node is p.known.mask or not isinstance(node, fx.Node):
+        return node is p.known.mask
+    if node.target in _NONNEGATIVE:
+        return True
+    if node.target is aten.mul.Tensor:
+        return all(_is_nonnegative(p, factor) for factor in node.args)
+    return (node.target in _KEEPS_SIGN or is_view(node)) and _is_nonnegative(p, node.args[0])
+
+
 def _require_hidden_nothing(p: Packer, node: fx.Node) -> None:
     """Raise Refused unless masked tokens cannot change the result for any values."""
     source = g.operand(node, 0)
@@ -88,6 +104,8 @@ def _require_hidden_nothing(p: Packer, node: fx.Node) -> None:
     least = [-math.inf]
     if g.dtype(source).is_floating_point:
         least.append(torch.finfo(g.dtype(source)).min)
+    if _is_nonnegative(p, source):
+        least.append(0)
     neutral = least if node.target is aten.amax.default else [0]
     if value not in neutral:
         seen = "the graph does not tell what" if value is None else f"{value} is what"

@@ -47,6 +47,8 @@ class PackedProgram(Program):
 
     def _take_up(self, packing: TokenPacking) -> None:
         self.packing = packing
+        self.by_column = {t.name for t in self.executable.inputs if packing.seq in t.shape.texts}
+        """Names of its inputs that have a row a column."""
         self._batch, self._seq = (self.dims.index(n) for n in (packing.batch, packing.seq))
 
     def bind(self, dims: tuple[int, ...]) -> Any:

@@ -15,7 +15,7 @@ import logging
 import operator
 import threading
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -336,3 +336,14 @@ class Program:
 
 def _settle(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.resolve_conj().resolve_neg().contiguous()
+
+
+Run = Callable[[Any, Any, Sequence[torch.Tensor], Watch | None], tuple[list[Any], Sequence[int]]]
+"""Runs a program on a binding and tensors; returns the outputs and the sizes of the call."""
+
+
+def run_bound(
+    program: Program, binding: Any, tensors: Sequence[torch.Tensor], watch: Watch | None = None
+) -> tuple[list[Any], Sequence[int]]:
+    """Run a call of the sizes that it is bound to."""
+    return program.run(binding, tensors, watch=watch), binding.dims

@@ -9,6 +9,7 @@ of an equivalent padded call, used to look up its program::
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,12 +68,12 @@ def read_sequences(
     if MASK in given:
         raise InputError(f"packed() takes no {MASK}: all tokens that it gets are shown")
     kind, counted, rows, others = "flat", None, dict[str, torch.Tensor](), dict[str, Any]()
+    if longest is not None and not isinstance(longest, int):
+        raise InputError(f"longest is a whole number of tokens, not {longest!r}")
     if longest is not None and _is_on_gpu(lengths):
         return _read_on_device(lengths, longest, given)  # type: ignore[arg-type]
     if lengths is not None:
-        counted = [
-            int(n) for n in (lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths)
-        ]
+        counted = _read_lengths(lengths)
     for name, value in given.items():
         nested = isinstance(value, torch.Tensor) and value.is_nested
         listed = isinstance(value, (list, tuple)) and all(
@@ -86,18 +87,34 @@ def read_sequences(
         if counted is not None and own != counted:
             raise InputError(f"{name} has sequences of the lengths {own}, and others {counted}")
         counted = own
-    if not counted or min(counted) < 0:
+    if not counted:
         raise InputError(
             "packed() needs the lengths of at least one sequence: pass lengths=[...] beside flat "
             f"inputs, nested tensors of layout torch.jagged, or lists of tensors, not {counted}"
         )
     if longest is not None and longest < max(counted):
         raise InputError(f"longest={longest}, and a sequence has {max(counted)} tokens")
-    if kind == "flat":
-        rows, others = _split_rows(others, sum(counted))
-        if not rows:
-            raise InputError(f"no input has {sum(counted)} rows, the sum of lengths={counted}")
+    flat, others = _split_rows(others, sum(counted))
+    rows |= flat
+    if not rows:
+        raise InputError(f"no input has {sum(counted)} rows, the sum of lengths={counted}")
     return Sequences(kind, counted, max(counted), rows, others)
+
+
+def _read_lengths(lengths: Any) -> list[int]:
+    """Return lengths as numbers; raise InputError unless they are whole, and 0 or more."""
+    shown = lengths
+    try:
+        shown = lengths.tolist() if hasattr(lengths, "tolist") else list(lengths)
+        counted = [operator.index(n) for n in shown]
+    except (TypeError, NotImplementedError):  # NotImplementedError: on a device without values
+        counted = [-1]
+    if min(counted, default=0) < 0 or any(isinstance(n, bool) for n in shown):
+        raise InputError(
+            "packed() takes lengths as one whole number of tokens, 0 or more, for each sequence, "
+            f"not {shown!r}"
+        )
+    return counted
 
 
 def _is_on_gpu(lengths: Any) -> bool:
@@ -108,7 +125,8 @@ def _read_on_device(lengths: torch.Tensor, longest: int, given: Mapping[str, Any
     """Return flat inputs with unread lengths on a device; the first tensor's rows are the
     tokens."""
     tensors = [x for x in given.values() if isinstance(x, torch.Tensor) and x.ndim]
-    if lengths.ndim != 1 or not lengths.shape[0] or lengths.is_floating_point() or not tensors:
+    whole = not (lengths.is_floating_point() or lengths.dtype is torch.bool)
+    if lengths.ndim != 1 or not lengths.shape[0] or not whole or not tensors:
         raise InputError(
             "packed() takes lengths on a GPU as whole numbers (sequences,), of at least one "
             f"sequence, beside flat inputs, not {lengths.dtype} {tuple(lengths.shape)}"
@@ -136,16 +154,23 @@ def _take_nested(name: str, value: Any) -> tuple[list[int], torch.Tensor]:
 
 
 def _take_listed(name: str, value: Sequence[torch.Tensor]) -> tuple[list[int], torch.Tensor]:
-    if not value or any(x.ndim < 1 or x.shape[1:] != value[0].shape[1:] for x in value):
-        raise InputError(f"{name} is a list of tensors that are not (length, ...) alike")
+    alike = not any(
+        x.is_nested or x.ndim < 1 or x.shape[1:] != value[0].shape[1:]
+        or x.device != value[0].device for x in value
+    )  # fmt: skip
+    if not value or not alike:
+        raise InputError(
+            f"{name} is a list of tensors that are not (length, ...) alike, on one device"
+        )
     return [x.shape[0] for x in value], torch.cat(list(value))
 
 
 def run_sequences(
     program: PackedProgram, dims: Sequence[int], found: Sequences, tensors: Sequence[torch.Tensor],
     by_token: Mapping[int, torch.Tensor], name: str,
-) -> list[Any]:  # fmt: skip
-    """Run a packed program; return its leaves, rows by token in the form of the inputs.
+) -> tuple[list[Any], Sequence[int]]:  # fmt: skip
+    """Run a packed program; return its leaves, rows by token in the form of the inputs, and the
+    sizes that stand for the call's.
 
     tensors: those of the padded call that represents the sequences, of sizes `dims`.
     by_token: see `StandIns`.
@@ -157,15 +182,22 @@ def run_sequences(
             f"{name} looks at the last column of a call, which is padding for all but the longest "
             "sequence: pass a padded call and its mask"
         )
+    for given in program.packing.inputs:
+        if given.source is not None and not given.by_token and given.name in program.by_column:
+            raise InputError(
+                f"{given.name} has one row for each column of the longest sequence: packed() takes "
+                f"it with one row for each of the {found.tokens} tokens"
+            )
     packed = [by_token.get(id(t), t) for t in tensors]
     dims = program.sizes_of(dims, len(found.lengths), max(1, found.longest))
     with torch.no_grad():
         mixture = program.of_lengths(found.lengths, found.tokens, found.longest, tensors[0].device)
         leaves = program.run_mixture(dims, mixture, packed)
+    kinds = program.packing.outputs
     return [
         leaf if kind is None else found.wrap(leaf[: found.tokens])
-        for leaf, kind in zip(leaves, program.packing.outputs, strict=True)
-    ]
+        for leaf, kind in zip(leaves, kinds, strict=True)
+    ], dims
 
 
 class StandIns:

@@ -26,7 +26,7 @@ from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.runtime.binding import Binding
 from turbotx.runtime.lru import LruDict
 from turbotx.runtime.packed_program import PackedProgram
-from turbotx.runtime.program import Program
+from turbotx.runtime.program import Program, Run, run_bound
 from turbotx.runtime.token_inputs import Sequences, StandIns, run_sequences
 from turbotx.saved.gpu_kernels import NoVariantError
 from turbotx.saved.values import decode_constant, decode_tree
@@ -57,18 +57,20 @@ class SavedCall:
     out: Mapping[str, Any]
     stepping: tuple[int, ...] = ()
 
-    def run(self, binding: Binding, tensors: list[torch.Tensor]) -> tuple[list[Any], Outcomes]:
+    def run(
+        self, binding: Binding, tensors: list[torch.Tensor], run: Run = run_bound
+    ) -> tuple[list[Any], Outcomes]:
         """Return the leaves of the output, and () or the outcomes of its decisions if they differ
         from those assumed. Raises SavedFileError if a launch of the file cannot run."""
         try:
             with torch.no_grad():
-                leaves = self.program.run(binding, tensors)
+                leaves, dims = run(self.program, binding, tensors, None)
         except NoVariantError as error:
-            dims = zip(self.program.dims, binding.dims, strict=True)
-            shown = ", ".join(f"{name}={size}" for name, size in dims)
+            named = zip(self.program.dims, binding.dims, strict=False)
+            shown = ", ".join(f"{name}={size}" for name, size in named)
             raise SavedFileError(f"a call of {shown} cannot run: {error}") from error
         decisions = self.decisions
-        return leaves, () if decisions is None else decisions.observe(leaves, binding.dims)
+        return leaves, () if decisions is None else decisions.observe(leaves, dims)
 
 
 class CallTable:
@@ -116,15 +118,21 @@ class CallTable:
         swap: replacements for placeholder strings among the output's leaves. Raises InputError,
         listing what the file holds, if no program serves the call.
         """
+        call, leaves = self._run(args, kwargs, run_bound)
+        if swap:
+            leaves = [swap.get(x, x) if type(x) is str else x for x in leaves]
+        return decode_tree(call.out, leaves.__getitem__)
+
+    def _run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run
+    ) -> tuple[SavedCall, list[Any]]:
+        """Return what serves a call, whose decisions come out as assumed, and its leaves."""
         outcomes: Outcomes = ()
         for _ in range(MOST_RUNS):
             (call, binding), tensors = self._find(args, kwargs, outcomes)
-            leaves, outcomes = call.run(binding, tensors)
-            if outcomes:
-                continue
-            if swap:
-                leaves = [swap.get(x, x) if type(x) is str else x for x in leaves]
-            return decode_tree(call.out, leaves.__getitem__)
+            leaves, outcomes = call.run(binding, tensors, run)
+            if not outcomes:
+                return call, leaves
         raise InputError(f"{describe_last(outcomes)}, after {MOST_RUNS} runs of other ways")
 
     def run_packed(self, found: Sequences, name: str) -> Any:
@@ -136,13 +144,15 @@ class CallTable:
             raise TrainingError("an input requires grad: call under torch.no_grad()")
         padded = self._padded or StandIns()
         standing, by_token = padded.make(found)
-        (call, binding), tensors = self._find((), standing, ())
-        program = call.program
-        if not isinstance(program, PackedProgram):
-            raise InputError(f"the file's program of this call runs padded: {self.show()}")
-        if program.takes_any_sizes:
-            self._padded = padded
-        leaves = run_sequences(program, binding.dims, found, tensors, by_token, name)
+
+        def run(program: Any, binding: Any, tensors: Any, watch: Any) -> Any:
+            if not isinstance(program, PackedProgram):
+                raise InputError(f"the file's program of this call runs padded: {self.show()}")
+            if program.takes_any_sizes:
+                self._padded = padded
+            return run_sequences(program, binding.dims, found, tensors, by_token, name)
+
+        call, leaves = self._run((), standing, run)
         return decode_tree(call.out, leaves.__getitem__)
 
     def _find(

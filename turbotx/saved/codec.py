@@ -143,10 +143,11 @@ def decode_program(
     if not all(isinstance(name, str) and name.isidentifier() for name in dims):
         raise SavedFileError(f"the file has dims that are not names: {dims}")
     decode = Decoder(place, dims).decode
-    asked = described["decisions"]
+    asked, padded = described["decisions"], described.get("packing") is not None
     values = [f"value_{k}" for k in range(0 if asked is None else int(asked["count"]))]
-    decisions = Decoder(place, (*dims, *values)).decode(asked)
-    if decisions is not None and decisions.names != (*dims, *values):
+    names = (*(dims[:-1] if padded else dims), *values)  # a padded call has no number of tokens
+    decisions = Decoder(place, names).decode(asked)
+    if decisions is not None and decisions.names != names:
         raise SavedFileError(f"the file decides by {decisions.names}, which no program gives")
     found = (decode(described[name]) for name in ("executable", "sizes", "floats"))
     return (*found, decisions)

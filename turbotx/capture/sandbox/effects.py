@@ -55,6 +55,11 @@ class Effect:
     unread: bool = False
     """Whether the code did not read the previous contents."""
 
+    @property
+    def is_of_call(self) -> bool:
+        """Whether it writes a tensor or a size of the call, as opposed to what no input changes."""
+        return any(isinstance(leaf, _Result) for leaf in self.leaves)
+
     def replay(self, results: Sequence[Any]) -> None:
         """Repeat the write with the results of another run."""
         leaves = [results[x.place] if isinstance(x, _Result) else x for x in self.leaves]
