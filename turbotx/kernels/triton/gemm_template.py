@@ -31,9 +31,9 @@ class GemmTemplate:
     rounded to TF32. experts: unless 0, there are so many weights, `expert_step` elements apart,
     each for some of the rows. narrow: the weight is of this kind, as x is, both with scales
     (`ir.quantized_ops`), and `dtype` is that of all else. float_rows: the weight alone is; group:
-    of int4, how many inputs share a scale. quantizes: x is floats of `dtype` all the
-    same, and becomes narrow as it is read, by the largest magnitudes of its rows' parts; peaks:
-    leave those of out.
+    of int4, how many inputs share a scale; shifted: and an offset. quantizes: x is floats of
+    `dtype` all the same, and becomes narrow as it is read, by the largest magnitudes of its rows'
+    parts; peaks: leave those of out.
     """
 
     dtype: torch.dtype
@@ -56,6 +56,7 @@ class GemmTemplate:
     narrow: torch.dtype | None = field(default=None, repr=False)
     float_rows: bool = field(default=False, repr=False)
     group: int = field(default=0, repr=False)
+    shifted: bool = field(default=False, repr=False)
     quantizes: bool = field(default=False, repr=False)
     peaks: bool = field(default=False, repr=False)
 
@@ -111,7 +112,7 @@ class GemmTemplate:
         kind = TYPES[self.dtype].removeprefix("tl.")
         sizes = f"{self.experts}x" * (self.experts > 0) + f"{self.n}x{self.k}"
         narrow = "" if self.narrow is None else KIND_NAMES[self.narrow]
-        narrow += "_weights" * self.float_rows
+        narrow += "_weights" * self.float_rows + "_shifted" * self.shifted
         parts = ["grouped" * (self.experts > 0), "gemm", narrow, f"{kind}_{sizes}"]
         parts += [f"{self.norm}_norm" * (self.norm != "none")]
         parts += ["flipped" * self.flipped, "bias" * self.bias]

@@ -32,7 +32,7 @@ from turbotx.program.executable import (
     QueuedLaunch,
     TokenRange,
 )
-from turbotx.program.link import LaunchLayout, facts_of, link
+from turbotx.program.link import LaunchLayout, facts_of, find_integers, link
 from turbotx.program.steps import GrowingDims, expected_steps, is_split
 from turbotx.runtime.cuda.arguments import Key
 from turbotx.runtime.cuda.experts import ExpertsFamily, RouteFamily
@@ -75,7 +75,9 @@ class LaunchKernels:
         step of a decoder, where kernels read that on the device."""
         self.assembly, self.target, self.steps = assembly, tiles.target, steps
         slots = {name: k for k, name in enumerate(assembly.tensors)}
-        self.table = LaunchLayout(slots, token_range=token_range)
+        self.integers, unread = find_integers(assembly)
+        read = slots.keys() - unread
+        self.table = LaunchLayout(slots, token_range=token_range, read=read)
         self._layouts: dict[Key, ArgumentLayout] = {}
         self._checks: dict[int, int] = {}
         self._kernels: dict[str, KernelFamily] = {}
@@ -233,6 +235,7 @@ class CudaRuntime(CudaQueue):
     def __init__(self, kernels: LaunchKernels, weights: Weights, device: Device) -> None:
         """`build_expected` builds what they need."""
         self.kernels, self.families = kernels, kernels.families
+        weights.quantized, weights.read = kernels.integers, frozenset(kernels.executable.weights)
         self.sources: dict[str, str] = {}
         super().__init__(kernels.executable, kernels.in_order, weights, device)
 
