@@ -109,6 +109,9 @@ PRIMITIVES: dict[str, Primitive] = _rows(
     ("shr", "ttx::shr({0}, {1})", "{0} >> {1}", torch.bitwise_right_shift),
     ("where", "{0} ? {1} : {2}", "tl.where({0}, {1}, {2})", torch.where),
     ("cast", "ttx::cast<{type}>({0})", "{0}.to({type})", lambda x: x),
+    # of float32 in [-127.5, 127.5], as int8
+    ("round_to_int8", "ttx::cast<int8_t>(ttx::round({0}))", "round_to_int8({0})",
+     lambda x: x.round().to(torch.int8)),
     # what is left of a float32 in memory of a half type
     ("bfloat16", "ttx::held<ttx::bf16>({0})", "{0}.to(tl.bfloat16).to(tl.float32)",
      lambda x: x.to(torch.bfloat16).to(x.dtype), 4),

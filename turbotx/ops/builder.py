@@ -234,6 +234,15 @@ class KernelBuilder:
         """Return 1 / (1 + e ** -x)."""
         return self.call("sigmoid", x)
 
+    def round_to_int8(self, x: Element) -> Element:
+        """Return x, float32 from -127.5 to 127.5, rounded to int8, halves to even."""
+        key = ("round_to_int8", x.name)
+        if key not in self._shared:
+            name = self._name("rounded")
+            self.body.append(ir.Compute(name, "round_to_int8", (x.name,), torch.int8))
+            self._shared[key] = Element(self, name, torch.int8)
+        return self._shared[key]
+
     def where(self, condition: Element, x: Any, y: Any) -> Element:
         """Return x where `condition` is nonzero, else y, in the dtype of x."""
         if isinstance(x, Element) and isinstance(y, Element) and x.dtype != y.dtype:

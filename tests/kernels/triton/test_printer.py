@@ -204,6 +204,15 @@ def test_pointwise(name: str) -> None:
     check(POINTWISE[name], x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rounding_keeps_signs_and_numbers_without_halves(dtype: torch.dtype) -> None:
+    """1/x tells zeros apart; halves end at 2^23 in float32, at 2^52 in float64."""
+    ends = [2.0**22 - 0.5, 2.0**22 + 0.5, 2.0**23 - 0.5, 2.0**23 + 1, 2.0**24 + 2, 2.0**52 - 0.5,
+            2.0**52 + 1, torch.inf, torch.nan, 0.0, 0.3, 0.5, 1.5, 2.5]  # fmt: skip
+    x = torch.tensor([ends, [-e for e in ends]], dtype=dtype)
+    check(lambda x: (torch.round(x), 1 / torch.round(x)), x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64], ids=str)
 def test_device_functions_build_for_both_vendors(dtype: torch.dtype) -> None:
     """The interpreter accepts more than the compilers do."""

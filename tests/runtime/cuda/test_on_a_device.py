@@ -83,16 +83,23 @@ def test_a_model_is_right_at_every_shape(dtype: torch.dtype, options: dict[str, 
     assert fast.stats()["graph_captures"] == len(set(SHAPES))
 
 
+# By how each is asked for: the mean cosine to the float model that it keeps at least.
+QUANTIZED = {"int8": 0.995, "fp8": 0.99, "int8-weights": 0.999, "int4-weights": 0.97}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_int8_products_are_those_of_the_same_integers(dtype: torch.dtype) -> None:
+def test_products_are_those_of_the_same_numbers(dtype: torch.dtype, kind: str) -> None:
+    if kind == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("e4m3 is multiplied from sm_89 on")
     model = make_bert(dtype, intermediate_size=640)
-    fast = turbotx.optimize(model, quantize="int8")
+    fast = turbotx.optimize(model, quantize=kind)
     for shape in SHAPES:
         inputs = make_inputs(*shape)
         numerics = turbotx.explain(fast, **inputs).numerics(fast, **inputs)
         assert all(e.holds for e in numerics.launches)
-        assert any("int8" in e.name for e in numerics.launches)
-        assert numerics.likenesses[0].mean > 0.995
+        assert any(kind.replace("-", "_") in e.name for e in numerics.launches)
+        assert numerics.likenesses[0].mean > QUANTIZED[kind]
         first, *more = (fast(**inputs)[0] for _ in range(3))  # plainly, captured, replayed
         assert all(torch.equal(first, other) for other in more)
     with torch.no_grad():

@@ -24,8 +24,8 @@ FUNCTIONS = {
 
 def variant(name: str, dtype: torch.dtype) -> str:
     """Return the name of the function that does `name` for values of `dtype`."""
-    if name == "tanh" and dtype is torch.float64:
-        return "tanh_float64"
+    if dtype is torch.float64 and f"{name}_float64" in FUNCTIONS:
+        return f"{name}_float64"
     return f"{name}_int" if not dtype.is_floating_point and f"{name}_int" in FUNCTIONS else name
 
 

@@ -83,11 +83,28 @@ def truncate(x):
 
 @triton.jit
 def round_half_even(x):
-    """The nearest whole number, the even one of two equally near."""
-    low = tl.floor(x)
-    rest = x - low
-    odd = low - 2.0 * tl.floor(low * 0.5) == 1.0
-    return tl.where((rest > 0.5) | ((rest == 0.5) & odd), low + 1.0, low)
+    """The nearest whole number, the even one of two equally near, with the sign of x."""
+    size = tl.abs(x)
+    near = (size + 8388608.0) - 8388608.0  # between 2^23 and 2^24 steps are 1
+    near = tl.where(size < 8388608.0, near, size).to(tl.int32, bitcast=True)
+    return (near | (x.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_half_even_float64(x):
+    """round_half_even in double precision."""
+    size = tl.abs(x)
+    near = (size + 4503599627370496.0) - 4503599627370496.0
+    near = tl.where(size < 4503599627370496.0, near, size).to(tl.int64, bitcast=True)
+    sign = x.to(tl.int64, bitcast=True) & -9223372036854775808
+    return (near | sign).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def round_to_int8(x):
+    """The nearest integer to x in [-127.5, 127.5], halves to even: the low byte of x + 3 * 2^22,
+    where steps of float32 are 1."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
