@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 import transformers
-from parity import ARCHITECTURES, compare, make_inputs, make_model, processor
+from parity import ARCHITECTURES, compare, make_inputs, make_model
 
 import turbotx
 from turbotx.engine.optimize import engine_of
+from turbotx.kernels.processor import processor_name
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
 SHAPES = ("1,1", "2,17", "7,2", "3,40")
@@ -93,7 +94,7 @@ def main() -> int:
         models[architecture, given.dtype] = found
         order = sorted(models.values(), key=lambda m: ARCHITECTURES.index(m["architecture"]))
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        record = {"device": processor(), "versions": versions, "models": order}
+        record = {"device": processor_name(), "versions": versions, "models": order}
         given.out.parent.mkdir(exist_ok=True)
         given.out.write_text(json.dumps(record, indent=1) + "\n")
     return int(missing or any(not row["passes"] for m in models.values() for row in m["rows"]))

@@ -3,8 +3,8 @@
 In: architectures (default configurations of random weights, two layers). Out: a table and
 benchmarks/results/resources.json, from machine code compiled here; no GPU is needed. It is all that
 a GPU program launches at two shapes: attention as one kernel and as products around a softmax,
-GEMMs by templates where they are chosen, kernels behind the library's, int8. Equal ones are a row;
-rows of models that are not named stay::
+GEMMs by templates where they are chosen, kernels behind the library's, int8 and its kin. Equal ones
+are a row; rows of models that are not named stay::
 
     python benchmarks/resources.py bert llama --targets sm_90 gfx942 --dtypes bfloat16
 """
@@ -33,9 +33,13 @@ from turbotx.engine.pipeline import compile_captured, jobs, schedule
 from turbotx.kernels.job import Job
 from turbotx.kernels.triton.compiler import TARGETS, Built, build
 from turbotx.options import Options
+from turbotx.passes.quantize import has_fp8
 
 RESULTS = Path(__file__).parent / "results" / "resources.json"
-WAYS = ({"attention": "flash"}, {"attention": "fused-softmax"}, {"quantize": "int8"})
+WAYS = (
+    {"attention": "flash"}, {"attention": "fused-softmax"},
+    *({"quantize": how} for how in ("int8", "fp8", "int8-weights", "int4-weights")),
+)  # fmt: skip
 # Few queries, which take tiles of their own, and many. Lengths that are multiples of 16: others
 # have builds without the promise, whose accesses are as narrow as any alignment allows.
 SHAPES = ((1, 16), (2, 128))
@@ -59,7 +63,8 @@ def find_jobs(architecture: str, dtype: torch.dtype, targets: list[str]) -> Iter
         # Without templates: the kernels behind the library's GEMMs, and no norms are folded.
         library = () if options.quantize != "none" else (replace(options, gemms="cublas"),)
         ways = (options, *library)
-        for target, chosen in itertools.product(targets, ways):
+        able = [t for t in targets if options.quantize != "fp8" or has_fp8(t)]
+        for target, chosen in itertools.product(able, ways):
             program = schedule(call, chosen, target)
             yield from (x.job for shape in dims for x in jobs(program, shape))
 

@@ -21,8 +21,9 @@ ENGINES = {
     "eager": "eager", "compile": "torch.compile", "compile-dynamic": "torch.compile, dynamic",
     "onnxruntime": "ONNX Runtime", "onnxruntime-optimized": "ONNX Runtime, optimized",
     "openvino": "OpenVINO", "zentorch": "zentorch", "ctranslate2": "CTranslate2",
-    "turbotx-int8": "turbotx, int8", "onnxruntime-int8": "ONNX Runtime, int8",
-    "openvino-int8": "OpenVINO, int8", "ctranslate2-int8": "CTranslate2, int8",
+    "turbotx-int8": "turbotx, int8", "floor-int8": "GEMMs only, int8",
+    "onnxruntime-int8": "ONNX Runtime, int8", "openvino-int8": "OpenVINO, int8",
+    "ctranslate2-int8": "CTranslate2, int8",
 }  # fmt: skip
 
 
@@ -59,7 +60,8 @@ def latency_table(folder: Path, name: str = "latency") -> str:
             noisy = row["engines"].get(engine, {}).get("others_cores", 0.0) > QUIET_CORES
             disturbed |= noisy
             cells.append((f"**{text}**" if best else text) + ("*" if noisy else ""))
-        ratio = f"{ms['turbotx'] / min(floors):.2f}" if floors and "turbotx" in ms else "-"
+        own = ms.get("turbotx", ms.get("turbotx-int8"))
+        ratio = f"{own / min(floors):.2f}" if floors and own is not None else "-"
         shape = row["shape"].replace("x", " x ")
         lines.append(_row([row["model"], row["dtype"], shape, *cells, ratio]))
     if disturbed:

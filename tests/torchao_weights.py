@@ -32,7 +32,9 @@ class Int8Tensor(torch.Tensor):
     def __new__(
         cls, qdata: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, asked: Any
     ) -> Any:
-        made: Any = torch.Tensor._make_wrapper_subclass(cls, qdata.shape, dtype=dtype)
+        made: Any = torch.Tensor._make_wrapper_subclass(
+            cls, qdata.shape, dtype=dtype, device=qdata.device
+        )
         made.qdata, made.scale, made.block_size = qdata, scale, [1, qdata.shape[1]]
         made.zero_point, made.act_quant_kwargs = torch.zeros_like(scale, dtype=torch.int8), asked
         made.act_quant_scale = made.act_quant_zero_point = made.act_pre_scale = None
@@ -90,7 +92,8 @@ class Int4Tensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape: Any, dtype: torch.dtype, held: dict[str, Any], floats: Any) -> Any:
-        made: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+        place = held["qdata"].device
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=place)
         made.held, made.floats = held, floats
         for name, value in held.items():
             setattr(made, name, value)

@@ -40,9 +40,10 @@ def test_median_and_tenths() -> None:
     assert (spread.p95_ms, spread.p99_ms, spread.calls_per_s) == (96, 100, 20.0)
 
 
-def test_the_floor_runs_the_products_of_any_shape() -> None:
+@pytest.mark.parametrize("library", ["onednn", "int8"])
+def test_the_floor_runs_the_products_of_any_shape(library: str) -> None:
     layer = torch.nn.Linear(8, 16).eval()
-    run = make_gemms_only(ModelWithInputs(layer, (torch.randn(2, 3, 8),), {}), "onednn")
+    run = make_gemms_only(ModelWithInputs(layer, (torch.randn(2, 3, 8),), {}), library)
     run((torch.randn(2, 3, 8),), {})
     run((torch.randn(1, 1, 8),), {})
     half = ModelWithInputs(layer.bfloat16(), (torch.randn(2, 3, 8).bfloat16(),), {})

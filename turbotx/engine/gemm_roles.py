@@ -28,11 +28,11 @@ class GemmRoles:
     rows: bool
 
     @classmethod
-    def of(cls, options: Options, target: str) -> GemmRoles:
-        """Return what the options allow on a target."""
+    def of(cls, options: Options, target: str, quantized: bool = False) -> GemmRoles:
+        """Return what the options allow on a target. quantized: some products are of integers."""
         generated = target != "cpu" and options.backend != "aten" and options.gemms != "cublas"
         epilogues = options.epilogues and (generated or target == "cpu")
         # The kernels that normalise rows of int8 products also quantise them.
-        rows = generated and epilogues and options.quantize != "none"
+        rows = generated and epilogues and quantized
         norms = generated and epilogues and options.norms != "store" and not rows
         return cls(epilogues, generated, norms, rows)

@@ -181,20 +181,27 @@ def pack_once(captured: Captured, padding: str) -> Captured:
     return found
 
 
+def is_quantized(captured: Captured, options: Options) -> bool:
+    """Tell whether some products are of integers, by an option or since the weights are."""
+    return options.quantize != "none" or bool(captured.graph_module.meta.get("quantized"))
+
+
 def quantize_rows_once(captured: Captured, options: Options, target: str) -> Captured:
     """Return a copy of a capture in which kernels quantise the rows that int8 products read, on a
     GPU. The original graph stays as CPUs need it.
 
     Raises OptionsError for options under which a library would compute these products.
     """
-    if options.quantize == "none" or target == "cpu":
+    if target == "cpu" or not is_quantized(captured, options):
         return captured
     wrong = {"backend": "aten", "gemms": "cublas", "norms": "fold"}
     for name, value in wrong.items():
         if getattr(options, name) == value:
+            asked = f"quantize={options.quantize!r}" * (options.quantize != "none")
             raise OptionsError(
-                f"quantize={options.quantize!r} on {target} runs generated products, whose rows "
-                f"the kernels of norms quantise, and {name}={value!r} forbids that: leave one out"
+                f"{asked or 'a model of quantised weights'} on {target} runs generated products, "
+                f"whose rows the kernels of norms quantise, and {name}={value!r} forbids that: "
+                "leave one out"
             )
     made = fx.GraphModule(captured.graph_module, copy.deepcopy(captured.graph))
     made.meta = dict(captured.graph_module.meta)
@@ -205,7 +212,7 @@ def quantize_rows_once(captured: Captured, options: Options, target: str) -> Cap
 
 def assemble_call(captured: Captured, options: Options, target: str) -> AssembledCall:
     """Return a captured call as launches, for CPUs or for GPUs; independent of the GPU model."""
-    roles = GemmRoles.of(options, target)
+    roles = GemmRoles.of(options, target, is_quantized(captured, options))
     text = rewrite_once(captured, options, target)
     captured = quantize_rows_once(pack_once(captured, options.padding), options, target)
     graph, dims = captured.graph, captured.dims

@@ -227,6 +227,7 @@ QUANTIZED_LINEARS = (quantized_linear, weight_only_linear)
 """Products by a quantised weight; of both, its scale is the fourth argument."""
 QUANTIZES = (quantize_rows, quantize_groups)
 """What makes a weight's integers; of both, its scale is the second argument."""
+SCALES = (row_scale, group_scale)
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,12 @@ def structure_of(
             "narrow": None,
             "float_rows": False,
             "group": 0,
+            "shifted": False,
             "quantizes": False,
             "peaks": False,
         }
-        how = f"{KIND_NAMES[made.narrow]}{'w' * made.float_rows}{made.group or ''}"
+        group = f"{made.group or ''}{'s' * made.shifted}"
+        how = f"{KIND_NAMES[made.narrow]}{'w' * made.float_rows}{group}"
         plain = structure_of(replace(made, **own))
         return f"{plain}{how}{'q' * made.quantizes}{'p' * made.peaks}"
     return hashlib.sha256(repr(made).encode()).hexdigest()[:16]

@@ -39,6 +39,8 @@ from turbotx.passes.linear import is_weight
 aten = torch.ops.aten
 MOST_GIVEN = (2**31 - 1) // (128 * 127)
 """As MAX_DEPTH, for weights that may be -128."""
+GPU_GROUPS = (8, 16, 32, 64, 128)
+"""How many inputs may share a scale of int4 on a GPU: each tile of a weight has whole groups."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,11 +91,13 @@ def check_target(quantize: str, given: Mapping[str, Scheme], target: str) -> Non
             f"quantize='fp8' multiplies e4m3 numbers, which NVIDIA GPUs from sm_89 on do, and "
             f"{target} does not: take quantize='int8' (docs/quantization.md)"
         )
-    if given and target != "cpu":
-        raise OptionsError(
-            f"a model of weights that are quantised already runs on CPUs so far, not on {target} "
-            "(docs/quantization.md)"
-        )
+    for path, scheme in given.items() if target != "cpu" else ():
+        if scheme.group and scheme.group not in GPU_GROUPS:
+            raise OptionsError(
+                f"{path} has a scale for every {scheme.group} inputs, which runs on CPUs, and on "
+                f"{target} groups of {', '.join(map(str, GPU_GROUPS))} do: quantise by one of "
+                "these (docs/quantization.md)"
+            )
 
 
 def has_fp8(target: str) -> bool:

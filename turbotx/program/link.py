@@ -20,7 +20,7 @@ from turbotx import ir
 from turbotx.capture.eager import Alias
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import Expr, product, sizes_of, to_python
-from turbotx.ir.quantized_ops import QUANTIZES
+from turbotx.ir.quantized_ops import QUANTIZES, SCALES
 from turbotx.ir.sizes import Evaluate
 from turbotx.ir.strides import contiguous_strides, layout_of
 from turbotx.memory.liveness import LaunchUse, Liveness, analyze
@@ -35,6 +35,7 @@ from turbotx.program.executable import (
     LinkedLaunch,
     MemoryTables,
     OutputTensor,
+    Packing,
     PytorchCall,
     ReturnedView,
     TokenRange,
@@ -170,7 +171,47 @@ def weight_parts(weight: ir.Operand, hoisted: Mapping[str, fx.Node]) -> tuple[We
     return found if sum(part.shape[0] for part in found) == whole.shape[0] else (whole,)
 
 
-def quantized_from(
+def packing_of(
+    launch: ir.GemmLaunch | ir.GroupedGemmLaunch, slot: int, hoisted: Mapping[str, fx.Node]
+) -> Packing:
+    """Return what a launch's weight is made of. slot: where it is packed to."""
+    weight, gated = launch.weight, launch.gemm.gated
+    if isinstance(launch, ir.GroupedGemmLaunch):
+        return Packing(slot, (weight_window(weight),), gated)
+    parts = weight_parts(weight, hoisted)
+    if launch.int8 is None:
+        return Packing(slot, parts, gated)
+    sources, scale = _quantized_from(weight, hoisted)
+    group = launch.int8.group
+    if not group:
+        return Packing(slot, parts, gated, sources, scale)
+    scale, depth = launch.int8.weight_scale.tensor, int(launch.x.shape[-1])
+    return Packing(slot, parts, gated, sources, scale, group, depth)
+
+
+def find_integers(assembly: Assembly) -> tuple[tuple[Packing, ...], frozenset[str]]:
+    """Return what weights of integers are made of, where no launch packs them, and the parameters
+    and constants that nothing else reads."""
+    found: dict[str, Packing] = {}
+    for launch in assembly.launches:
+        if isinstance(launch, ir.GemmLaunch) and launch.int8 is not None:
+            packing = packing_of(launch, -1, assembly.hoisted)
+            if packing.sources:
+                found[launch.weight.tensor] = packing
+    alone = [n for name in found for n in _read_by_none_else(assembly.hoisted[name])]
+    return tuple(found.values()), frozenset(alone)
+
+
+def _read_by_none_else(integers: fx.Node) -> list[str]:
+    """Return what integers are made of, and nothing besides them and their scales."""
+    whole = g.operand(integers, 0)
+    if not all(g.is_call(u, *QUANTIZES, *SCALES) for u in whole.users):
+        return []
+    parts = whole.all_input_nodes if _joins_rows(whole) else []
+    return [whole.name, *(n.name for n in parts if [*n.users] == [whole])]
+
+
+def _quantized_from(
     weight: ir.Operand, hoisted: Mapping[str, fx.Node]
 ) -> tuple[tuple[WeightWindow, ...], str]:
     """Return the windows of parameters whose rows a weight of integers quantises, and the name of

@@ -174,9 +174,10 @@ class Weights:
             watched = self._new_watch()  # started first, so that it detects later changes
             tensors = _Tensors(self.hoisted, self.quantized)
             tensors.update((n, owner[leaf]) for n, (owner, leaf) in self._slots.items())
-            for name in self.read_plainly():
-                if isinstance(tensors.get(name), PackedParameter) or is_torchao(tensors.get(name)):
-                    tensors[name] = _floats_of(tensors[name])
+            plainly, floats = self.read_plainly(), self.read_plainly(integers=False)
+            for name, own in [*tensors.items()]:
+                if name in (floats if is_torchao(own) else plainly):
+                    tensors[name] = _floats_of(own)
             with torch.no_grad():
                 held = tensors.put_scales()
                 for name, node in self.hoisted.items():
@@ -220,10 +221,11 @@ class Weights:
             left += () if node.name in self._slots else node.all_input_nodes
         return found
 
-    def read_plainly(self) -> set[str]:
-        """Return the tensors that a run or a hoisted constant reads unpacked. Int8 weights and
-        scales do not count: they are computed once."""
-        made = {p.parts[0].tensor for p in self.quantized} - {*self.read}
+    def read_plainly(self, integers: bool = True) -> set[str]:
+        """Return the tensors that a run or a hoisted constant reads unpacked. Weights of integers
+        and their scales do not count, which are computed once; integers: but where a run reads
+        them."""
+        made = {p.parts[0].tensor for p in self.quantized} - {*(self.read if integers else ())}
         return self._computed_with(made | {p.scale for p in self.quantized}) | {*self.read}
 
     # --- weights kept in packed form only ---
@@ -314,17 +316,15 @@ class Weights:
 
     def window(self, part: WeightWindow) -> torch.Tensor:
         """Return a part of a parameter or hoisted constant as a tensor."""
-        base = self.tensors[part.tensor]
-        if isinstance(base, PackedParameter) or is_torchao(base):
-            base = _floats_of(base)
+        base = _floats_of(self.tensors[part.tensor])
         return base.as_strided(part.shape, part.strides, base.storage_offset() + part.offset)
 
 
 def _floats_of(parameter: Any) -> torch.Tensor:
-    """Return the float elements of a released parameter, or of torchao's; refuse if they were
-    replaced by int8 ones, since a program that reads floats would compute something else."""
-    if is_torchao(parameter):
-        return floats_of(parameter)
+    """Return a tensor, or the float elements of a released parameter or of torchao's; refuse if
+    they were replaced by int8 ones, since a program that reads floats would compute otherwise."""
+    if not isinstance(parameter, PackedParameter):
+        return floats_of(parameter) if is_torchao(parameter) else parameter
     if parameter.weight.scale is None:
         return parameter.unpacked()
     raise _given_up(parameter, "as floats")

@@ -90,6 +90,12 @@ def save(
     writer.build(progress)
     state, held = _split_weights(engine.model, [(p, v) for p, _, v in variants])
     found = list(dict.fromkeys(x["target"] for x in writer.programs))
+    foreign = next((name for name, tensor in state.items() if is_torchao(tensor)), "")
+    if foreign and found != ["cpu"]:
+        raise SaveError(
+            f"{foreign} is torchao's, whose integers a file holds for CPUs alone: save for "
+            f"targets=['cpu'], not {found}"
+        )
     facts: dict[str, Any] = {
         "turbotx": __version__, "torch": torch.__version__, "runtime": runtime_digest(),
         "machine": platform.machine(), "cpu_features": sorted(cpu_features()),

@@ -15,20 +15,25 @@ import torch
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.kernels.triton.test_gemm import check_built, run
-from turbotx.ir.quantized_ops import SCHEMES, weight_only_linear
+from turbotx.ir.quantized_ops import SCHEMES, Scheme, weight_only_linear
 from turbotx.kernels.device_classes import DEVICES
 from turbotx.kernels.gemm_heuristics import BUCKETS, choose_gemm
 from turbotx.kernels.schedule_selector import Tiles, structure_of
 from turbotx.kernels.triton.gemm_template import GemmSchedule, GemmTemplate
 
-HOWS = ("int8-weights", "int4-weights")
+HOWS = {
+    "int8-weights": SCHEMES["int8-weights"],
+    "int4-weights": SCHEMES["int4-weights"],
+    "int4 with offsets": Scheme(float_rows=True, group=32, shifted=True),
+}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def template_of(how: str, dtype: torch.dtype, n: int, k: int, **more: Any) -> GemmTemplate:
-    group = SCHEMES[how].group
+    group, shifted = HOWS[how].group, HOWS[how].shifted
     narrow = torch.uint8 if group else torch.int8
-    return GemmTemplate(dtype, n, k, narrow=narrow, float_rows=True, group=group, **more)
+    given = {"narrow": narrow, "float_rows": True, "group": group, "shifted": shifted}
+    return GemmTemplate(dtype, n, k, **given, **more)
 
 
 def operands(
@@ -36,8 +41,8 @@ def operands(
 ) -> dict[str, torch.Tensor]:
     width = t.n * (1 + t.gated)
     weight = torch.randn(width, t.k) if weight is None else weight
-    scale = SCHEMES[how].scale_of(weight)
-    given = {"w": SCHEMES[how].integers_of(weight, scale), "scales": scale}
+    scale = HOWS[how].scale_of(weight)
+    given = {"w": HOWS[how].integers_of(weight, scale), "scales": scale}
     given["x"] = torch.randn(tokens, t.k).to(t.dtype)
     if t.bias:
         given["bias"] = torch.randn(width).to(t.dtype)
@@ -86,7 +91,7 @@ def test_a_weight_without_a_scale_is_nan_in_its_own_column_alone(how: str) -> No
 def test_each_kind_is_tuned_apart_and_takes_whole_groups() -> None:
     plain = GemmTemplate(torch.float16, 768, 768)
     kinds = [template_of(how, torch.float16, 768, 768) for how in HOWS]
-    assert len({structure_of(t) for t in (plain, *kinds)}) == 3
+    assert len({structure_of(t) for t in (plain, *kinds)}) == 4
     for t in kinds:
         chosen = Tiles((("gemm_*", "k16"),), "sm_90", {}).gemm(t, 16)
         assert chosen is not None and chosen.k_tile == 32

@@ -23,6 +23,7 @@ import transformers
 
 import turbotx
 from tests.passes.test_experts import Experts
+from tests.torchao_weights import quantize, quantize_int4
 from turbotx.engine.optimize import engine_of
 from turbotx.errors import IndexOutOfRangeError
 
@@ -104,6 +105,22 @@ def test_products_are_those_of_the_same_numbers(dtype: torch.dtype, kind: str) -
     with torch.no_grad():
         model.encoder.layer[0].output.dense.weight.mul_(-1.5)
     torch.testing.assert_close(fast(**inputs)[0], model(**inputs)[0], rtol=0, atol=0.3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["int8", "int8 weights", "int4 weights"])
+def test_models_that_torchao_has_quantised_to_int8_or_int4(kind: str) -> None:
+    model = make_bert(torch.float16, intermediate_size=640)
+    if kind == "int4 weights":
+        quantize_int4("Int4Tensor", model)
+    else:
+        quantize("stand-in", model, kind == "int8 weights")
+    fast = turbotx.optimize(model)
+    inputs = make_inputs(2, 17)
+    numerics = turbotx.explain(fast, **inputs).numerics(fast, **inputs)
+    assert all(e.holds for e in numerics.launches) and numerics.likenesses[0].mean > 0.995
+    assert any(kind.replace(" ", "_") in e.name for e in numerics.launches)
+    torch.testing.assert_close(fast(**inputs)[0], model(**inputs)[0], rtol=0, atol=0.1)
 
 
 def test_the_arena_is_the_drivers_virtual_memory() -> None:

@@ -26,6 +26,7 @@ ENGINES = {
     "turbotx-packed-int8": 'turbotx.optimize(model, padding="packed", quantize="int8")',
     "floor-mkl": "the GEMMs over weights packed once by MKL, and attention, in the model's order",
     "floor-onednn": "the same with oneDNN",
+    "floor-int8": "the same with oneDNN, of int8",
     "eager": "the model itself",
     "onnxruntime": "ONNX Runtime, the model exported by torch.onnx.export",
     "onnxruntime-optimized": "the same after ONNX Runtime's transformer optimizer",
@@ -41,8 +42,8 @@ ENGINES = {
 
 
 ASKED_FOR = (
-    "turbotx-packed", "turbotx-int8", "turbotx-packed-int8", "onnxruntime-int8", "openvino-int8",
-    "zentorch", "ctranslate2", "ctranslate2-int8",
+    "turbotx-packed", "turbotx-int8", "turbotx-packed-int8", "floor-int8", "onnxruntime-int8",
+    "openvino-int8", "zentorch", "ctranslate2", "ctranslate2-int8",
 )  # fmt: skip
 """Engines that are compared only when named: not every model can be packed, int8 computes something
 else, and the others support few models or processors."""

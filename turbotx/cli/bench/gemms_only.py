@@ -1,7 +1,8 @@
 """GEMMs only: a lower bound for `bench`: a model's GEMMs and attention without the ops in between.
 
 In: a loaded model. Out: a function that runs its matrix products, with weights packed once by a
-library, and its attention, on dense dummy tensors of the right sizes, in the model's order::
+library, and its attention, on dense dummy tensors of the right sizes, in the model's order; or of
+int8, rows and weights, with attention in the model's dtype::
 
     make_gemms_only(loaded, "mkl")((), inputs)      # the engine "floor-mkl"
 """
@@ -19,6 +20,7 @@ from turbotx.cli.models import ModelWithInputs
 from turbotx.engine.optimize import engine_of, optimize
 from turbotx.errors import ModelError
 from turbotx.ir.expr import evaluate
+from turbotx.ir.quantized_ops import quantize_rows, row_scale
 from turbotx.program.link import weight_window
 
 Packed = Callable[[torch.Tensor], torch.Tensor]
@@ -26,8 +28,8 @@ Step = Callable[[], object]
 
 
 def make_gemms_only(loaded: ModelWithInputs, library: str) -> Callable[..., None]:
-    """Return the call with "mkl" or "onednn"; raise ModelError if the library does not support
-    it."""
+    """Return the call with "mkl", "onednn", or "int8" by oneDNN; raise ModelError if the library
+    does not support it."""
     module = optimize(loaded.model, backend="aten")
     engine = engine_of(module)
     captured = engine.capture(loaded.args, loaded.kwargs)
@@ -35,13 +37,13 @@ def make_gemms_only(loaded: ModelWithInputs, library: str) -> Callable[..., None
     weights = compiled.program.runtime.weights
     weights.refresh()
     matcher = captured.matcher
-    pack = {"mkl": _pack_mkl, "onednn": _pack_onednn}[library]
+    pack = {"mkl": _pack_mkl, "onednn": _pack_onednn, "int8": _pack_int8}[library]
+    narrow = torch.uint8 if library == "int8" else None
     makers: list[Callable[[Mapping[str, int]], Step]] = []
     for launch in compiled.assembly.launches:
         if isinstance(launch, ir.GemmLaunch):
-            makers.append(
-                _product(launch, pack(weights.window(weight_window(launch.weight)).contiguous()))
-            )
+            packed = pack(weights.window(weight_window(launch.weight)).contiguous())
+            makers.append(_product(launch, packed, narrow or launch.x.dtype))
         elif isinstance(launch, ir.GroupedGemmLaunch):
             raise ModelError(f"{launch.name}: the library has no packed product of experts")
         elif isinstance(launch, ir.AttentionLaunch):
@@ -61,12 +63,14 @@ def make_gemms_only(loaded: ModelWithInputs, library: str) -> Callable[..., None
     return run
 
 
-def _product(launch: ir.GemmLaunch, packed: Packed) -> Callable[[Mapping[str, int]], Step]:
+def _product(
+    launch: ir.GemmLaunch, packed: Packed, dtype: torch.dtype
+) -> Callable[[Mapping[str, int]], Step]:
     x = launch.x
 
     def make(dims: Mapping[str, int]) -> Step:
         rows, depth = evaluate(launch.rows, dims), int(x.shape[-1])
-        given = torch.ones(rows, depth, dtype=x.dtype)
+        given = torch.ones(rows, depth, dtype=dtype)
         return lambda: packed(given)
 
     return make
@@ -101,3 +105,16 @@ def _pack_mkl(weight: torch.Tensor) -> Packed:
 def _pack_onednn(weight: torch.Tensor) -> Packed:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def _pack_int8(weight: torch.Tensor) -> Packed:
+    """Of rows of uint8, for which alone oneDNN takes weights packed once; sums become floats."""
+    onednn: Any = torch.ops.onednn  # private
+    if not hasattr(onednn, "qlinear_prepack"):
+        raise ModelError("this PyTorch was built without oneDNN's int8 products")
+    scale = row_scale(weight)
+    packed = onednn.qlinear_prepack(quantize_rows(weight, scale), None)
+    zeros, by = torch.zeros(len(weight), dtype=torch.int64), scale.flatten()
+    return lambda x: onednn.qlinear_pointwise(
+        x, 1.0, 0, packed, by, zeros, None, 1.0, 0, weight.dtype, "none", [], ""
+    )

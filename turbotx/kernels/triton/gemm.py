@@ -88,6 +88,7 @@ def _flags(t: GemmTemplate, s: GemmSchedule) -> dict[str, Flag]:
         "UNPACKED": t.float_rows and not t.group,
         "GROUP_SIZE": t.group,
         "GROUPS": -(-t.k // t.group) if t.group else 0,
+        "SHIFTED": t.shifted,
         "SUMS": "tl.int32" if t.kind == "int8" else "tl.float32",
         "PRECISION": precision if t.dtype is torch.float32 else None,
         "N_TILES": -(-t.n // s.n_tile),

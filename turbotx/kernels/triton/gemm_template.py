@@ -30,7 +30,7 @@ class GemmTemplate:
     residual over n. stats: store row statistics of out. tf32: float32 factors may be rounded to
     TF32. experts: number of weights, `expert_step` elements apart; 0: one weight. narrow: dtype of
     x and weight with scales (`ir.quantized_ops`); `dtype` is that of everything else. float_rows:
-    only the weight is narrow; group: inputs per int4 scale. quantizes: x is of `dtype` and is
+    only the weight is narrow; group: inputs per int4 scale, shifted: and per offset. quantizes: x is of `dtype` and is
     quantized as it is loaded, by its rows' peaks; peaks: store those of out.
     """
 
@@ -54,6 +54,7 @@ class GemmTemplate:
     narrow: torch.dtype | None = field(default=None, repr=False)
     float_rows: bool = field(default=False, repr=False)
     group: int = field(default=0, repr=False)
+    shifted: bool = field(default=False, repr=False)
     quantizes: bool = field(default=False, repr=False)
     peaks: bool = field(default=False, repr=False)
 
@@ -109,7 +110,7 @@ class GemmTemplate:
         kind = TYPES[self.dtype].removeprefix("tl.")
         sizes = f"{self.experts}x" * (self.experts > 0) + f"{self.n}x{self.k}"
         narrow = "" if self.narrow is None else KIND_NAMES[self.narrow]
-        narrow += "_weights" * self.float_rows
+        narrow += "_weights" * self.float_rows + "_shifted" * self.shifted
         parts = ["grouped" * (self.experts > 0), "gemm", narrow, f"{kind}_{sizes}"]
         parts += [f"{self.norm}_norm" * (self.norm != "none")]
         parts += ["flipped" * self.flipped, "bias" * self.bias]

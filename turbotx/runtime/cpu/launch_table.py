@@ -29,9 +29,7 @@ from turbotx.program.executable import CpuTables, NativeLaunch, Packing
 from turbotx.program.link import (
     LaunchLayout,
     facts_of,
-    quantized_from,
-    weight_parts,
-    weight_window,
+    packing_of,
 )
 from turbotx.runtime.cpu.abi import declare, units_of
 
@@ -163,7 +161,7 @@ def lay_out_launches(
         if native:
             table.launches[i] = _link(launch, table, names)
             if isinstance(launch, PackedGemm):
-                packing = _pack(launch, table, assembly)
+                packing = packing_of(launch, table.slots[_packed_name(launch)], assembly.hoisted)
                 packings[packing.slot] = packing
                 operands = tuple(a for a in operands if not _is_packed(launch, a))
         read.update(a.tensor for a in operands if a is not None)
@@ -173,21 +171,6 @@ def lay_out_launches(
             segments.append((i, i + 1))
     table.cpu, table.read = CpuTables(tuple(segments), tuple(packings.values())), read
     return table
-
-
-def _pack(
-    launch: ir.GemmLaunch | ir.GroupedGemmLaunch, table: LaunchLayout, assembly: Assembly
-) -> Packing:
-    slot, weight = table.slots[_packed_name(launch)], launch.weight
-    grouped = isinstance(launch, ir.GroupedGemmLaunch)
-    parts = (weight_window(weight),) if grouped else weight_parts(weight, assembly.hoisted)
-    if isinstance(launch, ir.GemmLaunch) and launch.int8 is not None:
-        made_from = quantized_from(weight, assembly.hoisted)
-        if launch.int8.group:
-            made_from = made_from[0], launch.int8.weight_scale.tensor
-        of_groups = launch.int8.group, int(launch.x.shape[-1]) if launch.int8.group else 0
-        return Packing(slot, parts, launch.gemm.gated, *made_from, *of_groups)
-    return Packing(slot, parts, launch.gemm.gated)
 
 
 def _link(launch: ir.Launch, table: LaunchLayout, names: dict[object, str]) -> NativeLaunch:

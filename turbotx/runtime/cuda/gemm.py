@@ -76,6 +76,7 @@ def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate 
         narrow=None if int8 is None else weight.dtype,
         float_rows=int8 is not None and int8.float_rows,
         group=0 if int8 is None else int8.group,
+        shifted=int8 is not None and len(int8.weight_scale.shape) == 3,
         quantizes=int8 is not None and int8.x_peaks is not None,
         peaks=int8 is not None and int8.peaks is not None,
     )

@@ -31,7 +31,7 @@ from turbotx.program.executable import (
     QueuedLaunch,
     TokenRange,
 )
-from turbotx.program.link import LaunchLayout, facts_of, link
+from turbotx.program.link import LaunchLayout, facts_of, find_integers, link
 from turbotx.program.steps import GrowingDims, expected_steps, is_split
 from turbotx.runtime.cuda.arguments import Key
 from turbotx.runtime.cuda.experts import ExpertsFamily, RouteFamily
@@ -74,7 +74,9 @@ class LaunchKernels:
         decoding steps and that kernels read from device memory."""
         self.assembly, self.target, self.steps = assembly, tiles.target, steps
         slots = {name: k for k, name in enumerate(assembly.tensors)}
-        self.table = LaunchLayout(slots, token_range=token_range)
+        self.integers, unread = find_integers(assembly)
+        read = slots.keys() - unread
+        self.table = LaunchLayout(slots, token_range=token_range, read=read)
         self._layouts: dict[Key, ArgumentLayout] = {}
         self._checks: dict[int, int] = {}
         self._kernels: dict[str, KernelFamily] = {}
@@ -232,6 +234,7 @@ class CudaRuntime(CudaQueue):
     def __init__(self, kernels: LaunchKernels, weights: Weights, device: Device) -> None:
         """Build nothing yet: see `build_expected`."""
         self.kernels, self.families = kernels, kernels.families
+        weights.quantized, weights.read = kernels.integers, frozenset(kernels.executable.weights)
         self.sources: dict[str, str] = {}
         super().__init__(kernels.executable, kernels.in_order, weights, device)
 

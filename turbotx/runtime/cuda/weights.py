@@ -51,14 +51,14 @@ class PlacedWeights:
         with self._lock:
             version, tensors = self._weights.version, self._weights.tensors
             if self._held.version != version:
-                moved = {n: self._place(n, t) for n, t in tensors.items()}
-                if any(moved[n] is not t for n, t in tensors.items()):
+                read = {n: t for n, t in tensors.items() if n in self._slots}
+                moved = {n: self._place(n, t) for n, t in read.items()}
+                if any(moved[n] is not t for n, t in read.items()):
                     self._device.wait()
                 self._held = WeightsVersion(version, moved)
             held = self._held
         for name, tensor in held.tensors.items():
-            if name in self._slots:
-                table[self._slots[name]] = tensor.data_ptr()
+            table[self._slots[name]] = tensor.data_ptr()
         return version, held
 
     @property

@@ -32,6 +32,7 @@ IMPRECISE = tl.constexpr(None)  # otherwise the most fp8 products summed with re
 UNPACKED = tl.constexpr(None)  # only the weight is int8, converted to STORED as it is loaded
 GROUP_SIZE = tl.constexpr(None)  # int4: inputs per scale; 0: not int4
 GROUPS = tl.constexpr(None)
+SHIFTED = tl.constexpr(None)  # behind each scale is an offset
 SUMS = tl.constexpr(None)  # the dtype of the sums over k: int32 of int8, else float32
 PRECISION = tl.constexpr(None)  # "ieee" or "tf32" for float32, or None
 N_TILES = tl.constexpr(None)
@@ -137,7 +138,7 @@ def load_weight(
     if GROUP_SIZE > 0:
         w = load_int4(
             w_ptr, w_row, scales_ptr, start, down + FIRST, down_ok, STORED, GROUP_SIZE, GROUPS,
-            K_MASKED, N_TILE, K_TILE,
+            SHIFTED, K_MASKED, N_TILE, K_TILE,
         )  # fmt: skip
         w = tl.trans(w)
     elif FLIPPED:
