@@ -30,8 +30,8 @@ class GemmTemplate:
     residual over n. stats: store row statistics of out. tf32: float32 factors may be rounded to
     TF32. experts: number of weights, `expert_step` elements apart; 0: one weight. narrow: dtype of
     x and weight with scales (`ir.quantized_ops`); `dtype` is that of everything else. float_rows:
-    only the weight is narrow; group: inputs per int4 scale, shifted: and per offset. quantizes: x is of `dtype` and is
-    quantized as it is loaded, by its rows' peaks; peaks: store those of out.
+    only the weight is narrow; group: inputs per int4 scale, shifted: and per offset. quantizes: x
+    is of `dtype` and is quantized as it is loaded, by its rows' peaks; peaks: store those of out.
     """
 
     dtype: torch.dtype
