@@ -26,9 +26,9 @@ from turbotx.ir.fake_results import BY_VALUES
 # Private functions of PyTorch, the same from 2.11 to 2.13: without one, it is as slow as before.
 _LOOKS = (
     (proxy_tensor, "track_tensor_tree"),
-    (proxy_tensor, "_extract_tensor_metadata"),
     (_trace, "_fakify_params_buffers"),
 )
+_METADATA = "_extract_tensor_metadata"
 _BINDINGS = "_replace_unbacked_bindings"
 
 
@@ -41,6 +41,8 @@ def light_export() -> Iterator[None]:
             if hasattr(module, name):
                 look = _unseen(getattr(module, name))
                 stack.enter_context(replaced_in_thread(module, name, look))
+        if hasattr(proxy_tensor, _METADATA):
+            stack.enter_context(replaced_in_thread(proxy_tensor, _METADATA, _describe_nothing))
         if hasattr(_trace, _BINDINGS):
             bind = _only_of_values(getattr(_trace, _BINDINGS))
             stack.enter_context(replaced_in_thread(_trace, _BINDINGS, bind))
@@ -64,6 +66,10 @@ def late_code() -> Iterator[None]:
 
     with replaced_in_thread(fx.GraphModule, "recompile", recompile):
         yield
+
+
+def _describe_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand for a description of a node's tensor, which its fake tensor gives too."""
 
 
 def _unseen(look: Callable[..., Any]) -> Callable[..., Any]:

@@ -272,7 +272,7 @@ def _export_widened(
     first, tried = None, []
     tensors = [t.resolve_conj().resolve_neg() for t in tensors]
     spelled: frozenset[tuple[int, int]] = frozenset()
-    for sides in ("left", "left", "both", "none"):
+    for sides in ("left", "left", "both", "both", "none", "none"):  # again without the spelled
         examples, varying = widen(tensors, least, {*fixed, *spelled}, sides)
         examples = list(map(make_dense, examples, flat.orders))
         varying = list(map(moved_dims, varying, flat.orders))
