@@ -249,9 +249,12 @@ def choose(step: Step, made: Values, jumps: bool) -> Call | None:
 
 @dataclass(frozen=True)
 class Program:
-    """The drawn calls as one function of the inputs; it returns the last `outputs` values."""
+    """The drawn calls as one function of the inputs; it returns the last `outputs` values.
 
-    calls: tuple[Call, ...]
+    calls: None stands for one whose value no other needs: two thirds of those that are drawn.
+    """
+
+    calls: tuple[Call | None, ...]
     dtypes: tuple[torch.dtype, ...]
     outputs: int
 
@@ -262,6 +265,9 @@ class Program:
         """noise: the relative error of each call; True for one rounding to the dtype it has."""
         values = list(given)
         for call, dtype in zip(self.calls, self.dtypes, strict=True):
+            if call is None:
+                values.append(values[0])
+                continue
             value = call(values)
             if noise and value.is_floating_point():
                 eps = torch.finfo(dtype).eps if noise is True else noise
@@ -270,14 +276,27 @@ class Program:
         return values[-self.outputs :]
 
 
+class _Watched(list[torch.Tensor]):
+    """Values that note which of them are read, by their places."""
+
+    read: frozenset[int] = frozenset()
+
+    def __getitem__(self, place: Any) -> Any:
+        self.read |= {place}
+        return super().__getitem__(place)
+
+
 def write_program(
     drawn: list[Step], outputs: int, inputs: Values, jumps: bool = True, largest: int = 5000
 ) -> Program:
-    """Return those of the drawn steps that eager PyTorch runs, with results in a sane range."""
+    """Return those of the drawn steps that eager PyTorch runs, with results in a sane range, and
+    that the outputs need."""
     calls: list[Call] = []
-    made = list(inputs)
+    reads: list[frozenset[int]] = []
+    made = _Watched(inputs)
     for step in drawn:
         call = choose(step, made, jumps)
+        made.read = frozenset()
         try:
             result = None if call is None else call(made)
         except (RuntimeError, TypeError, IndexError):
@@ -285,9 +304,18 @@ def write_program(
         if call is None or result is None or result.dim() > 4 or not sane(result, largest):
             continue
         calls.append(call)
+        reads.append(made.read)
         made.append(result)
-    dtypes = tuple(x.dtype for x in made[len(inputs) :])
-    return Program(tuple(calls), dtypes, min(outputs, len(calls)))
+    dtypes = tuple(x.dtype for x in list(made)[len(inputs) :])
+    outputs = min(outputs, len(calls))
+    needed = set(range(len(made) - outputs, len(made)))
+    kept: list[Call | None] = list(calls)
+    for k in reversed(range(len(calls))):
+        if len(inputs) + k in needed:
+            needed |= reads[k]
+        else:
+            kept[k] = None
+    return Program(tuple(kept), dtypes, outputs)
 
 
 def sane(x: torch.Tensor, largest: int) -> bool:

@@ -20,6 +20,7 @@ import torch
 import turbotx
 from tests import fuzz
 from tests.kernels.cpp.cpp_probe import needs_compiler
+from tests.random_programs import write_program
 
 
 def test_a_seed_says_all() -> None:
@@ -28,6 +29,15 @@ def test_a_seed_says_all() -> None:
         assert drawn == again[0]
         assert all(map(torch.equal, given, again[1]))
     assert fuzz.make_program(4)[0] != drawn
+
+
+def test_a_program_runs_only_what_its_outputs_need() -> None:
+    for seed in range(4):
+        drawn, given = fuzz.make_program(seed)
+        every = write_program(drawn, len(drawn), given, jumps=False)
+        program = write_program(drawn, 2, given, jumps=False)
+        assert None not in every.calls and None in program.calls
+        assert all(map(torch.equal, program(*given), every(*given)[-2:]))
 
 
 @needs_compiler

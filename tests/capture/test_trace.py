@@ -261,6 +261,19 @@ def test_sizes_of_1_and_0_that_the_call_spells_out() -> None:
         fast(torch.randn(3, 4))
 
 
+def test_sizes_that_are_a_tables_keys_beside_a_size_that_a_weight_fixes() -> None:
+    weight, factors = torch.randn(3, 1), {2: 0.5, 4: 3.0, 5: -1.0}
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, weight) * factors[x.shape[1]]
+
+    fast = turbotx.optimize(scaled)
+    for batch, seq in ((3, 4), (1, 2), (6, 5), (2, 4)):
+        x = torch.randn(batch, seq, 1)
+        torch.testing.assert_close(fast(x), scaled(x))
+    assert fast.stats()["captures"] == 3, "one a length"
+
+
 @pytest.mark.parametrize("dims", [None, 1, (0, 2)], ids=str)
 def test_a_squeeze_drops_what_is_1_and_keeps_what_is_not(dims) -> None:
     """Which of both, tracing has to decide; another size is another trace."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,24 @@ def test_other_sources_are_another_object() -> None:
     other, built = build_library({"one": UNIT.format(name="f", value=5)})
     assert built
     assert other.f(1) == 6
+
+
+def test_a_unit_that_another_library_has_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = "// model.py:3\n" + UNIT.format(name="f", value=1)
+    build_library({"shared": shared, "own": UNIT.format(name="g", value=2)})
+    ran: list[str] = []
+
+    def run(command: list[str], *args: Any, **kwargs: Any) -> Any:
+        ran.extend(part for part in command if part.endswith(".cpp"))
+        return real(command, *args, **kwargs)
+
+    real = subprocess.run
+    monkeypatch.setattr(subprocess, "run", run)
+    moved = shared.replace("model.py:3", "model.py:7")
+    library, built = build_library({"other": UNIT.format(name="g", value=5), "moved": moved})
+    assert built and (library.f(1), library.g(1)) == (2, 6)
+    assert [Path(file).name for file in ran] == ["other.cpp"]
+    assert not [p for p in cache_directory().iterdir() if p.is_dir()]
 
 
 def test_the_compilers_own_words() -> None:

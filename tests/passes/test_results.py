@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+import turbotx
 from tests.compiled_functions import by_interpreter, compile_function
 from turbotx.capture.trace import capture
 from turbotx.engine.callables import FunctionModule
@@ -29,6 +30,7 @@ CASES: dict[str, Callable[[Any], Any]] = {
     "min.dim": lambda x: x.min(-1, keepdim=True),
     "only the places": lambda x: x.max(2)[1] + 1,
     "whole numbers": lambda x: (x * 3).long().max(1),
+    "bools": lambda x: (x > 0).min(1),
     "var_mean": lambda x: torch.var_mean(x, (0, 2)),
     "std_mean": lambda x: torch.std_mean(x, 1, correction=0, keepdim=True),
     "native_layer_norm": lambda x: torch.native_layer_norm(x, (4, 6), None, None, 1e-5),
@@ -54,6 +56,14 @@ def test_every_result_is_computed_by_a_kernel(name: str) -> None:
     wide = torch.utils._pytree.tree_leaves(function(x))
     for ours, true in zip(made.run((x,), by_interpreter), wide, strict=True):
         torch.testing.assert_close(ours, true)
+
+
+@pytest.mark.parametrize("extreme", [torch.max, torch.min])
+def test_places_of_bools_through_pytorchs_own_ops(extreme: Callable[..., Any]) -> None:
+    fast = turbotx.optimize(lambda x: extreme(x, 0)[1] * 2, backend="aten")
+    for size in (5, 1):
+        given = torch.rand(size, 7) < 0.5
+        assert torch.equal(fast(given), extreme(given, 0)[1] * 2)
 
 
 def test_both_results_of_max_share_one_reduction() -> None:

@@ -53,25 +53,34 @@ class _Places:
     """Stands for `CapturedTraceback`; stacks are identified by their code objects and offsets."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, ...], _Stack] = {}
+        self._known: dict[tuple[tuple[int, int], ...], _Stack] = {}
+        self._frames: dict[tuple[int, int], traceback.FrameSummary] = {}
         self._codes: dict[int, CodeType] = {}  # keeps ids valid
 
     def extract(self, **kwargs: Any) -> _Place:
         """Return the caller's stack."""
         frames: list[FrameType] = []
+        places: list[tuple[int, int]] = []
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             frames.append(frame)
+            places.append((id(frame.f_code), frame.f_lasti))
             frame = frame.f_back
-        key = tuple(n for f in frames for n in (id(f.f_code), f.f_lasti))
+        key = tuple(places)
         found = self._known.get(key)
         if found is None:
-            self._codes |= {id(f.f_code): f.f_code for f in frames}
             found = self._known[key] = _Stack(
-                traceback.FrameSummary(f.f_code.co_filename, f.f_lineno, f.f_code.co_name)
-                for f in reversed(frames)
+                map(self._describe, reversed(places), reversed(frames))
             )
         return _Place(found)
+
+    def _describe(self, place: tuple[int, int], frame: FrameType) -> traceback.FrameSummary:
+        found = self._frames.get(place)
+        if found is None:
+            code = self._codes[place[0]] = frame.f_code
+            made = traceback.FrameSummary(code.co_filename, frame.f_lineno, code.co_name)
+            found = self._frames[place] = made
+        return found
 
 
 class _Place:

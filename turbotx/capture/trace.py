@@ -58,7 +58,7 @@ from turbotx.capture.host_random import (
 )
 from turbotx.capture.idle_dropout import IdleDropout
 from turbotx.capture.input_names import find_hints, name_dims, name_inputs
-from turbotx.capture.light_export import light_export
+from turbotx.capture.light_export import light_export, ops_listed_once
 from turbotx.capture.module_state.environment import watch_environment
 from turbotx.capture.module_state.identity import equal_to
 from turbotx.capture.module_state.record import StateRecord, find_model_names, make_record
@@ -272,7 +272,7 @@ def _export_widened(
     first, tried = None, []
     tensors = [t.resolve_conj().resolve_neg() for t in tensors]
     spelled: frozenset[tuple[int, int]] = frozenset()
-    for sides in ("left", "left", "both", "none"):
+    for sides in ("left", "left", "both", "both", "none", "none"):  # again without the spelled
         examples, varying = widen(tensors, least, {*fixed, *spelled}, sides)
         examples = list(map(make_dense, examples, flat.orders))
         varying = list(map(moved_dims, varying, flat.orders))
@@ -331,7 +331,8 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
             decompose_nodes(exported.graph_module, KEPT_WHOLE)
         except NotNodeByNode:
             exported.graph_module.graph = before
-            exported = exported.run_decompositions(table_without(KEPT_WHOLE))
+            with ops_listed_once():
+                exported = exported.run_decompositions(table_without(KEPT_WHOLE))
     exported.graph_module.meta |= {FRESH: fresh, SQUEEZED: squeezed, SHOWN: shown}
     return exported
 

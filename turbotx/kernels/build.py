@@ -2,7 +2,8 @@
 
 In: translation units as text. Out: a library loaded with ctypes. The digest covers sources,
 headers, compiler, flags and processor, so that a cached object always matches; processes may build
-the same library concurrently::
+the same library concurrently. Units that are compiled together are also cached one by one, as object
+files: equal attention is compiled once, whatever kernels stand beside it::
 
     build_library({"kernels": source})  ->  ctypes.CDLL
 """
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -106,9 +107,7 @@ def build_library(units: Mapping[str, str]) -> tuple[ctypes.CDLL, bool]:
     """
     compiler = find_compiler()
     flags = *compiler_flags(), *shlex.split(os.environ.get("TURBOTX_CXXFLAGS", ""))
-    code = {name: _COMMENTS.sub("", text) for name, text in units.items()}
-    identity = (_compiler_identity(compiler), _headers_digest(), *flags, *sorted(code.items()))
-    digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
+    digest = _digest(compiler, flags, [units[name] for name in sorted(units)])
     path = cache_directory() / f"{digest}.so"
     share_openmp()
     if os.path.exists(path):
@@ -122,6 +121,13 @@ def build_library(units: Mapping[str, str]) -> tuple[ctypes.CDLL, bool]:
         path, library = _compile_unkept(compiler, flags, units, path, error)
     log.info("compiled %s in %.1f s: %s", ", ".join(units), time.perf_counter() - begin, path)
     return library, True
+
+
+def _digest(compiler: str, flags: Sequence[str], sources: Sequence[str]) -> str:
+    """Return a name for what C++ sources are compiled to."""
+    code = [_COMMENTS.sub("", text) for text in sources]
+    identity = (_compiler_identity(compiler), _headers_digest(), *flags, *code)
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
 
 
 def _compile_unkept(
@@ -152,14 +158,19 @@ def _compile(compiler: str, flags: tuple[str, ...], units: Mapping[str, str], pa
     """Compile the units in parallel, link, and move the result into place atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        objects = []
-        commands = []
+        objects, commands = [], []
+        kept: dict[str, Path] = {}
         for name, source in units.items():
             file = Path(folder) / f"{name}.cpp"
-            file.write_text(source)
             objects.append(str(file.with_suffix(".o")))
+            if len(units) > 1:  # alone it is the library, which is kept
+                known = path.with_name(f"{_digest(compiler, flags, [source])}.o")
+                if _copy(known, objects[-1]):
+                    continue
+                kept[objects[-1]] = known
+            file.write_text(source)
             commands.append([compiler, *flags, f"-I{HEADERS}", "-c", str(file), "-o", objects[-1]])
-        with ThreadPoolExecutor(max_workers=min(len(commands), os.cpu_count() or 1)) as workers:
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as workers:
             list(workers.map(_run, commands))
         linked = str(Path(folder) / path.name)
         # Linked without -fopenmp: the symbols resolve to the OpenMP library that torch has loaded.
@@ -168,6 +179,17 @@ def _compile(compiler: str, flags: tuple[str, ...], units: Mapping[str, str], pa
         for name, source in units.items():
             path.with_name(f"{path.stem}.{name}.cpp").write_text(source)
         os.replace(linked, path)
+        for made, known in kept.items():
+            os.replace(made, known)
+
+
+def _copy(source: Path, target: str) -> bool:
+    """Copy a file if it is there; tell whether it was."""
+    try:
+        shutil.copyfile(source, target)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _run(command: list[str]) -> str:

@@ -47,6 +47,8 @@ def _extreme(value: Any, place: Any) -> Piece:
     def piece(like: fx.Node, node: fx.Node, k: int) -> fx.Node:
         x, d, keep = node.args[0], g.argument(node, "dim"), bool(g.argument(node, "keepdim"))
         if k == 1:
+            if g.dtype(g.operand(node, 0)) is torch.bool:  # of which PyTorch has no argmax
+                x = g.emit(like, aten._to_copy.default, x, dtype=torch.uint8)
             return g.emit(like, place, x, d, keep)
         return g.emit(like, value, x, [d], keep)
 
