@@ -108,17 +108,18 @@ class DecodeBatch:
             self.no_prefixes = f"texts of {context} tokens are too short"
         elif not memory.budget.has_room(4 * self.layers * memory.block_nbytes):
             self.no_prefixes = "the cache has room for too few blocks"
-        elif self._sees_gaps(token, min(context, FARTHEST)):
-            self.no_prefixes = "the model counts empty columns"
+        elif self._sees(token, 0):
+            self.no_prefixes = "logits change where a block is shared"
         else:
-            self.no_prefixes, self.prefixes = None, PrefixTree(memory.blocks)
+            gap = (min(context, FARTHEST) - BLOCK - TRIED) // BLOCK * BLOCK
+            gaps = not self._sees(token, gap)
+            self.no_prefixes, self.prefixes = None, PrefixTree(memory.blocks, gaps)
 
-    def _sees_gaps(self, token: int, columns: int) -> bool:
-        """Return whether the logits of tokens after a known block change where all but so few
-        columns between are empty, as with biases by the distance of columns, or with windows that
-        the cache does not know."""
+    def _sees(self, token: int, gap: int) -> bool:
+        """Return whether the logits of tokens after a known block change where so many columns
+        between are empty, as with biases by the distance of columns, or with windows that the cache
+        does not know."""
         ids = np.maximum(token - np.arange(BLOCK + TRIED), 0)[None]
-        gap = (columns - BLOCK - TRIED) // BLOCK * BLOCK
         cache = blank_like(self._like, 1, 0)
         near = self._call(cache, ids, np.ones(ids.shape, np.bool_))
         memory = memory_of(cache)

@@ -88,13 +88,16 @@ class PromptReading:
         revived = {block for row in self.rows for block in row.chain if not block.holders}
         return len(revived) + len(self.rows) * -(-(self.pad + self.length) // BLOCK)
 
+    def gap_of(self, row: PromptRow) -> int:
+        """Return how many columns are empty between a row's known blocks and what is read."""
+        return self.pad + self.length - (len(row.prompt) - row.cached)
+
     def mask_of(self, row: PromptRow) -> Mask:
         """Return which columns a row has tokens in, (columns,)."""
-        parts = [block.mask for block in row.chain]
-        left = len(row.prompt) - row.cached
+        parts, gap = [block.mask for block in row.chain], self.gap_of(row)
         before = np.zeros(self.first - BLOCK * len(parts), np.bool_)
-        gap = np.zeros(self.pad + self.length - left, np.bool_)
-        return np.concatenate([before, *parts, gap, np.ones(left, np.bool_)])
+        left = np.ones(self.end - self.first - gap, np.bool_)
+        return np.concatenate([before, *parts, np.zeros(gap, np.bool_), left])
 
     def table(self, layers: int) -> NDArray[np.int64]:
         """Return the known blocks, (layers, rows, columns of blocks), -1 for none."""
@@ -119,6 +122,13 @@ def lay_out(
     for prompt, those in keys.items():
         gaps = most_columns - max(s.most for s in those)
         rows.append(PromptRow(prompt, list(those), tree.find(prompt, gaps)))
+    made = _make(rows, slots, piece)
+    if not tree.gaps and any(row.chain and made.gap_of(row) for row in rows):
+        return _make([PromptRow(r.prompt, r.keys, tree.root) for r in rows], slots, piece)
+    return made
+
+
+def _make(rows: list[PromptRow], slots: Slots, piece: int) -> PromptReading:
     length = max(len(row.prompt) - row.cached for row in rows)
     first = BLOCK * max(len(row.chain) for row in rows)
     return PromptReading(rows, first, slots.pad(length, piece), length, min(length, piece))
