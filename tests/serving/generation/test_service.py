@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("starlette")
 
 from tests.serving.generation.tiny_decoders import (
+    CONTEXT,
     END,
     bloom,
     gemma3,
@@ -295,6 +296,26 @@ def test_models_that_count_empty_columns_reuse_prefixes_where_there_are_none(mak
     assert cached == [0, 64]
     for prompt, (tokens, _) in zip(prompts, found, strict=True):
         assert len(tokens) == 12 and is_greedy(generator(make).model, prompt, tokens)
+
+
+@pytest.mark.parametrize("make", [mpt, gpt_neo])
+def test_rows_stay_within_the_columns_that_a_model_has_a_table_of(make):
+    """Long texts beside others: empty columns must not push them over the model's positions."""
+    sizes = [(37, 100), (52, 90), (140, 20), (80, 80)]
+    prompts = [list(range(4, 4 + n)) for n, _ in sizes]
+
+    async def ask():
+        async with running(make) as service:
+            assert service.worker.batch.slots.most == CONTEXT
+            tasks = []
+            for prompt, (_, count) in zip(prompts, sizes, strict=True):
+                asked = Asked(count, sampling=GREEDY)
+                tasks.append(asyncio.ensure_future(tokens_of(service, prompt, asked)))
+                await until(lambda: service.worker.batch.slots.rows)
+            return await asyncio.gather(*tasks)
+
+    for prompt, (_, count), (tokens, _) in zip(prompts, sizes, asyncio.run(ask()), strict=True):
+        assert len(tokens) == count and is_greedy(generator(make).model, prompt, tokens)
 
 
 def test_refusals():

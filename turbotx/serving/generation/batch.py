@@ -10,6 +10,7 @@ whatever joins and leaves between two steps::
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,11 +28,14 @@ from turbotx.engine.cache_rows import (
     free_row,
     memory_of,
 )
+from turbotx.errors import TurbotxError
 from turbotx.runtime.block_memory import BlockMemory
 from turbotx.serving.generation.prefixes import Mask, PrefixBlock, PrefixTree
 from turbotx.serving.generation.reading import Prompted, PromptReading, lay_out
 from turbotx.serving.generation.sampling import Logits
 from turbotx.serving.generation.slots import BLOCK, Entry, Slots
+
+log = logging.getLogger(__name__)
 
 GROWING = 3
 """What sequences use of the bytes of a contiguous cache is one part of three: it has room for up to
@@ -88,17 +92,18 @@ class DecodeBatch:
         takes = frozenset(inspect.signature(type(model).forward).parameters)
         return cls(module, model.config, takes, device, piece)
 
-    def prepare(self, token: int, context: int = 0) -> None:
+    def prepare(self, token: int, context: int, reuse: bool = True) -> None:
         """Run some tokens up to `token`, so that no request waits for the capture; what a cache
-        takes, and whether prefixes are reused, is known from then on.
+        takes, how many columns, and whether prefixes are reused, is known from then on.
 
-        context: positions that a text has at most; 0: nothing is reused.
+        context: positions that a text has at most. reuse: False where no prefixes are to be.
         """
         self._like = DynamicCache(config=self.config)
         self._call(self._like, np.array([[token]]), np.ones((1, 1), np.bool_))
         free_cache(self._like)
         memory = memory_of(self._like)
-        if not context:
+        self.slots.most = None if self._takes_columns(token, context + BLOCK) else context
+        if not reuse:
             self.no_prefixes = "it is switched off"
         elif not isinstance(memory, BlockMemory):
             self.no_prefixes = "caches are contiguous here"
@@ -114,6 +119,23 @@ class DecodeBatch:
             gap = (min(context, FARTHEST) - BLOCK - TRIED) // BLOCK * BLOCK
             gaps = not self._sees(token, gap)
             self.no_prefixes, self.prefixes = None, PrefixTree(memory.blocks, gaps)
+
+    def _takes_columns(self, token: int, columns: int) -> bool:
+        """Return whether the model runs with so many columns, all but one of them empty: not where
+        it has a table by column, as GPT-Neo's masks and MPT's biases."""
+        mask = np.zeros((1, columns), np.bool_)
+        mask[:, -1] = True
+        cache = None
+        try:
+            cache = blank_like(self._like, 1, columns - 1)
+            self._call(cache, np.array([[token]]), mask)
+        except (TurbotxError, RuntimeError) as error:
+            log.info("columns are bounded by the model's positions: %s", error)
+            return False
+        finally:
+            if cache is not None:
+                free_cache(cache)
+        return True
 
     def _sees(self, token: int, gap: int) -> bool:
         """Return whether the logits of tokens after a known block change where so many columns

@@ -57,6 +57,7 @@ class PromptReading:
     """Prompts that are read together, equal ones once.
 
     cache: what holds the columns. done: of `length`, how many are in it; next: after the next call.
+    fits: whether all rows stay within the columns that the model takes.
     """
 
     rows: list[PromptRow]
@@ -66,6 +67,7 @@ class PromptReading:
     next: int
     done: int = 0
     cache: Any = None
+    fits: bool = True
 
     @property
     def keys(self) -> list[Hashable]:
@@ -91,6 +93,13 @@ class PromptReading:
     def gap_of(self, row: PromptRow) -> int:
         """Return how many columns are empty between a row's known blocks and what is read."""
         return self.pad + self.length - (len(row.prompt) - row.cached)
+
+    def columns_of(self, row: PromptRow, most: int) -> int:
+        """Return how many columns a row takes when it has `most` positions, empty ones between them
+        and before them in its first block included."""
+        mask = self.mask_of(row)
+        begin = int(mask.argmax())
+        return begin % BLOCK + len(mask) - begin - len(row.prompt) + most
 
     def mask_of(self, row: PromptRow) -> Mask:
         """Return which columns a row has tokens in, (columns,)."""
@@ -118,17 +127,16 @@ def lay_out(
     keys: dict[tuple[int, ...], list[Prompted]] = {}
     for sequence in sequences:
         keys.setdefault(tuple(sequence.prompt), []).append(sequence)
-    rows = []
-    for prompt, those in keys.items():
-        gaps = most_columns - max(s.most for s in those)
-        rows.append(PromptRow(prompt, list(those), tree.find(prompt, gaps)))
-    made = _make(rows, slots, piece)
-    if not tree.gaps and any(row.chain and made.gap_of(row) for row in rows):
-        return _make([PromptRow(r.prompt, r.keys, tree.root) for r in rows], slots, piece)
+    most = [max(s.most for s in those) for those in keys.values()]
+    known = [tree.find(p, most_columns - m) for p, m in zip(keys, most, strict=True)]
+    for prefixes in known, [tree.root] * len(known):
+        rows = [PromptRow(p, list(keys[p]), k) for p, k in zip(keys, prefixes, strict=True)]
+        length = max(len(row.prompt) - row.cached for row in rows)
+        first = BLOCK * max(len(row.chain) for row in rows)
+        made = PromptReading(rows, first, slots.pad(length, piece), length, min(length, piece))
+        if slots.most is not None:
+            columns = [made.columns_of(row, m) for row, m in zip(rows, most, strict=True)]
+            made.fits = max(columns) <= slots.most
+        if made.fits and (tree.gaps or not any(r.chain and made.gap_of(r) for r in rows)):
+            break
     return made
-
-
-def _make(rows: list[PromptRow], slots: Slots, piece: int) -> PromptReading:
-    length = max(len(row.prompt) - row.cached for row in rows)
-    first = BLOCK * max(len(row.chain) for row in rows)
-    return PromptReading(rows, first, slots.pad(length, piece), length, min(length, piece))

@@ -151,7 +151,8 @@ class GenerationScheduler:
 
     def _admit(self, blocks: Blocks) -> PromptReading | None:
         """Take the first that waits, and others behind it that can be read in the same piece, equal
-        prompts as one; every sequence is left one block more, for its next steps."""
+        prompts as one; every sequence is left one block more, for its next steps. Who does not fit
+        the model's columns now does when the batch has ended in another column, or is empty."""
         limits, begin = self.limits, None
         free = limits.max_blocks - blocks.used
         while self.waiting:
@@ -159,7 +160,7 @@ class GenerationScheduler:
             if rows > max(1, limits.max_sequences):
                 break
             found = blocks.lay_out([*self.reading, self.waiting[0]])
-            if rows > 1 and found.blocks + rows > free:
+            if rows > 1 and (found.blocks + rows > free or not found.fits):
                 break
             if len(found.rows) > 1 and found.length * len(found.rows) > limits.prefill_tokens:
                 break
