@@ -22,6 +22,9 @@ from turbotx.errors import InputError
 from turbotx.memory.cache_blocks import CacheBudget
 from turbotx.runtime.cache_memory import BLOCK_LEN, CacheMemory, LayerShape
 
+COMMON = "transformers.modeling_outputs"
+"""Where the classes of outputs are that any model may return."""
+
 
 class StepCalls:
     """Runs calls with a cache; subclasses run the call of plain tensors.
@@ -66,6 +69,7 @@ class StepCalls:
             if made:
                 self._fill_cross(cache, made)
             memory.advance(count)
+        _cut_attentions(output, cache, length, count)
         return output
 
     def describe(self, given: dict[str, Any], cache: Any) -> dict[str, Any]:
@@ -132,6 +136,20 @@ class StepCalls:
         return adopt(of, shapes, made[0].dtype, made[0].device, False, self.budget)
 
 
+def _cut_attentions(output: Any, cache: Any, length: int, count: int) -> None:
+    """Leave of each layer's attentions, (batch, heads, count, length), the keys that transformers'
+    own cache keeps: those before a sliding window are probabilities of 0."""
+    found = getattr(output, "attentions", None)
+    windows = [getattr(layer, "window", None) for layer in getattr(cache, "layers", ())]
+    if not found or len(found) != len(windows) or not any(windows):
+        return
+    kept = [length if w is None else min(length - count, w - 1) + count for w in windows]
+    output.attentions = tuple(
+        a if a is None or a.shape[-1] != length else a[..., length - n :]
+        for a, n in zip(found, kept, strict=True)
+    )
+
+
 def _kind_of(cache: Any) -> str:
     """Return the kind, one of `cached_call.KINDS`, of a call with this cache."""
     updated = getattr(cache, "is_updated", None)
@@ -147,13 +165,14 @@ def _kind_of(cache: Any) -> str:
 
 
 def _with_encoded(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments with `encoder_outputs` replaced by its only tensor, if it has just
-    one."""
+    """Return the arguments with `encoder_outputs` replaced by its only tensor, if it has just one
+    and is no class of the model's own, which may be asked for more."""
     call = dict(given)
     outputs = call.get("encoder_outputs")
     if outputs is not None:
         parts = list(outputs.values() if isinstance(outputs, dict) else outputs)
-        if len(parts) == 1 and isinstance(parts[0], torch.Tensor):
+        common = not isinstance(outputs, dict) or type(outputs).__module__ == COMMON
+        if common and len(parts) == 1 and isinstance(parts[0], torch.Tensor):
             del call["encoder_outputs"]
             call["kv_encoded"] = parts[0]
     return call

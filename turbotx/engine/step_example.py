@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 
 SIZES = {
     "batch": 2,
@@ -38,6 +39,9 @@ _OWN = {
     "kv_cross": (None, "batch", None, "source", None),
     "kv_encoded": _ENCODED,
 }
+_OF_ENCODER = {2: ("batch", "source"), 3: _ENCODED, 4: ("batch", None, "source", "source")}
+"""By rank what an encoder returns beside its last hidden states: a mask, hidden states,
+attentions."""
 _DECODER = {
     "input_ids": _TOKENS, "inputs_embeds": _TOKENS, "position_ids": _TOKENS,
     "token_type_ids": _TOKENS, "attention_mask": _SEEN, "cache_position": ("query",),
@@ -67,8 +71,26 @@ def make_example(call: Mapping[str, Any]) -> dict[str, Any]:
             if name.endswith("attention_mask") and value.dim() == 4:
                 dims = _WHOLE_MASK
             value = _resize(value, dims, sizes)
+        elif name == "encoder_outputs":
+            value = _resize_encoded(value, sizes)
         made[name] = value
     return made
+
+
+def _resize_encoded(outputs: Any, sizes: Mapping[str, int]) -> Any:
+    """Resize all that an encoder has returned; its first tensor is the last hidden states."""
+    parts, spec = pytree.tree_flatten(outputs)
+    source = next((x.shape[1] for x in parts if isinstance(x, torch.Tensor) and x.dim() > 1), None)
+
+    def resize(part: Any) -> Any:
+        dims = _OF_ENCODER.get(part.dim()) if isinstance(part, torch.Tensor) else None
+        if dims is None:
+            return part
+        along = zip(dims, part.shape, strict=True)
+        return _resize(part, tuple(d if d == "batch" or n == source else None for d, n in along),
+                       sizes)  # fmt: skip
+
+    return pytree.tree_unflatten([resize(part) for part in parts], spec)
 
 
 def _resize(

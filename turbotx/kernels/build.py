@@ -2,8 +2,8 @@
 
 In: translation units as text. Out: a library loaded with ctypes. The digest covers sources,
 headers, compiler, flags and processor, so that a cached object always matches; processes may build
-the same library concurrently. Units that are compiled together are also cached one by one, as object
-files: equal attention is compiled once, whatever kernels stand beside it::
+the same library concurrently. Units that are compiled together are also cached one by one, as
+object files: equal attention is compiled once, whatever kernels stand beside it::
 
     build_library({"kernels": source})  ->  ctypes.CDLL
 """

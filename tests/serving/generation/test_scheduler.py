@@ -67,6 +67,19 @@ def test_no_more_than_so_many_decode_together():
     assert scheduler.next(blocks_of()).begin is None
 
 
+def test_who_would_pass_the_models_columns_waits_until_the_batch_ends_elsewhere():
+    scheduler, blocks = GenerationScheduler(LIMITS), blocks_of(Entry("a", 10), end=10)
+    blocks.slots.most = 2 * BLOCK
+    scheduler.running.append(sequence(10))
+    scheduler.submit([sequence(20, 2 * BLOCK - 20 - 9)])
+    waited = 0
+    while scheduler.next(blocks).begin is None:
+        blocks.slots.advance()
+        waited += 1
+    # 10 columns and so many more, less 20: 9 empty ones may come before the prompt.
+    assert (10 + waited - 20) % BLOCK <= 9 and waited == 10
+
+
 def test_higher_classes_come_first():
     scheduler = GenerationScheduler(LIMITS)
     scheduler.submit([sequence(1, priority=-1), sequence(2), sequence(3, priority=1), sequence(4)])

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("starlette")
 
 from tests.serving.generation.tiny_decoders import (
+    CONTEXT,
     END,
     bloom,
     gemma3,
@@ -257,26 +258,64 @@ def test_blocks_are_evicted_when_free_ones_run_out_and_not_before():
     assert [gone for _, _, gone in seen[:4]] == [0] * 4 and seen[4][2] == 2
 
 
-@pytest.mark.parametrize(("make", "reason"), [(gemma3, "window"), (mpt, "counts empty columns")])
-def test_models_whose_columns_must_not_have_gaps_reuse_nothing(make, reason):
+def test_layers_that_see_a_window_reuse_nothing():
     prompt = random_prompts(1, 1)[0] + list(range(4, 104))
 
     async def ask():
-        async with running(make) as service:
+        async with running(gemma3) as service:
             found = [await tokens_of(service, prompt, Asked(5, sampling=GREEDY)) for _ in range(2)]
             return service.worker.batch.no_prefixes, service.scheduler.limits, found
 
     why, limits, found = asyncio.run(ask())
-    assert reason in why and not limits.prefix_cache and found[0] == found[1]
-    assert is_greedy(generator(make).model, prompt, found[0][0])
+    assert "window" in why and not limits.prefix_cache and found[0] == found[1]
+    assert is_greedy(generator(gemma3).model, prompt, found[0][0])
 
 
-def test_windows_that_a_cache_does_not_know_are_found_by_trying():
+@pytest.mark.parametrize("make", [mpt, gpt_neo])
+def test_models_that_count_empty_columns_reuse_prefixes_where_there_are_none(make):
+    """Alone a prompt follows its known block; beside others it would end in another column."""
+    common = list(range(4, 84))
+    prompts = [[*common, *more] for more in random_prompts(6, 40)]
+    asked = Asked(12, sampling=GREEDY)
+
     async def ask():
-        async with running(gpt_neo) as service:
-            return service.worker.batch.no_prefixes
+        async with running(make) as service:
+            assert service.worker.batch.no_prefixes is None
+            assert not service.worker.batch.prefixes.gaps
+            cached = []
+            for prompt in prompts[:2]:
+                pieces = [p async for _, p in service.generate([prompt], [asked])]
+                tokens = [p.picked.token for p in pieces if p.picked]
+                assert is_greedy(generator(make).model, prompt, tokens)
+                cached.append(pieces[0].cached)
+                await until(lambda: is_empty(service))
+            at_once = [tokens_of(service, prompt, asked) for prompt in prompts]
+            return cached, await asyncio.gather(*at_once)
 
-    assert asyncio.run(ask()) == "the model counts empty columns"
+    cached, found = asyncio.run(ask())
+    assert cached == [0, 64]
+    for prompt, (tokens, _) in zip(prompts, found, strict=True):
+        assert len(tokens) == 12 and is_greedy(generator(make).model, prompt, tokens)
+
+
+@pytest.mark.parametrize("make", [mpt, gpt_neo])
+def test_rows_stay_within_the_columns_that_a_model_has_a_table_of(make):
+    """Long texts beside others: empty columns must not push them over the model's positions."""
+    sizes = [(37, 100), (52, 90), (140, 20), (80, 80)]
+    prompts = [list(range(4, 4 + n)) for n, _ in sizes]
+
+    async def ask():
+        async with running(make) as service:
+            assert service.worker.batch.slots.most == CONTEXT
+            tasks = []
+            for prompt, (_, count) in zip(prompts, sizes, strict=True):
+                asked = Asked(count, sampling=GREEDY)
+                tasks.append(asyncio.ensure_future(tokens_of(service, prompt, asked)))
+                await until(lambda: service.worker.batch.slots.rows)
+            return await asyncio.gather(*tasks)
+
+    for prompt, (_, count), (tokens, _) in zip(prompts, sizes, asyncio.run(ask()), strict=True):
+        assert len(tokens) == count and is_greedy(generator(make).model, prompt, tokens)
 
 
 def test_refusals():

@@ -10,6 +10,7 @@ sequences may join and leave between two steps::
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,11 +28,14 @@ from turbotx.engine.cache_rows import (
     free_row,
     memory_of,
 )
+from turbotx.errors import TurbotxError
 from turbotx.runtime.block_memory import BlockMemory
 from turbotx.serving.generation.prefixes import Mask, PrefixBlock, PrefixTree
 from turbotx.serving.generation.reading import Prompted, PromptReading, lay_out
 from turbotx.serving.generation.sampling import Logits
 from turbotx.serving.generation.slots import BLOCK, Entry, Slots
+
+log = logging.getLogger(__name__)
 
 GROWING = 3
 """What sequences use of the bytes of a contiguous cache is one part of three: it has room for up to
@@ -89,17 +93,19 @@ class DecodeBatch:
         takes = frozenset(inspect.signature(type(model).forward).parameters)
         return cls(module, model.config, takes, device, piece)
 
-    def prepare(self, token: int, context: int = 0) -> None:
-        """Run a few tokens, so that no request waits for the capture; find the cache's size and
-        whether prefixes can be reused.
+    def prepare(self, token: int, context: int, reuse: bool = True) -> None:
+        """Run a few tokens up to `token`, so that no request waits for the capture; find the
+        cache's size, how many columns the model takes, and whether prefixes can be reused.
 
-        token: a valid token id. context: most positions of a text; 0: do not reuse prefixes.
+        token: a valid token id. context: most positions of a text. reuse: False if prefixes are
+        not to be reused.
         """
         self._like = DynamicCache(config=self.config)
         self._call(self._like, np.array([[token]]), np.ones((1, 1), np.bool_))
         free_cache(self._like)
         memory = memory_of(self._like)
-        if not context:
+        self.slots.most = None if self._takes_columns(token, context + BLOCK) else context
+        if not reuse:
             self.no_prefixes = "it is switched off"
         elif not isinstance(memory, BlockMemory):
             self.no_prefixes = "caches are contiguous here"
@@ -109,17 +115,35 @@ class DecodeBatch:
             self.no_prefixes = f"texts of {context} tokens are too short"
         elif not memory.budget.has_room(4 * self.layers * memory.block_nbytes):
             self.no_prefixes = "the cache has room for too few blocks"
-        elif self._sees_gaps(token, min(context, FARTHEST)):
-            self.no_prefixes = "the model counts empty columns"
+        elif self._sees(token, 0):
+            self.no_prefixes = "logits change where a block is shared"
         else:
-            self.no_prefixes, self.prefixes = None, PrefixTree(memory.blocks)
+            gap = (min(context, FARTHEST) - BLOCK - TRIED) // BLOCK * BLOCK
+            gaps = not self._sees(token, gap)
+            self.no_prefixes, self.prefixes = None, PrefixTree(memory.blocks, gaps)
 
-    def _sees_gaps(self, token: int, columns: int) -> bool:
-        """Return whether empty columns between a reused block and the next tokens change the
+    def _takes_columns(self, token: int, columns: int) -> bool:
+        """Return whether the model runs with this many columns, all but one of them empty: not if
+        it has a table by column, such as GPT-Neo's masks and MPT's biases."""
+        mask = np.zeros((1, columns), np.bool_)
+        mask[:, -1] = True
+        cache = None
+        try:
+            cache = blank_like(self._like, 1, columns - 1)
+            self._call(cache, np.array([[token]]), mask)
+        except (TurbotxError, RuntimeError) as error:
+            log.info("columns are bounded by the model's positions: %s", error)
+            return False
+        finally:
+            if cache is not None:
+                free_cache(cache)
+        return True
+
+    def _sees(self, token: int, gap: int) -> bool:
+        """Return whether `gap` empty columns between a reused block and the next tokens change the
         logits, as with biases by column distance, or sliding windows that the cache does not
         handle."""
         ids = np.maximum(token - np.arange(BLOCK + TRIED), 0)[None]
-        gap = (columns - BLOCK - TRIED) // BLOCK * BLOCK
         cache = blank_like(self._like, 1, 0)
         near = self._call(cache, ids, np.ones(ids.shape, np.bool_))
         memory = memory_of(cache)

@@ -70,9 +70,10 @@ class PrefixBlock:
 class PrefixTree:
     """The tree of cached prefixes; used by one thread."""
 
-    def __init__(self, blocks: SharedBlocks | None = None) -> None:
-        """blocks: of all caches; None: nothing is cached."""
-        self.root, self.evicted = PrefixBlock(), 0
+    def __init__(self, blocks: SharedBlocks | None = None, gaps: bool = True) -> None:
+        """blocks: of all caches; None: nothing is cached. gaps: whether a row may have empty
+        columns between its tokens; not if the model counts them."""
+        self.root, self.evicted, self.gaps = PrefixBlock(), 0, gaps
         self._blocks = blocks
         self._idle: dict[PrefixBlock, None] = {}
         """Blocks without holders, the least recently used first, and each before its parent."""

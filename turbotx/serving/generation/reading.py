@@ -57,7 +57,7 @@ class PromptReading:
     """Prompts that are prefilled together, equal prompts once.
 
     cache: holds the columns. done: columns of `length` already read; next: `done` after the next
-    call.
+    call. fits: whether all rows stay within the columns that the model takes.
     """
 
     rows: list[PromptRow]
@@ -67,6 +67,7 @@ class PromptReading:
     next: int
     done: int = 0
     cache: Any = None
+    fits: bool = True
 
     @property
     def keys(self) -> list[Hashable]:
@@ -89,13 +90,23 @@ class PromptReading:
         revived = {block for row in self.rows for block in row.chain if not block.holders}
         return len(revived) + len(self.rows) * -(-(self.pad + self.length) // BLOCK)
 
+    def gap_of(self, row: PromptRow) -> int:
+        """Return how many columns are empty between a row's known blocks and what is read."""
+        return self.pad + self.length - (len(row.prompt) - row.cached)
+
+    def columns_of(self, row: PromptRow, most: int) -> int:
+        """Return how many columns a row takes when it has `most` positions, empty ones between them
+        and before them in its first block included."""
+        mask = self.mask_of(row)
+        begin = int(mask.argmax())
+        return begin % BLOCK + len(mask) - begin - len(row.prompt) + most
+
     def mask_of(self, row: PromptRow) -> Mask:
         """Return a row's mask, (columns,) bool, True where it has tokens."""
-        parts = [block.mask for block in row.chain]
-        left = len(row.prompt) - row.cached
+        parts, gap = [block.mask for block in row.chain], self.gap_of(row)
         before = np.zeros(self.first - BLOCK * len(parts), np.bool_)
-        gap = np.zeros(self.pad + self.length - left, np.bool_)
-        return np.concatenate([before, *parts, gap, np.ones(left, np.bool_)])
+        left = np.ones(self.end - self.first - gap, np.bool_)
+        return np.concatenate([before, *parts, np.zeros(gap, np.bool_), left])
 
     def table(self, layers: int) -> NDArray[np.int64]:
         """Return the block ids of the cached prefixes, int64 (layers, rows, blocks), -1 for
@@ -117,10 +128,16 @@ def lay_out(
     keys: dict[tuple[int, ...], list[Prompted]] = {}
     for sequence in sequences:
         keys.setdefault(tuple(sequence.prompt), []).append(sequence)
-    rows = []
-    for prompt, those in keys.items():
-        gaps = most_columns - max(s.most for s in those)
-        rows.append(PromptRow(prompt, list(those), tree.find(prompt, gaps)))
-    length = max(len(row.prompt) - row.cached for row in rows)
-    first = BLOCK * max(len(row.chain) for row in rows)
-    return PromptReading(rows, first, slots.pad(length, piece), length, min(length, piece))
+    most = [max(s.most for s in those) for those in keys.values()]
+    known = [tree.find(p, most_columns - m) for p, m in zip(keys, most, strict=True)]
+    for prefixes in known, [tree.root] * len(known):
+        rows = [PromptRow(p, list(keys[p]), k) for p, k in zip(keys, prefixes, strict=True)]
+        length = max(len(row.prompt) - row.cached for row in rows)
+        first = BLOCK * max(len(row.chain) for row in rows)
+        made = PromptReading(rows, first, slots.pad(length, piece), length, min(length, piece))
+        if slots.most is not None:
+            columns = [made.columns_of(row, m) for row, m in zip(rows, most, strict=True)]
+            made.fits = max(columns) <= slots.most
+        if made.fits and (tree.gaps or not any(r.chain and made.gap_of(r) for r in rows)):
+            break
+    return made

@@ -152,7 +152,9 @@ class GenerationScheduler:
 
     def _admit(self, blocks: Blocks) -> PromptReading | None:
         """Return a prefill of the first waiting sequence and further ones that fit into the same
-        piece, equal prompts once. One block per sequence is reserved for its next steps."""
+        piece, equal prompts once. One block per sequence is reserved for its next steps. A sequence
+        that does not fit the model's columns now does once the batch has ended in another column,
+        or is empty."""
         limits, begin = self.limits, None
         free = limits.max_blocks - blocks.used
         while self.waiting:
@@ -160,7 +162,7 @@ class GenerationScheduler:
             if rows > max(1, limits.max_sequences):
                 break
             found = blocks.lay_out([*self.reading, self.waiting[0]])
-            if rows > 1 and found.blocks + rows > free:
+            if rows > 1 and (found.blocks + rows > free or not found.fits):
                 break
             if len(found.rows) > 1 and found.length * len(found.rows) > limits.prefill_tokens:
                 break

@@ -56,8 +56,8 @@ class GenerationService(Served):
         generator, piece = self.generator, self._limits.prefill_tokens
         batch = DecodeBatch.of(generator.model, generator.module, generator.device, piece)
         token = min(generator.vocabulary, 100) - 1
-        reach = generator.context if self._limits.prefix_cache else 0
-        await self.prepare(lambda: batch.prepare(token, reach))
+        reuse = self._limits.prefix_cache
+        await self.prepare(lambda: batch.prepare(token, generator.context, reuse))
         blocks = batch.most_blocks = batch.count_room(self._nbytes)
         limits = replace(
             self._limits, max_blocks=blocks, context=generator.context,

@@ -34,6 +34,8 @@ class Slots:
 
     rows: list[Entry] = field(default_factory=list)
     length: int = 0
+    most: int | None = None
+    """Columns that the model takes, empty ones included; None for any number."""
 
     @property
     def blocks(self) -> int:
