@@ -5,6 +5,7 @@ benchmarks/results/latency.json, written after each row: what was measured befor
 grid can be run in slices. `floor-…` is the GEMMs and attention alone, cli/bench/gemms_only.py::
 
     python benchmarks/latency.py --models minilm --dtypes float32 --engines turbotx eager
+    python benchmarks/latency.py --models bert-large llama-1b --dtypes bfloat16 --shapes 1x10 1x128
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ RESULTS = Path(__file__).parent / "results" / "latency.json"
 SHAPES = ("1x10", "1x40", "1x128", "4x64", "8x128")
 MODELS = {"minilm": "minilm", "bert-base": "hf-config:bert"}
 DTYPES = ("float32", "bfloat16")
+LARGE = {
+    "bert-large": "hf-config:bert,hidden_size=1024,intermediate_size=4096,num_hidden_layers=24,"
+    "num_attention_heads=16",
+    "llama-1b": "hf-config:llama,hidden_size=2048,intermediate_size=5632,num_hidden_layers=22,"
+    "num_attention_heads=32,num_key_value_heads=4,use_cache=False",
+}
+"""Measured where they are named, with what else is given for all: gigabytes an engine."""
 
 
 def write_inputs(source: Source, shapes: list[str], folder: Path) -> dict[str, Path]:
@@ -58,7 +66,7 @@ def merge(record: dict[str, Any], key: dict[str, str], found: dict[str, Any]) ->
 
 def measure(name: str, dtype: str, options: argparse.Namespace, record: dict[str, Any]) -> None:
     """Measure one model at every shape; save after each."""
-    source = Source(MODELS[name], dtype)
+    source = Source((MODELS | LARGE)[name], dtype)
     with tempfile.TemporaryDirectory() as folder:
         files = write_inputs(source, options.shapes, Path(folder))
         with Runner(options.engines, source, options.threads) as runner:
@@ -90,7 +98,7 @@ def save(record: dict[str, Any], options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS | LARGE)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="BATCHxSEQ")
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)

@@ -48,7 +48,12 @@ def make_model(
     """A random model of the default configuration, or of 64 channels where `small`, cut to
     `layers` and to `vocab` tokens where they are given."""
     config = transformers.AutoConfig.for_model(architecture)
-    changes = dict.fromkeys(DEPTHS, layers) if layers is not None else {}
+    if layers is not None:  # given at once, since some configurations make a list of them
+        deep: dict[str, Any] = {name: layers for name in DEPTHS if getattr(config, name, None)}
+        if architecture == "gpt_neo":
+            deep["attention_types"] = [[(["global", "local"] * layers)[:layers], 1]]
+        config = transformers.AutoConfig.for_model(architecture, **deep)
+    changes: dict[str, Any] = {}
     if vocab is not None:
         changes |= {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
     for name, value in (changes | SMALL if small else changes).items():

@@ -20,6 +20,16 @@ BLOOM = ((0, 5, 1), (1, 3, 4), (3, 2, 1), (4, 6, 1), (5, 2, 3), (6, 2, 1), (7, 2
 the next wherever the bound is met."""
 
 
+T5 = ((0, 5, 0), (1, 2, 4), (2, 2, 0), (3, 6, 0), (4, 2, 2), (5, 2, 0), (6, 2, 0))
+T5_BEGIN = ((0, 8, 0), (0, 3, 0), (2, 3, 2), (4, 2, 0), (5, 2, 0))
+"""T5's layer, 7 launches, and what is before the first: begin, launches alive, which of sizes."""
+
+
+def t5_sizes(batch: int, seq: int) -> list[int]:
+    """Bytes of 64 channels, a mask, q, k and v, four heads' relative positions, 128 channels."""
+    return [256 * batch * seq, batch * seq, 768 * batch * seq, 16 * seq * seq, 512 * batch * seq]
+
+
 def layers(count: int, unit: int = 512) -> tuple[list[Lifetime], list[int]]:
     """A mask that all layers read, and the layers."""
     end = 8 * count + 8
@@ -86,6 +96,25 @@ def test_plans_of_equal_layers_are_at_the_bound(count: int) -> None:
     check(lifetimes, sizes, offsets)
     buffers = [Buffer("", s, x) for x, s in zip(lifetimes, sizes, strict=True)]
     assert peak == lower_bound(buffers)
+
+
+@pytest.mark.parametrize("count", [12, 24, 48])
+def test_plans_are_at_the_bound_where_a_buffer_grows_otherwise_than_those_of_layers(
+    count: int,
+) -> None:
+    end = 7 * count + 3
+    found = [(1, end - 6, 1), (3, end - 8, 3), *T5_BEGIN]
+    found += [(6 + 7 * k + at, n, kind) for k in range(count) for at, n, kind in T5]
+    found = sorted(found[:-4])
+    lifetimes = [Lifetime(at, min(at + n, end)) for at, n, _ in found]
+    kinds = [kind for _, _, kind in found]
+    workload = Workload(tuple(lifetimes), tuple(kinds), tuple(map(str, range(len(kinds)))))
+    shapes = ((8, 128), (1, 16), (1, 128), (2, 128), (16, 512), (1, 512))
+    given = [t5_sizes(*shape) for shape in shapes]
+    planner = SymbolicPlanner(workload, solve_orientations(workload, given[0], given))
+    for shape in ((1, 1), (2, 17), (7, 2), (3, 40), (1, 384), (16, 64)):
+        sizes = t5_sizes(*shape)
+        assert planner.offsets(sizes)[1] == planner.lower_bound(sizes), shape
 
 
 def test_any_graph_is_planned_without_overlaps() -> None:

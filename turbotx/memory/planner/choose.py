@@ -11,13 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from turbotx.memory.planner.greedy import footprint
 from turbotx.memory.planner.orientation import Forms, Orientation, orient
-from turbotx.memory.planner.period import find_period, repeated
+from turbotx.memory.planner.period import WAYS, find_period, repeated
 from turbotx.memory.planner.plan import Lifetime, Workload
 from turbotx.memory.planner.solve import optima, portfolio, solve
 
@@ -31,6 +32,9 @@ IMAGINED_SAMPLES = 48
 SEARCH_EVALUATIONS = 60
 """Local search evaluations per sample, after the portfolio: about 0.1 s if the bound cannot be
 met."""
+
+QUICK_EVALUATIONS = 11
+"""Those of the portfolio, before the search."""
 
 MANY_LAYERS = 16
 """From this many equal layers on, a few of them are placed first; all only if that misses the
@@ -124,23 +128,30 @@ def _best_at(workload: Workload, shapes: _Shapes, best: Floats, at: int) -> _Can
         score = float(np.minimum(np.minimum(best, 1e6), ratio) @ shapes.weight)
         if ratio[at] < best[at] and score < least:
             chosen, least = _Candidate(orientation, ratio), score
+        if ratio.max() <= GOOD_ENOUGH:
+            break
     return chosen
 
 
 def _solutions(workload: Workload, sizes: list[int], bound: int) -> Iterator[list[int]]:
+    """Yield placements at one shape, way by way until one reaches the bound: of quick ways all,
+    since those that are equal at this shape differ at others."""
     lifetimes = workload.lifetimes
     period = find_period(lifetimes, sizes)
-    whole = portfolio(lifetimes, sizes)
-    ways = [whole, _search(lifetimes, sizes)]
+    ways = [(portfolio(lifetimes, sizes), True), (_search(lifetimes, sizes), False)]
     if period is not None:
+        quick = partial(optima, max_evaluations=QUICK_EVALUATIONS)
         place = 0 if period.repeats >= MANY_LAYERS else 1
-        ways.insert(place, repeated(lifetimes, sizes, period, optima))
-    for way in ways:
+        ways[place:place] = [
+            (repeated(lifetimes, sizes, period, quick, WAYS[:1]), True),
+            (repeated(lifetimes, sizes, period, optima), False),
+        ]
+    for way, is_quick in ways:
         solved = False
         for offsets in way:
             solved = solved or footprint(offsets, sizes) <= bound
             yield offsets
-            if solved and way is not whole:
+            if solved and not is_quick:
                 break
         if solved:
             return

@@ -9,7 +9,6 @@ derived from one for fewer layers whose middle is repeated, if that causes no ov
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -64,15 +63,19 @@ def find_period(lifetimes: Sequence[Lifetime], sizes: Sequence[int]) -> Period |
 
 
 def repeated(
-    lifetimes: Sequence[Lifetime], sizes: Sequence[int], period: Period, place: Place
-) -> Iterator[list[int]]:
-    """Yield placements, in bytes, that repeat what `place` finds for fewer layers; skips those with
-    overlaps."""
-    order = _order(lifetimes)
-    ways = (_repeat_each(lifetimes, sizes, period, place, order, *way) for way in WAYS)
-    for found in itertools.chain.from_iterable(ways):
-        if not _overlap(lifetimes, sizes, found):
-            yield found
+    lifetimes: Sequence[Lifetime], sizes: Sequence[int], period: Period, place: Place,
+    ways: Sequence[tuple[int, int]] = WAYS,
+) -> Iterator[list[int]]:  # fmt: skip
+    """Yield placements, in bytes, that repeat what `place` finds for fewer layers, without those
+    that overlap: of the first of `ways` that has any."""
+    order, found = _order(lifetimes), False
+    for way in ways:
+        for offsets in _repeat_each(lifetimes, sizes, period, place, order, *way):
+            if not _overlap(lifetimes, sizes, offsets):
+                found = True
+                yield offsets
+        if found:
+            return
 
 
 def _repeat_each(
