@@ -16,6 +16,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 THREADS = 2
@@ -120,9 +121,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def newcomer(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Newcomer:
+def newcomer(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Newcomer]:
     """A folder and an environment of its own with the wheel in it."""
-    return Newcomer(tmp_path_factory.mktemp("newcomer"), wheel)
+    with closing(Newcomer(tmp_path_factory.mktemp("newcomer"), wheel)) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

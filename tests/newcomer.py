@@ -4,6 +4,7 @@ In: the checkout. Out: a `Newcomer` that runs commands as a user types them; dep
 of the environment that runs the tests::
 
     newcomer.run("turbotx", "doctor", "--json")  ->  standard output, or a failed test
+    newcomer.run_forked("turbotx", "doctor")     ->  the same, without the time of the imports
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import sysconfig
 import time
 import urllib.request
 import venv
+from functools import cached_property
 from pathlib import Path
 
 import pytest
+
+from tests.forks import ForkServer
 
 ROOT = Path(__file__).parents[1]
 MODEL = """
@@ -64,6 +68,11 @@ class Newcomer:
             **kept, "PATH": f"{self.bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
             "TURBOTX_CACHE_DIR": str(self.folder / "cache"),
         }  # fmt: skip
+        self.ran: list[list[str]] = []
+
+    @cached_property
+    def forks(self) -> ForkServer:
+        return ForkServer(self.bin / "python", self.folder, self.environment)
 
     def run(self, *command: str) -> str:
         done = subprocess.run(
@@ -72,6 +81,16 @@ class Newcomer:
         )  # fmt: skip
         assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
         return done.stdout
+
+    def run_forked(self, *command: str) -> str:
+        """Run as `run` does what tests/forks.py can, in a process that has its imports."""
+        done = self.forks.run(*command)
+        assert done.code == 0, f"{command}: {done.out}\n{done.err}"
+        return done.out
+
+    def close(self) -> None:
+        if "forks" in self.__dict__:
+            self.forks.close()
 
 
 def build_wheel(folder: Path) -> Path:

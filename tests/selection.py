@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import forks
+
 ROOT = Path(__file__).parents[1]
 DURATIONS = ROOT / "tests" / "durations.txt"
 SLOW_S = 0.5
@@ -68,6 +70,11 @@ def mark_slow(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def cpu_seconds() -> float:
+    """Return what this process and all that it has waited for have taken."""
+    return sum(os.times()[:4]) + sum(forks.cpu_seconds)
+
+
 class Measuring:
     """A pytest plugin that measures CPU seconds, children's included: those of a test do not
     depend on what else a machine does. Under xdist the workers measure and the controller writes.
@@ -79,7 +86,7 @@ class Measuring:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self.start = os.times()
+        self.start = cpu_seconds()
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
@@ -87,7 +94,7 @@ class Measuring:
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Iterator[None]:
         if call.when == "call":
-            item.user_properties.append(("cpu_s", sum(os.times()[:4]) - sum(self.start[:4])))
+            item.user_properties.append(("cpu_s", cpu_seconds() - self.start))
         return (yield)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -32,7 +32,11 @@ def is_server(command: str) -> bool:
 
 
 WITH_COMMANDS = [p for p in PAGES if any(not is_server(c) for c in run_here(p))]
-WITH_SERVERS = [p for p in PAGES if any(is_server(c) for c in run_here(p))]
+SERVERS = {
+    c: [asked for p in PAGES if c in run_here(p) for asked in run_here(p) if asked[:4] == "curl"]
+    for c in dict.fromkeys(c for p in PAGES for c in run_here(p) if c.startswith("turbotx serve"))
+}
+"""A command that serves, on however many pages: what those pages then ask it."""
 WITH_PYTHON = [p for p in PAGES if any(is_run(p, code) for code in python_blocks(p))]
 
 
@@ -53,15 +57,35 @@ def test_what_is_not_run_is_there() -> None:
         known = [*commands(page), *python_blocks(page)]
         assert any(text.startswith(start) for text in known), f"{page} has no {start!r}"
     assert set(GIVEN) <= set(WITH_PYTHON)
-    assert "README.md" in WITH_COMMANDS and "docs/command_line.md" in WITH_COMMANDS
+    assert (
+        any(SERVERS.values())
+        and "README.md" in WITH_COMMANDS
+        and "docs/command_line.md" in WITH_COMMANDS
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_commands(page: str, place: Newcomer) -> None:
     for command in run_here(page):
-        if not is_server(command):
-            place.run(*shlex.split(command))
+        words = shlex.split(command)
+        if is_server(command) or words in place.ran:  # another page has the same
+            continue
+        if words[0] == "turbotx":
+            place.run_forked(*words)
+        else:
+            place.run(*words)
+        place.ran.append(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["raise ValueError('seen')", "import sys; sys.exit('seen')"])
+def test_a_page_that_fails_is_seen(ends: str, place: Newcomer) -> None:
+    (place.folder / "failing_page.py").write_text(ends)
+    with pytest.raises(AssertionError, match="seen"):
+        place.run_forked("python", "failing_page.py")
+    with pytest.raises(AssertionError, match="NoSuchModel"):
+        place.run_forked("turbotx", "compile", "NoSuchModel")
 
 
 @pytest.mark.slow
@@ -71,35 +95,31 @@ def test_python(page: str, place: Newcomer) -> None:
     blocks = [code for code in python_blocks(page) if is_run(page, code)]
     program = place.folder / f"{Path(page).stem}_page.py"
     program.write_text("\n".join([GIVEN.get(page, ""), *blocks]))
-    place.run("python", str(program))
+    place.run_forked("python", str(program))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", WITH_SERVERS)
-def test_servers(page: str, place: Newcomer) -> None:
+@pytest.mark.parametrize("command", SERVERS)
+def test_servers(command: str, place: Newcomer) -> None:
     """As they stand but for the port, which another process may have; each is asked and stopped."""
-    for command in (c for c in run_here(page) if c.startswith("turbotx serve")):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        words = shlex.split(command.replace(" --port 8080", ""))
-        server = subprocess.Popen(
-            [str(place.bin / words[0]), *words[1:], "--port", port],
-            cwd=place.folder, env=place.environment, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        try:
-            wait_until_ready(server, f"http://127.0.0.1:{port}/ready")
-            for asked in (c for c in run_here(page) if c.startswith("curl")):
-                if shutil.which("curl") is not None:
-                    said = place.run(
-                        *shlex.split(asked.replace("localhost:8080", f"127.0.0.1:{port}"))
-                    )
-                    assert "error" not in said
-        finally:
-            server.terminate()
-            _, said = server.communicate(timeout=60)
-        assert server.returncode == 0, said
-        assert f"http://127.0.0.1:{port}" in said and "ready: " in said
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    words = shlex.split(command.replace(" --port 8080", ""))
+    server = subprocess.Popen(
+        [str(place.bin / words[0]), *words[1:], "--port", port],
+        cwd=place.folder, env=place.environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_until_ready(server, f"http://127.0.0.1:{port}/ready")
+        for asked in SERVERS[command] if shutil.which("curl") is not None else ():
+            said = place.run(*shlex.split(asked.replace("localhost:8080", f"127.0.0.1:{port}")))
+            assert "error" not in said
+    finally:
+        server.terminate()
+        _, said = server.communicate(timeout=60)
+    assert server.returncode == 0, said
+    assert f"http://127.0.0.1:{port}" in said and "ready: " in said
 
 
 def test_the_containers_of_the_guide_are_well_formed() -> None:
