@@ -65,6 +65,7 @@ from turbotx.capture.module_state.record import StateRecord, find_model_names, m
 from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.module_state.unfollowed import Unfollowed
 from turbotx.capture.quiet import quiet_torch
+from turbotx.capture.recurrent_layers import recurrent_layers_whole, recurrent_ops
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
 from turbotx.capture.returned import put_constants
 from turbotx.capture.sandbox.effects import Effect
@@ -318,20 +319,22 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
         sizes, light = sizes_from_one(flat.values.answer), light_export()
         layouts, padding, copies = eager_layouts(), padding_as_eager(), copying_layers(flat.layers)
         with (
-            SizeTensors(), IdleDropout(), layouts, padding, sizes, python_operators(), light, copies
+            SizeTensors(), IdleDropout(), layouts, padding, sizes, python_operators(), light,
+            copies, recurrent_layers_whole(),
         ):  # fmt: skip
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )
         erase_numbers(exported.graph)
         write_casts(exported.graph)
+        kept = KEPT_WHOLE | recurrent_ops()
         before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
         squeezed, shown = find_squeezed(exported.graph), find_shown(exported.graph)
         try:
-            decompose_nodes(exported.graph_module, KEPT_WHOLE)
+            decompose_nodes(exported.graph_module, kept)
         except NotNodeByNode:
             exported.graph_module.graph = before
-            exported = exported.run_decompositions(table_without(KEPT_WHOLE))
+            exported = exported.run_decompositions(table_without(kept))
     exported.graph_module.meta |= {FRESH: fresh, SQUEEZED: squeezed, SHOWN: shown}
     return exported
 
