@@ -77,7 +77,7 @@ def take_apart(output: Any, name: str) -> tuple[list[Any], pytree.TreeSpec, dict
     leaves, spec = pytree.tree_flatten(_without_own_classes(output))
     constants: dict[int, Any] = {}
     for k, leaf in enumerate(leaves):
-        nan = isinstance(leaf, float) and type(leaf) is not TracedFloat and math.isnan(leaf)
+        nan = type(leaf) is not TracedFloat and isinstance(leaf, float) and math.isnan(leaf)
         if isinstance(leaf, _LEAVES) and not nan:
             continue
         if not (nan or is_constant(leaf)):

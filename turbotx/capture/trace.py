@@ -47,8 +47,10 @@ from turbotx.capture.guards import (
     find_guards,
     find_replaced,
     find_squeezed,
+    find_written,
     guard_sizes,
     guard_squeezed,
+    guard_written,
 )
 from turbotx.capture.host_random import (
     find_draws,
@@ -93,6 +95,8 @@ from turbotx.ir.memory_order import by_order, inverse, make_dense, moved_dims
 
 # The key in the exported graph's meta of the sizes that squeezes test.
 SQUEEZED = "squeezed"
+# The key of the result of `find_written`.
+WRITTEN = "written"
 # The key of the result of `find_shown` for the graph before decomposition.
 SHOWN = "shown"
 # Composite ops that are not decomposed: the passes and the op table handle them directly, and
@@ -330,12 +334,15 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
         kept = KEPT_WHOLE | recurrent_ops()
         before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
         squeezed, shown = find_squeezed(exported.graph), find_shown(exported.graph)
+        written = find_written(exported.graph)
         try:
             decompose_nodes(exported.graph_module, kept)
         except NotNodeByNode:
             exported.graph_module.graph = before
             exported = exported.run_decompositions(table_without(kept))
-    exported.graph_module.meta |= {FRESH: fresh, SQUEEZED: squeezed, SHOWN: shown}
+    exported.graph_module.meta |= {
+        FRESH: fresh, SQUEEZED: squeezed, SHOWN: shown, WRITTEN: written,
+    }  # fmt: skip
     return exported
 
 
@@ -371,6 +378,7 @@ def _describe(
     # A dim of size 1 lies in any order, so that it decides what a layout question is answered.
     asked_sizes = {expr(s) for k in flat.layouts.asked for s in shapes[k]}
     guards += guard_squeezed(squeezed | {s for s in asked_sizes if s.free_symbols}, symbols)
+    guards += guard_written(exported.graph_module.meta[WRITTEN], symbols)
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in shape) for shape in shapes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
     hints = find_hints(shape_env, symbols)
