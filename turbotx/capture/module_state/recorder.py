@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.fx.experimental import proxy_tensor
 
-from turbotx.capture.host_random import GENERATORS, look_at
+from turbotx.capture.host_random import is_own_generator, look_at
 from turbotx.capture.module_state.dependence import depends_on_values
 from turbotx.capture.module_state.values import (
     MAX_DEPTH,
@@ -166,7 +166,7 @@ class StateRecorder:
         if type(value) in (int, bool, str, float) or id(value) in self._met or depth > MAX_DEPTH:
             return
         self.also_meet(value)
-        if isinstance(value, GENERATORS):
+        if is_own_generator(value):
             self._met[id(value)] = value
             self._generators.append((value, None if self._over else look_at(value)))
         if held := held_by(value):
