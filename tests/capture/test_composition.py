@@ -89,14 +89,26 @@ def test_dynamo(make) -> None:
     part = make()
     part(X)
     whole = whole_of(part)
-    right = part(2 * X)
     for target in (whole, part, lambda x: part(x) * 3):
         torch._dynamo.reset()
         compiled = torch.compile(target, backend="eager", fullgraph=True)
         close(compiled(X), target(X))
         close(compiled(2 * X), target(2 * X))
+
+
+@pytest.mark.skipif(
+    "turbotx" not in torch._dynamo.list_backends(),
+    reason="the backend's name is an entry point of the installed package",
+)
+@pytest.mark.parametrize("make", KINDS)
+@torch.no_grad()
+def test_dynamo_with_turbotx_around_turbotx(make) -> None:
+    part = make()
+    part(X)
+    right = part(2 * X)
     torch._dynamo.reset()
-    close(torch.compile(whole, backend="turbotx", fullgraph=True)(2 * X), torch.relu(right))
+    whole = torch.compile(whole_of(part), backend="turbotx", fullgraph=True)
+    close(whole(2 * X), torch.relu(right))
 
 
 @pytest.mark.parametrize("make", KINDS)

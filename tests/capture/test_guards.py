@@ -55,3 +55,34 @@ def test_a_position_outside_of_its_dim_is_refused_as_in_eager(
                 fast(x, y)
         else:
             assert torch.equal(fast(x, y), expected)
+
+
+WRITES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "a row": lambda x: x.select_scatter(torch.zeros(x.shape[1]), 0, 3),
+    "a row from the end": lambda x: x.select_scatter(torch.zeros(x.shape[1]), 0, -4),
+    "a column by a size": lambda x: x.select_scatter(torch.zeros(x.shape[0]), 1, x.shape[0]),
+    "rows": lambda x: x.slice_scatter(torch.zeros(2, x.shape[1]), 0, 2, 4),
+    "rows from the end": lambda x: x.slice_scatter(torch.zeros(2, x.shape[1]), 0, -2),
+    "rows by sizes": lambda x: x.slice_scatter(
+        torch.ones(2, x.shape[1]), 0, x.shape[1] - 1, x.shape[1] + 1
+    ),
+    "every other row": lambda x: x.slice_scatter(torch.zeros(2, x.shape[1]), 0, 1, None, 2),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_is_written_has_a_place(name: str) -> None:
+    """Decompositions of these ops write nothing outside of a dim, where eager mode raises."""
+    function = WRITES[name]
+    fast, raised = turbotx.optimize(function), 0
+    for size in ((4, 5), (5, 3), (5, 6), (3, 3), (4, 4), (1, 2), (2, 1), (0, 3), (3, 2)):
+        x = torch.randn(size)
+        try:
+            expected = function(x)
+        except (IndexError, RuntimeError):
+            raised += 1
+            with pytest.raises(turbotx.TurbotxError):
+                fast(x)
+        else:
+            assert torch.equal(fast(x), expected)
+    assert 0 < raised < 8 and fast.stats()["captures"] <= 4

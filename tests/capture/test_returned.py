@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +29,8 @@ def same(a: Any, b: Any) -> bool:
         return torch.equal(a, b)
     if isinstance(a, (tuple, list)):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float):  # NaN is NaN, and -0.0 is not 0.0
+        return type(a) is type(b) and a.hex() == b.hex()
     return type(a) is type(b) and bool(a == b)
 
 
@@ -47,6 +51,27 @@ def test_outputs_are_eager_s(model: Any) -> None:
     for shape in ((2, 3), (4, 4), (3, 2)):
         x = torch.randn(*shape)
         assert same(fast(x), model(x))
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("first", [1.5, NAN, -0.0])
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x, f: (x + 1, f, [f * 2, -f, (abs(f), f + 1)]),
+        lambda x, f: f,
+        lambda x, f: (x * f).isnan().any(),
+        lambda x, f: (x, NAN, INF, [-INF, NAN], np.float64("nan")),
+        lambda x, f: (x, x.shape[0] * INF, -INF * x.shape[1], x.shape[0] / 2 - INF),
+    ],
+)
+def test_floats_that_are_no_numbers(model: Any, first: float) -> None:
+    fast = turbotx.optimize(model)
+    for shape, number in (((2, 3), first), ((1, 3), NAN), ((0, 3), INF), ((4, 1), 0.0)):
+        x = torch.randn(*shape)
+        assert same(fast(x, number), model(x, number))
 
 
 def test_a_set_is_the_caller_s() -> None:

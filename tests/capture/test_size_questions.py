@@ -229,7 +229,8 @@ def test_which_library_convolves_is_no_decision() -> None:
     for batch in (2, 1, 3):
         x = torch.randn(batch, 4, 8)
         torch.testing.assert_close(fast(x), F.gelu(convolution(x)), rtol=1e-5, atol=1e-5)
-    assert fast.stats()["captures"] == 1
+    # PyTorch 2.11 asks whether the batch is 1 before it chooses: another capture there.
+    assert fast.stats()["captures"] == (2 if torch.__version__ < (2, 12) else 1)
 
 
 def test_one_rounded_size_stays_free() -> None:

@@ -135,6 +135,14 @@ def test_javascript_gives_the_same() -> None:
             assert value == pytest.approx(CASES[name][1](n), rel=1e-12, abs=1e-12), (name, n)
 
 
+def test_infinities_are_python_s_and_javascript_s() -> None:
+    values = [sympy.oo * (S - 1.0), -sympy.oo, sympy.nan]
+    check_texts(list(map(to_python, values)), ["seq"])
+    found = [compile_evaluator(values, ["seq"])(n) for n in (1, 2)]
+    assert str(found) == "[(nan, -inf, nan), (inf, -inf, nan)]"
+    assert [to_javascript(v) for v in values[1:]] == ["(-Infinity)", "NaN"]
+
+
 def test_a_relation_is_a_bool_in_both() -> None:
     value = sympy.And(sympy.Eq(S, 4), sympy.Or(S > 1, sympy.Not(S >= 9)), sympy.Ne(S, 5))
     assert [compile_evaluator([value], ["seq"])(n)[0] for n in (3, 4)] == [False, True]

@@ -120,8 +120,8 @@ def _decomposition(op: OpOverload, kept: frozenset[str]) -> Callable[..., Any] |
 def table_without(kept: frozenset[str]) -> Any:
     """Return PyTorch's decomposition table for a trace of the whole, without kept and random ops.
 
-    A random op that is decomposed (dropout, bernoulli) draws different numbers. Recurrent networks
-    such as nn.LSTM are tagged random for their dropout, and are decomposed as usual.
+    A random op that is decomposed (dropout, bernoulli) draws different numbers. Recurrent layers
+    are tagged random for their dropout: under autocast they are decomposed as usual.
     """
     table: Any = torch.export.default_decompositions()
     for op in list(table):

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from turbotx.capture.ambient import read_ambient
+from turbotx.capture.recurrent_layers import describe_recurrent, is_recurrent
 from turbotx.capture.tracing import replaced_in_thread
 from turbotx.ir.fake_results import UnknownError, describe, describe_arguments, is_sized_by
 
@@ -78,6 +79,8 @@ class RememberingFakeMode(FakeTensorMode):
             found = None if key is None else self._known.get(key)
             if found is not None:
                 return self._make(found, args, kwargs)
+        if is_recurrent(func):
+            return describe_recurrent(func, args, kwargs)
         result = super()._dispatch_impl(func, types, args, kwargs)
         if key is not None:
             with torch._C.DisableTorchFunction():

@@ -46,6 +46,7 @@ class FlatCall(nn.Module):
         self.model, self.recorder = self.seen.model, recorder
         recorder.modules = list(self.model.modules())
         recorder.original_of, recorder.follows = self.seen.original_of, self.seen.follows
+        self.seen.keeps = recorder.note_kept
         self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.positions = [
             i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) or is_float(x)

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv, Max, Min
 from torch.utils._sympy.printers import PythonPrinter
 
-from turbotx.ir.expr import Expr, expr, is_nonnegative
+from turbotx.ir.expr import ZERO, Expr, expr, is_nonnegative
 
 aten = torch.ops.aten
+Written: TypeAlias = tuple[set[Expr], set[tuple[Expr, Expr]]]
+_SELECT_SCATTER, _SLICE_SCATTER = aten.select_scatter.default, aten.slice_scatter.default
 _SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
 
@@ -91,7 +94,71 @@ def _selected(node: Any) -> tuple[Expr, Expr]:
     """Return the position that a select takes, and the size of its dim."""
     source, dim, at = node.args
     extent = source.meta["val"].shape[dim]
-    return expr(at.meta["val"] if isinstance(at, fx.Node) else at), expr(extent)
+    return _value(at), expr(extent)
+
+
+def find_written(graph: fx.Graph) -> Written:
+    """Return what the places that are written need: expressions that must not be negative, and
+    sizes that must be equal. PyTorch's tracer asks neither. graph: as traced, since the
+    decompositions write nothing where eager mode raises."""
+    least, equal = set[Expr](), set[tuple[Expr, Expr]]()
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in (_SELECT_SCATTER, _SLICE_SCATTER):
+            continue
+        names = [a.name for a in node.target._schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        shape, source = (list(given[name].meta["val"].shape) for name in ("self", "src"))
+        d = given.get("dim", 0) % len(shape)
+        extent = expr(shape[d])
+        if node.target is _SELECT_SCATTER:
+            at = _value(given["index"])
+            least |= {(extent - 1 - at).expand(), (extent + at).expand()}
+            taken = [expr(n) for k, n in enumerate(shape) if k != d]
+        else:
+            start, end = given.get("start"), given.get("end")
+            begin = ZERO if start is None else _value(start)
+            stop = extent if end is None else _value(end)
+            # A place that is negative counts from the end, at every call or at none.
+            least |= {place for place in (begin, stop) if not is_nonnegative(-place - 1)}
+            taken = list(map(expr, shape))
+            taken[d] = _sliced(extent, begin, stop, _value(given.get("step", 1)))
+        equal |= {(a, b) for a, b in zip(taken, map(expr, source), strict=True) if a != b}
+    return least, equal
+
+
+def _sliced(extent: Expr, begin: Expr, end: Expr, step: Expr) -> Expr:
+    """Return the number of elements of begin:end:step in a dim of this size."""
+    first, last = _within(begin, extent), _within(end, extent)
+    return Max(ZERO, FloorDiv((last - first + step - 1).expand(), step))
+
+
+def _within(place: Expr, extent: Expr) -> Expr:
+    """Return a place of a slice as a number from 0 to the size of the dim."""
+    place = place + extent if is_nonnegative(-place - 1) else place
+    return Min(Max(place, ZERO), extent)
+
+
+def _value(number: Any) -> Expr:
+    return expr(number.meta["val"] if isinstance(number, fx.Node) else number)
+
+
+def guard_written(
+    written: Written, symbols: Mapping[sympy.Symbol, sympy.Symbol]
+) -> tuple[Guard, ...]:
+    """Return guards for the result of `find_written`."""
+    least, equal = written
+    conditions = {
+        sympy.Ge(s.xreplace(dict(symbols)), 0): "a position that is written is out of range"
+        for s in least
+    }
+    for a, b in equal:
+        condition = sympy.Eq(a.xreplace(dict(symbols)), b.xreplace(dict(symbols)))
+        conditions[condition] = "what is written has another size than its place"
+    return tuple(
+        Guard(c, f"{PythonPrinter().doprint(c)} (else {why})")
+        for c, why in sorted(conditions.items(), key=str)
+        if c != True  # noqa: E712
+    )
 
 
 def find_squeezed(graph: fx.Graph) -> set[Expr]:

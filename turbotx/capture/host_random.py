@@ -27,6 +27,14 @@ from turbotx.errors import CaptureError
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
+_GLOBAL = (random.getstate.__self__, np.random.get_state.__self__)  # type: ignore[attr-defined]
+
+
+def is_own_generator(value: Any) -> bool:
+    """Return whether an object is a generator other than those of `look_at_generators`."""
+    return isinstance(value, GENERATORS) and not any(value is g for g in _GLOBAL)
+
+
 def look_at_generators() -> tuple[Any, Any]:
     """Return the states of Python's and NumPy's global generators, for comparison."""
     state: Any = np.random.get_state()

@@ -9,6 +9,7 @@ structure around them, and the constants that are neither tensors nor numbers::
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from turbotx.capture.sandbox.noted_dict import NotedDict
+from turbotx.capture.traced_float import TracedFloat
 from turbotx.errors import CaptureError
 
 _LEAVES = (
@@ -66,7 +68,8 @@ class ReturnedObjectError(CaptureError):
 
 
 def take_apart(output: Any, name: str) -> tuple[list[Any], pytree.TreeSpec, dict[int, Any]]:
-    """Return the leaves, their structure, and the constants, which are None among the leaves.
+    """Return the leaves, their structure, and the constants, which are None among the leaves. A NaN
+    is one of these: torch.export finds no number that it is equal to.
 
     Raises ReturnedObjectError for an object that may hold tensors that pytree does not see.
     """
@@ -74,9 +77,10 @@ def take_apart(output: Any, name: str) -> tuple[list[Any], pytree.TreeSpec, dict
     leaves, spec = pytree.tree_flatten(_without_own_classes(output))
     constants: dict[int, Any] = {}
     for k, leaf in enumerate(leaves):
-        if isinstance(leaf, _LEAVES):
+        nan = type(leaf) is not TracedFloat and isinstance(leaf, float) and math.isnan(leaf)
+        if isinstance(leaf, _LEAVES) and not nan:
             continue
-        if not is_constant(leaf):
+        if not (nan or is_constant(leaf)):
             raise ReturnedObjectError(leaf, name)
         constants[k], leaves[k] = leaf, None
     return leaves, spec, constants

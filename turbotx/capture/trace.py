@@ -47,8 +47,10 @@ from turbotx.capture.guards import (
     find_guards,
     find_replaced,
     find_squeezed,
+    find_written,
     guard_sizes,
     guard_squeezed,
+    guard_written,
 )
 from turbotx.capture.host_random import (
     find_draws,
@@ -65,6 +67,7 @@ from turbotx.capture.module_state.record import StateRecord, find_model_names, m
 from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.module_state.unfollowed import Unfollowed
 from turbotx.capture.quiet import quiet_torch
+from turbotx.capture.recurrent_layers import recurrent_layers_whole, recurrent_ops
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
 from turbotx.capture.returned import put_constants
 from turbotx.capture.sandbox.effects import Effect
@@ -92,6 +95,8 @@ from turbotx.ir.memory_order import by_order, inverse, make_dense, moved_dims
 
 # The key in the exported graph's meta of the sizes that squeezes test.
 SQUEEZED = "squeezed"
+# The key of the result of `find_written`.
+WRITTEN = "written"
 # The key of the result of `find_shown` for the graph before decomposition.
 SHOWN = "shown"
 # Composite ops that are not decomposed: the passes and the op table handle them directly, and
@@ -318,22 +323,27 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
         sizes, light = sizes_from_one(flat.values.answer), light_export()
         layouts, padding, copies = eager_layouts(), padding_as_eager(), copying_layers(flat.layers)
         with (
-            SizeTensors(), IdleDropout(), layouts, padding, sizes, python_operators(), light, copies
+            SizeTensors(), IdleDropout(), layouts, padding, sizes, python_operators(), light,
+            copies, recurrent_layers_whole(),
         ):  # fmt: skip
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )
         erase_numbers(exported.graph)
         write_casts(exported.graph)
+        kept = KEPT_WHOLE | recurrent_ops()
         before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
         squeezed, shown = find_squeezed(exported.graph), find_shown(exported.graph)
+        written = find_written(exported.graph)
         try:
-            decompose_nodes(exported.graph_module, KEPT_WHOLE)
+            decompose_nodes(exported.graph_module, kept)
         except NotNodeByNode:
             exported.graph_module.graph = before
             with ops_listed_once():
-                exported = exported.run_decompositions(table_without(KEPT_WHOLE))
-    exported.graph_module.meta |= {FRESH: fresh, SQUEEZED: squeezed, SHOWN: shown}
+                exported = exported.run_decompositions(table_without(kept))
+    exported.graph_module.meta |= {
+        FRESH: fresh, SQUEEZED: squeezed, SHOWN: shown, WRITTEN: written,
+    }  # fmt: skip
     return exported
 
 
@@ -369,6 +379,7 @@ def _describe(
     # A dim of size 1 lies in any order, so that it decides what a layout question is answered.
     asked_sizes = {expr(s) for k in flat.layouts.asked for s in shapes[k]}
     guards += guard_squeezed(squeezed | {s for s in asked_sizes if s.free_symbols}, symbols)
+    guards += guard_written(exported.graph_module.meta[WRITTEN], symbols)
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in shape) for shape in shapes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
     hints = find_hints(shape_env, symbols)

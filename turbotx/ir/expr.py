@@ -253,6 +253,16 @@ class _HostPrinter(_SourcePrinter):
     relation = 1  # this language's column in the table
     words = ("True", "False", " and ", " or ", "not ")
     choice = "({yes} if {condition} else {no})"
+    infinity, not_a_number = "inf", "nan"
+
+    def _print_Infinity(self, node: Any) -> str:
+        return self.infinity
+
+    def _print_NegativeInfinity(self, node: Any) -> str:
+        return f"(-{self.infinity})"
+
+    def _print_NaN(self, node: Any) -> str:
+        return self.not_a_number
 
     def _print_Float(self, node: Any) -> str:
         return repr(float(node))
@@ -322,6 +332,7 @@ class _JavaScriptPrinter(_HostPrinter):
     relation, language = 2, "JavaScript"
     words = ("true", "false", " && ", " || ", "!")
     choice = "({condition} ? {yes} : {no})"
+    infinity, not_a_number = "Infinity", "NaN"
 
     def _template(self, function: str) -> str:
         return FUNCTIONS[function].javascript if function in FUNCTIONS else ""

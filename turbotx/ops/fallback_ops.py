@@ -4,7 +4,7 @@ In: a call, or its op. Out: the reason shown in the report, and whether it accep
 that is not known to accept any gets its arguments laid out as in eager::
 
     why_outside(topk)  ->  "orders a row by comparisons: ATen's own sort does that"
-    takes_any_layout(aten.mkldnn_rnn_layer.default)  ->  False
+    takes_any_layout(aten.lstm.input)  ->  False
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _ORDERS = "orders a row by comparisons: ATen's own sort does that"
 _WRITES = "writes at places that are known only when it runs, where two may be one"
 _COUNTS = "has a result whose size depends on values, or counts by value"
 _WINDOWS = "is a product over windows: the vendor's library does that"
+_STEPS = "is a recurrent layer, whose steps run one after another: the vendor's library does that"
 _CARRIES = "carries more than one number along a row, which a scan does not"
 
 # By name of the op, for all of its overloads.
@@ -34,6 +35,7 @@ REASONS = {
     **dict.fromkeys(("convolution", "avg_pool2d", "max_pool2d_with_indices", "grid_sampler_2d",
                      "upsample_bicubic2d", "upsample_bilinear2d"), _WINDOWS),
     **dict.fromkeys(("cummax", "cummin", "logcumsumexp"), _CARRIES),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _STEPS),
     **dict.fromkeys(("_fft_c2c", "_fft_r2c", "_fft_c2r"), "is a Fourier transform"),
     "view_as_real": "shows complex numbers, which no kernel computes",
 }  # fmt: skip
@@ -57,7 +59,7 @@ def why_outside(node: fx.Node) -> str:
 # Ops that respect strides: those in `REASONS`, and products. Others may read raw memory
 # (`as_strided`, recurrent layers, custom ops), require dense rows (`view_as_complex`) or draw
 # random numbers in memory order.
-_BY_STRIDES = frozenset(REASONS) - {"view_as_real"} | {
+_BY_STRIDES = {name for name, why in REASONS.items() if why != _STEPS} - {"view_as_real"} | {
     "linear", "mm", "bmm", "matmul", "addmm", "baddbmm", "scaled_dot_product_attention",
     "_embedding_bag", "_cdist_forward", "linalg_vector_norm", "searchsorted", "bucketize",
 }  # fmt: skip

@@ -101,6 +101,10 @@ class Names:
                 self._add(CellPlace(cell, cell_name, function.__qualname__))
             if any(isinstance(x, (dict, list, set)) for x in function.__defaults__ or ()):
                 self._add(DefaultsPlace(function))
+            named = function.__kwdefaults__ or {}
+            for value in (*(function.__defaults__ or ()), *named.values()):
+                if not isinstance(value, nn.Module):
+                    self.meet(value)
             for code in codes_in(function.__code__):
                 found = _chains(code)
                 by_class = _CLASS & {*code.co_names, *code.co_varnames[:1]}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import types
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -126,6 +127,30 @@ class AttributePlace:
                     return held[name], [dicts[0], held]
         value = getattr(owner, name, MISSING) if self._guessed else MISSING
         return value, dicts + _class_dicts(type(owner))
+
+
+class OwnTensorsPlace(AttributePlace):
+    """A list of a module's own parameters, or of weak references to them, that code sets to what it
+    holds: compared by their names, since programs read the tensors themselves in every call."""
+
+    def __init__(self, owner: nn.Module, name: str, text: str) -> None:
+        super().__init__(owner, name, text)
+        self.key = ("own tensors", id(owner), name)
+
+    def describe(self, look: Look) -> Any:
+        """Return the name of each tensor; records the list and the module's dicts in `look`."""
+        value, dicts = self._find()
+        tables = [vars(self.owner)[t] for t in TABLES[:2]]
+        look.watch([*dicts, *tables])
+        if type(value) is not list:
+            return look(value)
+        look.lists[id(value)] = value
+        names = {id(x): name for table in tables for name, x in table.items() if x is not None}
+        targets = [x() if type(x) is weakref.ref else x for x in value]
+        return tuple(
+            (type(x), names[id(t)] if id(t) in names else look(x))
+            for x, t in zip(value, targets, strict=True)
+        )
 
 
 class ItemPlace:

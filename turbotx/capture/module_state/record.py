@@ -29,6 +29,7 @@ from turbotx.capture.module_state.places import (
     TABLES,
     AttributePlace,
     ItemPlace,
+    OwnTensorsPlace,
     StatePlace,
     TiedPlace,
     Ties,
@@ -136,6 +137,7 @@ def make_record(
     scope = vars(torch.nn.modules.module)
     hooks = [ItemPlace(scope, name, f"torch.nn's {name}") for name in _GLOBAL_HOOKS]
     every: list[StatePlace] = [*places, *_find_ties(places), *hooks, *names.places.values()]
+    every += [OwnTensorsPlace(x, name, _text(paths, x, name)) for x, name in recorder.kept.values()]
     if recorder.gradients:
         every.append(GradientsPlace([*{id(m): m for m in recorder.gradients}.values()]))
     return StateRecord(every, find_own_changes(type(model).__name__, effects, every, names))

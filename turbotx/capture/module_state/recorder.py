@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.fx.experimental import proxy_tensor
 
-from turbotx.capture.host_random import GENERATORS, look_at
+from turbotx.capture.host_random import is_own_generator, look_at
 from turbotx.capture.module_state.dependence import depends_on_values
 from turbotx.capture.module_state.values import (
     MAX_DEPTH,
@@ -74,6 +74,8 @@ class StateRecorder:
     def __init__(self) -> None:
         self._reads: dict[int, tuple[Any, dict[str, None]]] = {}
         self._writes: dict[tuple[int, str], Write] = {}
+        self.kept: dict[tuple[int, str], tuple[Any, str]] = {}
+        """Owner and name of each attribute that was set to the parameters that it held."""
         self._classes: list[type] = []
         self._met: dict[int, Any] = {}
         self._generators: list[tuple[Any, str | None]] = []
@@ -126,6 +128,7 @@ class StateRecorder:
     def on(self, inputs: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
         """Context manager: record what this thread reads, in a call with the tensors `inputs`."""
         self._writes.clear()
+        self.kept.clear()
         self._inputs = inputs
         return _recording_by(self)
 
@@ -163,7 +166,7 @@ class StateRecorder:
         if type(value) in (int, bool, str, float) or id(value) in self._met or depth > MAX_DEPTH:
             return
         self.also_meet(value)
-        if isinstance(value, GENERATORS):
+        if is_own_generator(value):
             self._met[id(value)] = value
             self._generators.append((value, None if self._over else look_at(value)))
         if held := held_by(value):
@@ -234,6 +237,13 @@ class StateRecorder:
             return
         read = name in self._reads.get(key, (None, {}))[1]
         self._writes[key, name] = Write(self.find_own(owner), name, value, read, computed)
+
+    def note_kept(self, attributes: dict[str, Any], name: str) -> bool:
+        """Record that a write left an attribute as it was; returns False if it was not seen."""
+        write = self._writes.get((id(attributes), name))
+        if write is not None:
+            self.kept[id(attributes), name] = write.owner, name
+        return write is not None
 
     def find_own(self, owner: Any) -> Any:
         """Return the user's object for its stand-in under the trace."""

@@ -134,6 +134,8 @@ def held_by(value: Any) -> list[Any]:
         held = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, types.MethodType):
         return [value.__self__]
+    elif isinstance(value, types.BuiltinMethodType):  # as a generator's `normal`
+        return [] if isinstance(value.__self__, types.ModuleType) else [value.__self__]
     elif isinstance(value, weakref.ref):
         return [value()]
     elif cls in weakref.ProxyTypes:

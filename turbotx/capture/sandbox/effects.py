@@ -4,12 +4,15 @@ In: what a trace wrote (`watched.py`). Out: the tensors and sizes among it, whic
 the program, and the writes that put them in place after every call::
 
     self.kept["mask"] = mask; seen.append(x)  ->  [Effect(kept, Put("mask", 0)), Effect(seen, ...)]
+
+A write that puts the same parameters where they lay is none, as nn.LSTM's list of its weights.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,21 +71,27 @@ class Effect:
 
 
 def find_effects(
-    watched: Iterable[Watched], original_of: Callable[[Any], Any], symbols: frozenset[str]
-) -> tuple[list[Effect], list[Any]]:
+    watched: Sequence[Watched], original_of: Callable[[Any], Any], symbols: frozenset[str],
+    keeps: Callable[[Any, Any], bool],
+) -> tuple[list[Effect], list[Any]]:  # fmt: skip
     """Return the writes, and the tensors and sizes in them, in the order of their places.
 
-    symbols: the names of sizes in this trace. Raises SizesNeeded if a key is made from them, and
-    CaptureError if a value was written that holds a tensor and is not a known container.
+    symbols: the names of sizes in this trace. keeps: called with the traced attributes and a name
+    where the same parameters were put again; returns whether that can be guarded. Raises
+    SizesNeeded if a key is made from sizes, and CaptureError if a value was written that holds a
+    tensor and is not a known container.
     """
     effects: list[Effect] = []
     results: list[Any] = []
+    owned = {key: x for one in watched for key, x in one.stand_ins().items()}
 
     def store(leaf: Any, text: str) -> Any:
         leaf = read_floats(leaf) if type(leaf) is TracedFloat else leaf
         if isinstance(leaf, (FakeTensor, *_SIZES)):
             results.append(leaf)
             return _Result(len(results) - 1)
+        if type(leaf) is weakref.ref and id(leaf()) in owned:
+            return weakref.ref(owned[id(leaf())])
         leaf = original_of(leaf)
         if not isinstance(leaf, (*PLAIN, torch.nn.Module, torch.Tensor)):
             inside = find_leaks(leaf, type(leaf).__name__, most=1, limit=1000)
@@ -102,6 +111,8 @@ def find_effects(
                     "the calls before it: keep that outside of the optimized module"
                 )
             if isinstance(difference, Put):
+                if _puts_again(one, difference, owned) and keeps(one.traced, difference.key):
+                    continue
                 if isinstance(difference.key, torch.nn.Module):
                     difference = replace(difference, key=original_of(difference.key))
                 _check_key(difference.key, symbols, text)
@@ -123,6 +134,22 @@ def find_effects(
 
 
 _LEAF = pytree.tree_structure(0)
+
+
+def _puts_again(one: Watched, put: Put, owned: dict[int, Any]) -> bool:
+    """Return whether a list of parameters is written in place of a list of the same."""
+    value, before = put.value, one.before(put.key) if isinstance(one.traced, dict) else None
+    if type(value) is not list or type(before) is not list or len(value) != len(before):
+        return False
+    pairs = [(_target(a), _target(b)) for a, b in zip(value, before, strict=True)]
+    return any(id(a) in owned for a, _ in pairs) and all(
+        (type(x) is weakref.ref) == (type(y) is weakref.ref) and owned.get(id(a), a) is b
+        for (a, b), x, y in zip(pairs, value, before, strict=True)
+    )
+
+
+def _target(value: Any) -> Any:
+    return value() if type(value) is weakref.ref else value
 
 
 def _check_key(key: Any, symbols: frozenset[str], text: str) -> None:

@@ -11,7 +11,7 @@ that the code wrote to is restored, however the trace ends::
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,8 @@ class Sandbox:
         self.model = self._shadow.model
         self.original_of = self._shadow.original_of
         self.effects: tuple[Effect, ...] = ()
+        self.keeps: Callable[[Any, Any], bool] = lambda attributes, name: False
+        """Guards an attribute that the code sets to what it was; returns whether it can be."""
 
     def follows(self, container: object) -> bool:
         """Return whether writes of the code to this container or `__dict__` are recorded."""
@@ -79,7 +81,7 @@ class Sandbox:
     def finish(self) -> list[object]:
         """Return the tensors and sizes that the code's side effects store, and set `effects`."""
         symbols = frozenset(s for sizes in self._inputs for size in sizes for s in size)
-        effects, results = find_effects(self._watched, self.original_of, symbols)
+        effects, results = find_effects(self._watched, self.original_of, symbols, self.keeps)
         self.effects = tuple(effects)
         return results
 

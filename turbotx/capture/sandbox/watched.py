@@ -79,6 +79,17 @@ class Watched:
             del self.traced[key]
         self._before = self.look()
 
+    def before(self, key: Any) -> Any:
+        """Return what a dict held under a key before the code ran, or None."""
+        return self._before.get(key)
+
+    def stand_ins(self) -> dict[int, Any]:
+        """Return the user's tensor for each that the tracer has put in its place, by id."""
+        if not self._exchanged:
+            return {}
+        pairs = [(x, self._own.get(key)) for key, x in self._before.items()]
+        return {id(x): own for x, own in pairs if own is not None and own is not x}
+
     def is_unread(self, difference: Difference) -> bool:
         """Return whether the code did not read the previous value before this write."""
         if self.shared or not isinstance(self.traced, NotedDict):
