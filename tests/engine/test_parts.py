@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import turbotx
 from turbotx.engine.parts import calls_of_parts, path_to_model
 
 
@@ -76,3 +77,51 @@ def test_the_model_in_a_wrapper() -> None:
     assert path_to_model(nn.Sequential(holder, nn.Tanh())) == ("0", "model")
     holder.register_buffer("scale", torch.ones(1))
     assert path_to_model(nn.Sequential(holder, nn.Tanh())) == ("0",)
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.kept = nn.Linear(6, 8), {"scale": 2.0}
+
+    def forward(self, x):
+        return torch.relu(self.up(x))
+
+    def generate(self, x):
+        return self(x) * self.kept["scale"]
+
+    def encoder_size(self):
+        return self.up.in_features
+
+
+class HandingOn(nn.Module):
+    """As the tuners of PEFT: what it does not have, the model inside it may have."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.model, name)
+
+
+def test_methods_that_are_handed_on_go_through() -> None:
+    model, x = HandingOn(HandingOn(Inner())).eval(), torch.randn(3, 6)
+    fast = turbotx.optimize(model)
+    for _ in range(2):
+        torch.testing.assert_close(fast.generate(x), model.generate(x))
+    assert fast.stats()["captures"] == 1 and fast.stats()["eager_calls"] == 0
+    assert fast.encoder_size() == 6 and fast.kept is model.model.model.kept
+    model.model.model = Inner().eval()  # replaced: the twin of the old one is not asked
+    torch.testing.assert_close(fast.generate(x), model.generate(x))
+    with torch.no_grad():
+        model.model.model.up.weight.mul_(2)
+    torch.testing.assert_close(fast.generate(x), model.generate(x))
+    model.model.model = turbotx.optimize(model.model.model)
+    torch.testing.assert_close(fast.generate(x), model.generate(x))

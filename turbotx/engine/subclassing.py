@@ -25,7 +25,7 @@ from turbotx.capture.composition import left_to_pytorch
 from turbotx.engine.cached_engine import make_engine
 from turbotx.engine.drop_in import OptimizedModule, original_of, tolerate
 from turbotx.engine.engine import Engine
-from turbotx.engine.parts import calls_of_parts, path_to_model
+from turbotx.engine.parts import RUNNING, calls_of_parts, path_to_model
 from turbotx.errors import TrainingError
 from turbotx.options import Options
 
@@ -153,6 +153,8 @@ def _new_class(cls: Any, body: dict[str, Any], names: Any) -> Any:
         body[name] = _warning_method(getattr(cls, name), name, parts)
     if hasattr(cls, "get_encoder"):
         body["get_encoder"] = _optimized_part(cls.get_encoder)
+    if cls.__getattr__ is not nn.Module.__getattr__:
+        body["__getattr__"] = _handing_on(cls.__getattr__)
     body["forward"] = functools.wraps(cls.forward)(_copy_of(OptimizedModule.forward))
     body |= {"__doc__": cls.__doc__, "__module__": cls.__module__, "_turbotx_made": True}
     bases = (OptimizedModule, cls)
@@ -233,18 +235,37 @@ def _optimized_part(method: Any) -> Any:
 
     @functools.wraps(method)
     def get(self: Any, *args: Any, **kwargs: Any) -> Any:
-        part, engine = method(self, *args, **kwargs), self._turbotx_engine
-        if engine is None or not isinstance(part, nn.Module) or part.__dict__ is self.__dict__:
-            return part
-        if isinstance(part, OptimizedModule) or left_to_pytorch():
-            return part
-        known = engine.parts.get("encoder")
-        if known is None or known.__dict__ is not part.__dict__:
-            known = engine.parts["encoder"] = make_twin(part, engine.options)
-            tolerate(known._turbotx_engine, always=True)
-        return known
+        return _twin_of_part(self, "encoder", method(self, *args, **kwargs))
 
     return get
+
+
+def _handing_on(getter: Any) -> Any:
+    """Wrap a class's own `__getattr__` that hands on methods of a submodule, as those of PEFT's
+    tuners do: what computes is then a method of the optimized submodule."""
+
+    def find(self: Any, name: str) -> Any:
+        found = getter(self, name)
+        if not name.startswith(RUNNING) or not isinstance(found, types.MethodType):
+            return found
+        part = _twin_of_part(self, name, found.__self__)
+        return found if part is found.__self__ else getattr(part, name)
+
+    return find
+
+
+def _twin_of_part(self: Any, name: str, part: Any) -> Any:
+    """Return a submodule optimized, kept under a name; the same object if it cannot be, or is."""
+    engine = self._turbotx_engine
+    if engine is None or not isinstance(part, nn.Module) or part.__dict__ is self.__dict__:
+        return part
+    if isinstance(part, OptimizedModule) or left_to_pytorch():
+        return part
+    known = engine.parts.get(name)
+    if known is None or known.__dict__ is not part.__dict__:
+        known = engine.parts[name] = make_twin(part, engine.options)
+        tolerate(known._turbotx_engine, always=True)
+    return known
 
 
 # --- wrappers ---
