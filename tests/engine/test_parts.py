@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
+import pytest
 import torch
 from torch import nn
 
 import turbotx
+from tests.engine.test_drop_in import Net, Odd
 from turbotx.engine.parts import calls_of_parts, path_to_model
+from turbotx.errors import EagerWarning, TurbotxError
 
 
 def announced(function):
@@ -125,3 +130,31 @@ def test_methods_that_are_handed_on_go_through() -> None:
     torch.testing.assert_close(fast.generate(x), model.generate(x))
     model.model.model = turbotx.optimize(model.model.model)
     torch.testing.assert_close(fast.generate(x), model.generate(x))
+
+
+class Loop:
+    """What a library runs a model in: an object that holds it, in a thread."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.found = model, []
+
+    def work(self, x):
+        try:
+            self.found.append(self.model(x, scale=Odd()))
+        except TurbotxError as error:
+            self.found.append(error)
+
+    def work_apart(self, x):
+        thread = threading.Thread(target=self.work, args=(x,))
+        thread.start()
+        thread.join()
+
+
+def test_a_refused_call_runs_in_pytorch_where_the_models_package_makes_it_in_a_thread() -> None:
+    model, x = Net().eval(), torch.randn(3, 6)
+    loop = Loop(turbotx.optimize(model))
+    with pytest.warns(EagerWarning, match=r"Net runs in PyTorch, not turbotx: argument 'scale'"):
+        loop.work_apart(x)
+    loop.work(x)
+    assert torch.equal(loop.found[0], model(x, scale=Odd()))
+    assert isinstance(loop.found[1], TurbotxError), "who calls it directly is told"

@@ -11,6 +11,7 @@ call the model::
 from __future__ import annotations
 
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -252,13 +253,15 @@ def tolerate(engine: Engine, always: bool = False) -> None:
 
     always: also when no method of the model is running.
     """
-    state = engine.model.__dict__
-    engine.tolerates = lambda: always or _is_called_by_a_method(state)
+    state, package = engine.model.__dict__, type(engine.model).__module__.partition(".")[0]
+    engine.tolerates = lambda: always or _is_called_by_a_method(state, package)
 
 
-def _is_called_by_a_method(state: dict[str, Any]) -> bool:
-    """Return whether a method of the optimized object with that `__dict__` runs in this thread."""
+def _is_called_by_a_method(state: dict[str, Any], package: str) -> bool:
+    """Return whether a method of the optimized object with that `__dict__` runs in this thread, or
+    this is a thread that runs it for the package of its class, as `generate_batch` starts one."""
     frame: Any = sys._getframe(1)
+    started = threading.current_thread() is not threading.main_thread()
     own = (str(Path(__file__).parents[1]), nn_module.__file__)
     while frame is not None:
         code = frame.f_code
@@ -267,6 +270,10 @@ def _is_called_by_a_method(state: dict[str, Any]) -> bool:
             is_own = isinstance(found, OptimizedModule) and found.__dict__ is state
             if is_own and hasattr(type(found), code.co_name):
                 return True
+            if started and type(found).__module__.partition(".")[0] == package:
+                held = getattr(found, "__dict__", {}).values()
+                if any(isinstance(x, OptimizedModule) and x.__dict__ is state for x in held):
+                    return True
         frame = frame.f_back
     return False
 
