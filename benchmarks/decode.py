@@ -2,8 +2,9 @@
 
 In: shapes of a model, dtypes, batches, pasts and engines; all by default, random weights. Out: a
 line a row and benchmarks/results/decode.json, written after each row, with the time to stream the
-weights once (at a bandwidth measured in the same run) beside them. Times are process CPU
-milliseconds, the least of the rounds::
+weights once (at a bandwidth measured in the same run) beside them; engines in int8 stream less.
+Times are process CPU milliseconds, the least of the rounds: of a step, and of the prompt (`first`),
+which gives the first token::
 
     python benchmarks/decode.py --models gpt2-small --dtypes float32 --batches 1 --pasts 64
 """
@@ -62,14 +63,17 @@ def stream_gb_per_s() -> float:
     return best
 
 
-def measure_here(engine: str, name: str, dtype: str, batch: int, past: int, rounds: int) -> float:
-    """Return the least milliseconds of a step by one engine, in this process."""
+def measure_here(
+    engine: str, name: str, dtype: str, batch: int, past: int, rounds: int
+) -> tuple[float, float]:  # fmt: skip
+    """Return the least milliseconds of a step, and of the prompt, by one engine in this process."""
     torch.manual_seed(0)
     model = MODELS[name]().eval().to(DTYPES[dtype])
     ids = torch.randint(0, 1000, (batch, past))
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         run = ENGINES[engine](model, Path(folder))
-        return min(min(run(ids, STEPS)[2:]) for _ in range(rounds))
+        found = [run(ids, STEPS) for _ in range(rounds)]
+        return min(min(steps[2:]) for _, steps in found), min(first for first, _ in found)
 
 
 def measure(engines: list[str], key: tuple[str, str, int, int], rounds: int) -> dict[str, Any]:
@@ -85,7 +89,8 @@ def measure(engines: list[str], key: tuple[str, str, int, int], rounds: int) -> 
         with ProcessPoolExecutor(1, get_context("spawn"), initializer=torch.set_num_threads,
                                  initargs=(1,)) as pool:  # fmt: skip
             try:
-                row[f"{engine}_ms"] = pool.submit(measure_here, engine, *key, rounds).result()
+                step, first = pool.submit(measure_here, engine, *key, rounds).result()
+                row |= {f"{engine}_ms": step, f"{engine}_first_ms": first}
             except Exception as error:  # shown in the engine's place
                 row[f"{engine}_failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
     return row

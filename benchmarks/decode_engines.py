@@ -1,10 +1,11 @@
 """Engines of a decode step: each a function of a batch and a past that gives milliseconds a step.
 
-In: a causal model of transformers. Out: `ENGINES`, name to maker; a maker raises where its engine
-cannot be had or takes no such model. Times are process CPU milliseconds of one step each::
+In: a causal model of transformers. Out: `ENGINES`, name to maker; a maker raises if its engine is
+not installed or does not take the model. Times are process CPU milliseconds: of the prompt, which
+gives the first token, and of each step::
 
     run = ENGINES["openvino"](model, folder)
-    run(ids, 24)  ->  [41.2, 33.9, 33.8, ...]      # ids: (batch, past); 24 steps behind them
+    run(ids, 24)  ->  410.7, [41.2, 33.9, 33.8, ...]      # ids: (batch, past); 24 steps
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +22,37 @@ import torch
 import turbotx
 from turbotx.cli.bench.peers import compile_frozen, convert_to_ctranslate2
 
-Run = Callable[[torch.Tensor, int], list[float]]
+Times = tuple[float, list[float]]
+Run = Callable[[torch.Tensor, int], Times]
 
 
-def time_steps(step: Callable[[torch.Tensor], Any], ids: torch.Tensor, count: int) -> list[float]:
-    """Return the milliseconds of each of `count` calls with one more token a sequence."""
+def time_steps(step: Callable[[torch.Tensor], Any], ids: torch.Tensor, count: int) -> Times:
+    """Return the milliseconds of the prompt, and of each of `count` calls with one more token per
+    sequence."""
     times = []
-    for _ in range(count):
-        token = torch.randint(0, 1000, (len(ids), 1))
+    for token in (ids, *torch.randint(0, 1000, (count, len(ids), 1))):
         begin = time.process_time()
         step(token)
         times.append((time.process_time() - begin) * 1e3)
-    return times
+    return times[0], times[1:]
 
 
 def _run_transformers(model: Any, make_cache: Callable[[int, int], Any]) -> Run:
-    def run(ids: torch.Tensor, count: int) -> list[float]:
+    def run(ids: torch.Tensor, count: int) -> Times:
         cache = make_cache(len(ids), ids.shape[1] + count)
 
         def step(token: torch.Tensor) -> None:
             model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-        step(ids)
         return time_steps(step, ids, count)
 
     return run
 
 
-def make_turbotx(model: Any, folder: Path) -> Run:
+def make_turbotx(model: Any, folder: Path, quantize: Any = "none") -> Run:
     from transformers import DynamicCache
 
-    fast = turbotx.optimize(model)
+    fast = turbotx.optimize(model, quantize=quantize)
     return _run_transformers(fast, lambda batch, length: DynamicCache(config=model.config))
 
 
@@ -123,24 +125,23 @@ def make_openvino(model: Any, folder: Path) -> Run:
     })  # fmt: skip
     request = compiled.create_infer_request()
 
-    def run(ids: torch.Tensor, count: int) -> list[float]:
+    def run(ids: torch.Tensor, count: int) -> Times:
         request.reset_state()
         chosen = torch.arange(len(ids)).numpy()
 
         def step(token: torch.Tensor) -> Any:
             return request.infer([token.numpy(), chosen], share_inputs=True, share_outputs=True)
 
-        step(ids)
         return time_steps(step, ids, count)
 
     return run
 
 
-def make_ctranslate2(model: Any, folder: Path) -> Run:
+def make_ctranslate2(model: Any, folder: Path, int8: bool = False) -> Run:
     """CTranslate2's own greedy loop; a step is what `count` further tokens take, by their number:
-    it has no call for one step."""
+    it has no call for one step. int8: of weights and of what is multiplied by them."""
     ctranslate2 = importlib.import_module("ctranslate2")
-    kind = str(model.dtype).removeprefix("torch.")
+    kind = "int8_" * int8 + str(model.dtype).removeprefix("torch.")
     generator = ctranslate2.Generator(
         convert_to_ctranslate2(model, folder), device="cpu", compute_type=kind,
         inter_threads=1, intra_threads=torch.get_num_threads(),
@@ -161,12 +162,12 @@ def make_ctranslate2(model: Any, folder: Path) -> Run:
 
     ids = torch.arange(16).view(1, 16)
     wanted = model(input_ids=ids).logits[:, -1].argmax(-1).tolist()
-    if generate(ids, 1)[1] != wanted:
+    if not int8 and generate(ids, 1)[1] != wanted:
         raise RuntimeError("CTranslate2 goes on otherwise than the model")
 
-    def run(ids: torch.Tensor, count: int) -> list[float]:
+    def run(ids: torch.Tensor, count: int) -> Times:
         first = min(generate(ids, 1)[0] for _ in range(2))
-        return [(generate(ids, count + 1)[0] - first) / count] * count
+        return first, [(generate(ids, count + 1)[0] - first) / count] * count
 
     return run
 
@@ -177,4 +178,7 @@ ENGINES: dict[str, Callable[[Any, Path], Run]] = {
     "compile-static": make_compiled,
     "openvino": make_openvino,
     "ctranslate2": make_ctranslate2,
+    "turbotx-int8-weights": partial(make_turbotx, quantize="int8-weights"),
+    "turbotx-int4-weights": partial(make_turbotx, quantize="int4-weights"),
+    "ctranslate2-int8": partial(make_ctranslate2, int8=True),
 }

@@ -23,7 +23,10 @@ ENGINES = {
     "openvino": "OpenVINO", "zentorch": "zentorch", "ctranslate2": "CTranslate2",
     "turbotx-int8": "turbotx, int8", "floor-int8": "GEMMs only, int8",
     "onnxruntime-int8": "ONNX Runtime, int8", "openvino-int8": "OpenVINO, int8",
-    "ctranslate2-int8": "CTranslate2, int8",
+    "ctranslate2-int8": "CTranslate2, int8", "turbotx-packed": "turbotx, packed",
+    "turbotx-packed-int8": "turbotx, packed, int8", "compile-static": "torch.compile, static",
+    "turbotx-int8-weights": "turbotx, int8 weights",
+    "turbotx-int4-weights": "turbotx, int4 weights",
 }  # fmt: skip
 
 
@@ -151,6 +154,45 @@ def cold_table(folder: Path) -> str:
         seconds = [f"{x[k] / 1e3:.2f}" for k in ("first_call_ms", "capture_ms", "compile_ms")]
         lines.append(_row([cache, *seconds, f"{x['builds']:.0f}"]))
     return "\n".join(lines)
+
+
+def packed_table(folder: Path) -> str:
+    """A row for each batch of mixed lengths and engine: the batch, and a real token of it."""
+    found = read(folder, "packed")
+    if not found:
+        return NOT_YET
+    heads = ["model", "lengths", "batch", "engine", "ms a batch", "µs a token",
+             "µs a token of one text of the mean length"]  # fmt: skip
+    lines = [_caption(found), "", _row(heads), _row(["---"] * 4 + ["---:"] * 3)]
+    for row in found["rows"]:
+        place = [row["model"], row["lengths"], str(row["batch"])]
+        for engine, x in row["engines"].items():
+            name = ENGINES.get(engine, engine)
+            name += "" if "packed" in engine else ", padded"
+            alone = x["us_a_token_alone"]
+            lines.append(_row([
+                *place, name, f"{x['median_ms']:.1f}", f"{x['us_a_token']:.0f}",
+                "-" if alone is None else f"{alone:.0f}",
+            ]))  # fmt: skip
+    return "\n".join(lines)
+
+
+def decode_table(folder: Path) -> str:
+    """A row for each model, dtype, batch and past: processor ms of a step by every engine."""
+    found = read(folder, "decode")
+    if not found:
+        return NOT_YET
+    engines = [e for e in ENGINES if any(f"{e}_ms" in r for r in found["rows"])]
+    lines = []
+    for what, end in (("A step", "_ms"), ("The prompt, which gives the first token", "_first_ms")):
+        heads = ["model", "dtype", "batch", "past", *(ENGINES[e] for e in engines)]
+        lines += ["", f"{what}, processor ms:", "", _row(heads),
+                  _row(["---"] * 2 + ["---:"] * (len(heads) - 2))]  # fmt: skip
+        for row in found["rows"]:
+            place = [str(row[k]) for k in ("model", "dtype", "batch", "past")]
+            times = (row.get(f"{e}{end}") for e in engines)
+            lines.append(_row([*place, *("-" if ms is None else f"{ms:.1f}" for ms in times)]))
+    return "\n".join([_caption(found), *lines])
 
 
 TABLES = {

@@ -1,8 +1,8 @@
 """Make what README and docs show: pictures of a real compile, plots and tables of results.
 
 In: a random BERT, and benchmarks/results/*.json. Out: docs/images/*, and results.md, cpu.md,
-gpu.md, architectures.md, operators.md, quantization.md and triton.md with the tables between their
-marks replaced::
+gpu.md, architectures.md, decoding.md, operators.md, packed.md, quantization.md and triton.md with
+the tables between their marks replaced::
 
     python docs/generate.py
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_tables import ENGINES, latency_table
+from cpu_tables import ENGINES, decode_table, latency_table, packed_table
 from cpu_tables import TABLES as CPU_TABLES
 from gpu_tables import GPU_TABLES, claims
 from latency_plot import draw_latency
@@ -344,6 +344,8 @@ def main() -> None:
         ("operators", "operators", operators_table(RESULTS)),
         ("quantization", "latency_int8", latency_table(RESULTS, "latency_int8")),
         ("triton", "resources", resources_table(RESULTS)),
+        ("packed", "packed", packed_table(RESULTS)),
+        ("decoding", "decode", decode_table(RESULTS)),
     ):
         path = DOCS / f"{page}.md"
         path.write_text(write_marked(path.read_text(), name, table))

@@ -40,6 +40,24 @@ def test_rows_come_back_and_padding_is_zero() -> None:
     assert torch.equal(back, x * MASK[:, :, None])
 
 
+SPANS = [
+    [[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1]], [[1]], [[0, 1, 1], [1, 1, 0]]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (), (0,), (2, 3)], ids=str)
+def test_spans_are_copied_as_rows_are(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Whole spans take a way of their own, beside which an index tells the same."""
+    for mask in map(torch.tensor, SPANS):
+        mixture = Mixture.of_mask(mask, from_start=False, to_end=False)
+        assert mixture.rows is not None and mixture.shown is None
+        tokens = (3 * torch.randn(2 * mixture.tokens, *shape)).to(dtype)[::2]  # not contiguous
+        expected = torch.zeros(mask.numel(), *shape, dtype=dtype)
+        expected[mixture.rows] = tokens
+        assert torch.equal(mixture.put(tokens, len(mask)), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32])
 def test_nothing_shown_is_one_token_of_no_sequence(dtype: torch.dtype) -> None:
     mixture = Mixture.of_mask(torch.zeros(2, 3, dtype=dtype), False, False)
