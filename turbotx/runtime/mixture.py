@@ -119,7 +119,7 @@ def _bytes_of(x: torch.Tensor) -> np.ndarray:
     """Return the bytes of a tensor's rows, which share its memory if it is contiguous: (rows,
     bytes of one)."""
     nbytes = x[:1].numel() * x.element_size()
-    return x.detach().reshape(-1).view(torch.uint8).numpy().reshape(x.shape[0], nbytes)
+    return x.detach().contiguous().view(-1).view(torch.uint8).numpy().reshape(x.shape[0], nbytes)
 
 
 def shown_spans(
