@@ -119,7 +119,10 @@ def _bytes_of(x: torch.Tensor) -> np.ndarray:
     """Return the bytes of a tensor's rows, which share its memory if it is contiguous: (rows,
     bytes of one)."""
     nbytes = x[:1].numel() * x.element_size()
-    return x.detach().contiguous().view(-1).view(torch.uint8).numpy().reshape(x.shape[0], nbytes)
+    flat = x.detach().reshape(-1)
+    if flat.stride(0) != 1:  # also of one element
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().reshape(x.shape[0], nbytes)
 
 
 def shown_spans(
