@@ -36,8 +36,7 @@ def run_process(*arguments: str, **environment: str) -> subprocess.CompletedProc
 
 
 def test_every_stage_of_every_plan_has_a_name_and_a_limit_of_its_own(gpu: ModuleType) -> None:
-    modules = ("stages", "kernels", "packed", "decode", "int8")
-    stages = [importlib.import_module(f"gpu_{n}") for n in modules]
+    stages = [importlib.import_module(n) for n in importlib.import_module("gpu_plans").MODULES]
     for plan, make in gpu.PLANS.items():
         names = [s.name for group in make() for s in group]
         assert len(names) == len(set(names)), plan
@@ -47,7 +46,17 @@ def test_every_stage_of_every_plan_has_a_name_and_a_limit_of_its_own(gpu: Module
                 assert any(hasattr(m, stage.function) for m in stages), stage.name
                 # What is timed has the machine to itself.
                 timed = stage.name.startswith(
-                    ("latency", "sweep", "shapes", "norms", "stream", "packed", "decode", "int8")
+                    (
+                        "latency",
+                        "sweep",
+                        "shapes",
+                        "norms",
+                        "stream",
+                        "packed",
+                        "decode",
+                        "int8",
+                        "serve",
+                    )
                 )
                 assert len(group) == 1 or not timed, stage.name
 
