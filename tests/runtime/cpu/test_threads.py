@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import torch
 import turbotx
 from tests.kernels.cpp.cpp_probe import needs_compiler
 from turbotx.errors import IndexOutOfRangeError
+from turbotx.kernels.openmp import find_openmp
 from turbotx.runtime.cpu.launch_table import load_library
 
 pytestmark = needs_compiler
@@ -108,3 +110,38 @@ def test_programs_run_in_a_forked_process() -> None:
         [sys.executable, "-c", FORKED], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
+
+
+WAITING = """
+import os, torch, turbotx
+torch.set_num_threads(2)
+fast, x = turbotx.optimize(torch.nn.Linear(8, 8).eval()), torch.randn(3, 8)
+with torch.no_grad():
+    fast(x)
+    numbers, found = torch.ones(1 << 20), []
+    for _ in range(3):
+        numbers.add_(1)
+        before = len(os.listdir("/proc/self/task"))
+        fast(x)
+        found.append(before - len(os.listdir("/proc/self/task")))
+print(found)
+"""
+
+
+@pytest.mark.skipif("libgomp" not in str(find_openmp()), reason="another library of OpenMP")
+@pytest.mark.parametrize(
+    ("said", "ended"),
+    [({}, 1), ({"GOMP_SPINCOUNT": "1000"}, 0), ({"OMP_WAIT_POLICY": "passive"}, 0)],
+)
+def test_threads_of_pytorch_do_not_look_for_work_beside_a_program(
+    said: dict[str, str], ended: int
+) -> None:
+    """They are ended when a program begins, and begin again with the next op; where somebody has
+    said how they wait, they stay."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | said
+    done = subprocess.run(
+        [sys.executable, "-c", WAITING], capture_output=True, text=True, check=True, timeout=300,
+        env=environment,
+    )  # fmt: skip
+    assert done.stdout.strip() == str([ended] * 3)
