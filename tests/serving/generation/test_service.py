@@ -63,10 +63,10 @@ async def tokens_of(service, prompt, asked, after=None):
 
 
 async def until(condition):
-    for _ in range(1000):
+    for _ in range(10_000):
         if condition():
             return
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.001)  # a request of 30 steps may be over after 10 ms
     raise AssertionError("waited in vain")
 
 
