@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import turbotx
+from tests.capture.test_tracing import together
 
 LAYERS = {
     "lstm": lambda: nn.LSTM(6, 5),
@@ -149,21 +150,12 @@ def test_a_layer_of_a_constant_is_computed() -> None:
 def test_threads() -> None:
     models = [Tagger().eval() for _ in range(3)]
     fasts = [turbotx.optimize(model) for model in models]
-    failed = []
 
     def run(k: int) -> None:
-        try:
-            for length in (3, 8, 1, 5):
-                same(fasts[k % 3], models[k % 3], torch.randint(20, (2, length)))
-        except BaseException as error:
-            failed.append(error)
+        for length in (3, 8, 1, 5):
+            same(fasts[k % 3], models[k % 3], torch.randint(20, (2, length)))
 
-    threads = [threading.Thread(target=run, args=(k,)) for k in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
+    together(*(partial(run, k) for k in range(6)))
 
 
 def test_saved_files_and_reports(tmp_path: Path) -> None:

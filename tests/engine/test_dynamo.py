@@ -7,8 +7,8 @@ what became of every graph.
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.capture.test_tracing import together
 from tests.models import small_model, token_inputs
 from turbotx.engine.dynamo import compile_graph, forget_graphs, graphs
 from turbotx.errors import EagerWarning, TrainingError
@@ -97,24 +98,15 @@ def test_bert_in_threads_with_a_dim_marked_dynamic() -> None:
     assert before and not any(g.eager for g in before)
     cases = [token_inputs(b, s) for b, s in ((3, 5), (2, 30), (4, 17))]
     expected = [model(**case)[0] for case in cases]
-    failures: list[BaseException] = []
 
     def work(k: int) -> None:
-        try:
-            with torch.no_grad():
-                for i in range(6):
-                    at = (i + k) % len(cases)
-                    found = fast(**cases[at])[0]
-                    torch.testing.assert_close(found, expected[at], rtol=1e-4, atol=1e-5)
-        except BaseException as failure:
-            failures.append(failure)
+        with torch.no_grad():
+            for i in range(6):
+                at = (i + k) % len(cases)
+                found = fast(**cases[at])[0]
+                torch.testing.assert_close(found, expected[at], rtol=1e-4, atol=1e-5)
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    together(*(partial(work, k) for k in range(2)))
     assert graphs() == before
 
 

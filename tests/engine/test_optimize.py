@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import turbotx
+from tests.capture.test_tracing import together
 from tests.models import small_model, token_inputs
 from turbotx.engine.optimize import engine_of
 from turbotx.errors import (
@@ -305,24 +306,14 @@ def test_threads_share_one_module() -> None:
     cases = [token_inputs(b, s) for b, s in ((1, 5), (2, 9), (3, 30), (2, 17))]
     with torch.no_grad():
         expected = [model(**c)[0] for c in cases]
-    failures: list[BaseException] = []
 
     def work(k: int) -> None:
-        try:
-            for i in range(12):
-                case = (i + k) % len(cases)
-                torch.testing.assert_close(
-                    fast(**cases[case])[0], expected[case], rtol=1e-4, atol=1e-5
-                )
-        except BaseException as failure:
-            failures.append(failure)
+        for i in range(12):
+            case = (i + k) % len(cases)
+            found = fast(**cases[case])[0]
+            torch.testing.assert_close(found, expected[case], rtol=1e-4, atol=1e-5)
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    together(*(partial(work, k) for k in range(4)))
     assert fast.stats()["captures"] == 1
 
 
