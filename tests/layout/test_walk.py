@@ -1,4 +1,4 @@
-"""The way of a call: few rooms, none entered again from below, and the hot path fewer."""
+"""The way of a call: few folders, none entered again from below, and the hot path fewer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ HOOKS = {
 """Entered from below, though nothing there calls it: PyTorch or Python do, during a trace."""
 
 
-def test_a_call_goes_through_few_rooms() -> None:
+def test_a_call_goes_through_few_folders() -> None:
     fast = turbotx.optimize(block)
     x, weight = torch.randn(2, 5, 16), torch.randn(16, 16)
     first = ways_down(lambda: fast(x, weight))
-    rooms = {way[-1] for way in first}
-    assert {"engine", "capture", "passes", "kernels", "memory", "program", "runtime"} <= rooms
-    assert not {"report", "saved", "serving", "cli"} & rooms
-    assert len([room for room in rooms if "." not in room]) <= 10, rooms
+    folders = {way[-1] for way in first}
+    assert {"engine", "capture", "passes", "kernels", "memory", "program", "runtime"} <= folders
+    assert not {"report", "saved", "serving", "cli"} & folders
+    assert len([folder for folder in folders if "." not in folder]) <= 10, folders
     again = {(way[-1], file) for way, files in entered_again(first).items() for file in files}
     assert again <= HOOKS, again - HOOKS
     second = ways_down(lambda: fast(x, weight))
@@ -31,7 +31,7 @@ def test_a_call_goes_through_few_rooms() -> None:
     assert not entered_again(second)
 
 
-def test_a_room_entered_again_is_found() -> None:
+def test_a_folder_entered_again_is_found() -> None:
     ways = {("engine",): ["a.py"], ("engine", "ir", "engine"): ["b.py"], ("engine", "ops"): []}
     assert entered_again(ways) == {("engine", "ir", "engine"): ["b.py"]}
     tree = [("engine",), ("engine", "ir"), ("engine", "ir", "engine"), ("engine", "ops")]

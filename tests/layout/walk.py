@@ -1,4 +1,4 @@
-"""Walk: the rooms and files that a call enters, in order, as a reader goes through them.
+"""Walk: the folders and files that a call enters, in order, as a reader goes through them.
 
 In: nothing. Out: for `turbotx.optimize(f)(x)`, a first call and a second one, the folders of the
 package as a tree, each below the one that calls it, with the files in it that run; and the folders
@@ -28,12 +28,14 @@ import turbotx
 PACKAGE = Path(turbotx.__file__).parent
 
 Way = tuple[str, ...]
-"""The rooms from the call down to a function, neighbours that are equal once."""
+"""The folders from the call down to a function, neighbours that are equal once."""
 
 
 def ways_down(call: Callable[[], object]) -> dict[Way, list[str]]:
-    """Return every way down through the rooms, with the files entered at its end, both in the order
-    in which they are entered; a room is a folder of the package, or a file at its top."""
+    """Return every way down through the folders, with the files entered at its end, both in order.
+
+    A folder is one of the package, or a file at its top.
+    """
     found: dict[Way, dict[str, None]] = {}
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
@@ -64,20 +66,20 @@ def file_of(frame: FrameType) -> str:
 
 
 def way_to(frame: FrameType) -> Way:
-    """Return the rooms from the first function of the package down to `frame`.
+    """Return the folders from the first function of the package down to `frame`.
 
     A nested function that is passed down, such as a predicate, is part of the function that holds
     it: what it calls is called by that one.
     """
-    rooms: list[str] = []
+    folders: list[str] = []
     at: FrameType | None = frame
     while at is not None:
         if file := file_of(at):
-            room = file.partition("/")[0]
-            if rooms[-1:] != [room]:
-                rooms.append(room)
+            folder = file.partition("/")[0]
+            if folders[-1:] != [folder]:
+                folders.append(folder)
         at = holder_of(at) or at.f_back
-    return tuple(reversed(rooms))
+    return tuple(reversed(folders))
 
 
 def holder_of(frame: FrameType) -> FrameType | None:
@@ -89,7 +91,7 @@ def holder_of(frame: FrameType) -> FrameType | None:
 
 
 def entered_again(ways: dict[Way, list[str]]) -> dict[Way, list[str]]:
-    """Return the ways at whose end a room is entered that is on the way already."""
+    """Return the ways at whose end a folder is entered that is on the way already."""
     return {way: files for way, files in ways.items() if way[-1] in way[:-1]}
 
 
@@ -110,7 +112,7 @@ def main() -> None:
     x, weight = torch.randn(2, 5, 16), torch.randn(16, 16)
     for title in ("first call", "second call"):
         ways = ways_down(lambda: fast(x, weight))
-        print(f"{title}, {len({way[-1] for way in ways})} rooms:")
+        print(f"{title}, {len({way[-1] for way in ways})} folders:")
         for way in as_tree(ways):
             print(f"{'  ' * len(way)}{way[-1]}: {', '.join(ways.get(way, []))}")
         for way, files in entered_again(ways).items():
