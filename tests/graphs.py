@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from turbotx.capture.callables import FunctionModule
 from turbotx.capture.trace import Captured, capture
-from turbotx.engine.callables import FunctionModule
 from turbotx.passes.partition import op_name
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import turbotx
+from turbotx.capture.callables import FunctionModule
 from turbotx.capture.trace import capture
-from turbotx.engine.callables import FunctionModule
 
 
 def randn(*shape: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import turbotx
-from turbotx.errors import IndexOutOfRangeError
+from turbotx.errors import CaptureError, IndexOutOfRangeError
 
 MODELS: list[Any] = [
     lambda x, i: x[:, i] * 2,
@@ -19,7 +19,47 @@ MODELS: list[Any] = [
     lambda x, i: x.select(1, i) + x.select(dim=2, index=i)[:, :1],
     lambda x, i: (x[:, i], (x + 1).mul_(2)),
     lambda x, i: x[:, x[0, :, 0].argmax()],
+    lambda x, i: x.narrow(1, i, 1) + torch.narrow(input=x, dim=2, start=i % 2, length=2)[..., :1],
+    lambda x, i: x.flip(1).narrow(1, i, x.shape[1] // 4),
 ]
+
+
+def writes_to_the_part(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    y[:, i].add_(1)
+    return y
+
+
+def writes_to_a_view_of_the_part(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    y.narrow(1, i, 1)[0].zero_()
+    return y.sum()
+
+
+def writes_to_the_whole(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    part = y.select(1, i)[:, None]
+    y.add_(1)
+    return part
+
+
+def writes_to_an_input(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+    x[..., i].zero_()
+    return x.new_ones(2)
+
+
+def writes_to_what_nobody_reads(x: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = x * 2
+    part = y[:, i] + 1
+    y.add_(1)
+    return part.mul_(2), y, y[:, i]
+
+
+def takes_a_copy_and_writes(x: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = x * 2
+    part = y[torch.tensor([0, 1]), i]
+    y.add_(1)
+    return part, y
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -30,9 +70,32 @@ def test_the_place_is_this_call_s(model: Any) -> None:
         torch.testing.assert_close(fast(x, i), model(x, i))
 
 
+@pytest.mark.parametrize(
+    "model",
+    [writes_to_the_part, writes_to_a_view_of_the_part, writes_to_the_whole, writes_to_an_input],
+)
+def test_a_write_that_eager_shows_elsewhere_is_refused(model: Any) -> None:
+    fast = turbotx.optimize(model)
+    with pytest.raises(CaptureError, match="takes a part of a tensor at an index that is a tensor"):
+        fast(torch.randn(3, 4, 5), torch.tensor(2))
+
+
+@pytest.mark.parametrize("model", [writes_to_what_nobody_reads, takes_a_copy_and_writes])
+def test_other_writes_are_followed(model: Any) -> None:
+    x, i = torch.randn(3, 4, 5), torch.tensor(2)
+    torch.testing.assert_close(turbotx.optimize(model)(x, i), model(x, i))
+
+
 def test_a_place_outside_is_an_error() -> None:
     fast = turbotx.optimize(lambda x, i: x[:, i])
     for place in (4, -5):
+        with pytest.raises(IndexOutOfRangeError):
+            fast(torch.randn(3, 4), torch.tensor(place))
+
+
+def test_a_part_that_reaches_outside_is_an_error() -> None:
+    fast = turbotx.optimize(lambda x, i: x.narrow(1, i, 2))
+    for place in (3, -1, -5):
         with pytest.raises(IndexOutOfRangeError):
             fast(torch.randn(3, 4), torch.tensor(place))
 

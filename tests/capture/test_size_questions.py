@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import turbotx
 from tests.graphs import captured
+from turbotx.capture.callables import FunctionModule
 from turbotx.capture.size_questions import SizesFromOne, sizes_from_one
 from turbotx.capture.trace import capture
 
@@ -171,7 +172,7 @@ def test_sizes_0_and_1_after_others(name: str) -> None:
 
 
 def test_tracing_at_fixed_sizes_keeps_the_others_free() -> None:
-    model = turbotx.engine.callables.FunctionModule(lambda x: x.sum(1))
+    model = FunctionModule(lambda x: x.sum(1))
     found = capture(model, (torch.randn(1, 1, 4),), {}, fixed={(0, 1)})
     assert [str(s) for s in found.input_sizes[0]] == ["batch", "1", "x_d2"]
 

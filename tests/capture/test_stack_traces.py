@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from turbotx.capture import trace
+from turbotx.capture.callables import FunctionModule
 from turbotx.capture.trace import capture
-from turbotx.engine.callables import FunctionModule
 from turbotx.ir.fx_nodes import place_of
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.memory.cache_blocks_check import check_blocks
 from turbotx.errors import VerifyError
 from turbotx.memory import cache_blocks
 from turbotx.memory.arena import PlainRange
 from turbotx.memory.cache_blocks import CacheBlocks, can_have_blocks
-from turbotx.memory.cache_blocks_check import check_blocks
 from turbotx.memory.cpu_range import CpuRange
 from turbotx.memory.planner.plan import CHUNK_NBYTES
 

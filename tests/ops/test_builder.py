@@ -17,76 +17,76 @@ S = dim("seq")
 
 
 @pytest.fixture
-def m() -> Scalarizer:
-    machine = Scalarizer(lambda node: True, LoopNest({}))
-    machine.loops.make(S, "a0")
-    return machine
+def b() -> Scalarizer:
+    builder = Scalarizer(lambda node: True, LoopNest({}))
+    builder.loops.make(S, "a0")
+    return builder
 
 
-def load(m: Scalarizer, dtype: torch.dtype = torch.float32) -> Element:
-    return m.emit_load(ir.Access("x", ir.axis_symbol("a0")), dtype)
+def load(b: Scalarizer, dtype: torch.dtype = torch.float32) -> Element:
+    return b.emit_load(ir.Access("x", ir.axis_symbol("a0")), dtype)
 
 
-def ops(m: Scalarizer) -> list[str]:
-    return [s.op for s in m.body if isinstance(s, ir.Compute)]
+def ops(b: Scalarizer) -> list[str]:
+    return [s.op for s in b.body if isinstance(s, ir.Compute)]
 
 
-def test_equal_values_are_one(m: Scalarizer) -> None:
-    x = load(m)
-    assert (x * 2).name == (load(m) * 2.0).name
-    assert ops(m) == ["mul"]
+def test_equal_values_are_one(b: Scalarizer) -> None:
+    x = load(b)
+    assert (x * 2).name == (load(b) * 2.0).name
+    assert ops(b) == ["mul"]
 
 
-def test_halves_compute_as_float32(m: Scalarizer) -> None:
+def test_halves_compute_as_float32(b: Scalarizer) -> None:
     assert compute_dtype(torch.bfloat16) is compute_dtype(torch.float16) is torch.float32
-    assert load(m, torch.bfloat16).dtype is torch.float32
+    assert load(b, torch.bfloat16).dtype is torch.float32
     assert compute_dtype(torch.float64) is torch.float64
 
 
-def test_identities_vanish(m: Scalarizer) -> None:
-    x = load(m)
+def test_identities_vanish(b: Scalarizer) -> None:
+    x = load(b)
     assert (x * 1).name == (1 * x).name == (x / 1).name == x.name
-    assert m.cast(x, torch.bfloat16).name == x.name
-    assert ops(m) == []
+    assert b.cast(x, torch.bfloat16).name == x.name
+    assert ops(b) == []
 
 
-def test_constants_fold(m: Scalarizer) -> None:
-    c = m.constant(3, torch.float32)
+def test_constants_fold(b: Scalarizer) -> None:
+    c = b.constant(3, torch.float32)
     assert (c * 2 + 1).value == 7.0
-    assert m.where(m.constant(True, torch.bool), load(m), c).name == load(m).name
-    hidden = m.call("and", m.constant(False, torch.bool), m.truth(load(m)))
+    assert b.where(b.constant(True, torch.bool), load(b), c).name == load(b).name
+    hidden = b.call("and", b.constant(False, torch.bool), b.truth(load(b)))
     assert hidden.value is False
 
 
-def test_folded_floats_round_at_each_step_as_eager_does(m: Scalarizer) -> None:
-    root = m.call("sqrt", m.constant(0, torch.float32) + 0.1)
+def test_folded_floats_round_at_each_step_as_eager_does(b: Scalarizer) -> None:
+    root = b.call("sqrt", b.constant(0, torch.float32) + 0.1)
     assert root.value == (torch.zeros(()) + 0.1).sqrt().item() != 0.1**0.5
 
 
-def test_positions_compare_while_lowering(m: Scalarizer) -> None:
-    row = m.index(ir.axis_symbol("a0"))
+def test_positions_compare_while_lowering(b: Scalarizer) -> None:
+    row = b.index(ir.axis_symbol("a0"))
     assert (row >= 0).value is True
-    assert (row < m.index(S)).value is True
-    assert (row >= m.index(S)).value is False
+    assert (row < b.index(S)).value is True
+    assert (row >= b.index(S)).value is False
     assert (row < 1).value is None  # true at the first place only
-    assert m.call("eq", row, row).value is True
+    assert b.call("eq", row, row).value is True
     assert (row + 1 - row).value == 1
 
 
-def test_division_of_integers_by_zero_is_left_to_the_kernel(m: Scalarizer) -> None:
-    c = m.constant(1, torch.int32)
-    assert m.call("floordiv", c, m.constant(0, torch.int32)).value is None
+def test_division_of_integers_by_zero_is_left_to_the_kernel(b: Scalarizer) -> None:
+    c = b.constant(1, torch.int32)
+    assert b.call("floordiv", c, b.constant(0, torch.int32)).value is None
 
 
-def test_comparisons_are_bool(m: Scalarizer) -> None:
-    assert (load(m) > 0).dtype is torch.bool
-    assert m.truth(load(m)).dtype is torch.bool
-    assert m.cast(load(m), torch.bool).dtype is torch.bool
+def test_comparisons_are_bool(b: Scalarizer) -> None:
+    assert (load(b) > 0).dtype is torch.bool
+    assert b.truth(load(b)).dtype is torch.bool
+    assert b.cast(load(b), torch.bool).dtype is torch.bool
 
 
-def test_infinity_is_not_cast_to_an_integer_while_lowering(m: Scalarizer) -> None:
-    infinity = m.constant(float("inf"), torch.float32)
-    assert m.cast(infinity, torch.int64).value is None
+def test_infinity_is_not_cast_to_an_integer_while_lowering(b: Scalarizer) -> None:
+    infinity = b.constant(float("inf"), torch.float32)
+    assert b.cast(infinity, torch.int64).value is None
 
 
 def test_splits_are_exact() -> None:

@@ -39,10 +39,10 @@ def graph() -> fx.Graph:
 
 def pulled(node: fx.Node) -> tuple[Scalarizer, list[str]]:
     """Pull the element at the loops over the node's own shape."""
-    m = Scalarizer(lambda n: n.op == "placeholder", LoopNest({}))
-    index = tuple(m.loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(node)))
-    m.element(node, index)
-    return m, [show_statement(s) for s in m.body]
+    b = Scalarizer(lambda n: n.op == "placeholder", LoopNest({}))
+    index = tuple(b.loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(node)))
+    b.element(node, index)
+    return b, [show_statement(s) for s in b.body]
 
 
 def test_promotion_meets_in_the_result_s_dtype(graph: fx.Graph) -> None:
@@ -54,9 +54,9 @@ def test_promotion_meets_in_the_result_s_dtype(graph: fx.Graph) -> None:
 
 def test_a_comparison_meets_in_its_arguments_dtype(graph: fx.Graph) -> None:
     k = tensor(graph, "k", 4, dtype=torch.int32)
-    m, lines = pulled(call(aten.gt.Scalar, k, 2))
+    b, lines = pulled(call(aten.gt.Scalar, k, 2))
     assert lines == ["k = k[a0]", "c = 2 as i32", "gt = gt(k, c)"]
-    assert m.body[-1].dtype is torch.bool  # type: ignore[union-attr]
+    assert b.body[-1].dtype is torch.bool  # type: ignore[union-attr]
 
 
 def test_broadcasting_reads_place_zero(graph: fx.Graph) -> None:
@@ -72,10 +72,10 @@ def test_a_gathered_index_is_checked_before_it_is_used(graph: fx.Graph) -> None:
 
 
 def test_a_known_index_needs_no_check() -> None:
-    m = Scalarizer(lambda n: n.op == "placeholder", LoopNest({}))
-    place = m.loops.make(expr(4), "a0")
-    assert m.position(m.index(place + 1), expr(5)) == place + 1
-    assert not [s for s in m.body if isinstance(s, ir.Check)]
+    b = Scalarizer(lambda n: n.op == "placeholder", LoopNest({}))
+    place = b.loops.make(expr(4), "a0")
+    assert b.position(b.index(place + 1), expr(5)) == place + 1
+    assert not [s for s in b.body if isinstance(s, ir.Check)]
 
 
 def test_a_pad_reads_only_inside(graph: fx.Graph) -> None:
@@ -91,9 +91,9 @@ def test_equal_elements_are_pulled_once(graph: fx.Graph) -> None:
 
 
 def test_a_reduction_of_one_element_is_that_element(graph: fx.Graph) -> None:
-    m, lines = pulled(call(aten.amax.default, tensor(graph, "x", 4, 1), [1]))
+    b, lines = pulled(call(aten.amax.default, tensor(graph, "x", 4, 1), [1]))
     assert lines[0] == "x = x[a0]"
-    assert not [s for s in m.body if isinstance(s, ir.Reduce)]
+    assert not [s for s in b.body if isinstance(s, ir.Reduce)]
 
 
 def test_a_scan_of_one_element_is_that_element(graph: fx.Graph) -> None:
@@ -109,5 +109,5 @@ def test_a_reduction_must_not_stand_at_a_gathered_place(graph: fx.Graph) -> None
 
 
 def test_a_number_is_an_element() -> None:
-    m = Scalarizer(lambda n: True, LoopNest({}))
-    assert m.element(2.5, (ZERO,)).value == 2.5
+    b = Scalarizer(lambda n: True, LoopNest({}))
+    assert b.element(2.5, (ZERO,)).value == 2.5

@@ -12,8 +12,8 @@ from torch import fx
 
 import turbotx
 from tests.compiled_functions import by_interpreter, compile_function
+from turbotx.capture.callables import FunctionModule
 from turbotx.capture.trace import capture
-from turbotx.engine.callables import FunctionModule
 from turbotx.passes.results import use_single_results
 
 aten = torch.ops.aten

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.memory.cache_blocks_check import check_blocks
 from turbotx.errors import CacheFullError, InputError
 from turbotx.memory.cache_blocks import CacheBudget
-from turbotx.memory.cache_blocks_check import check_blocks
 from turbotx.runtime.block_memory import BLOCK_LEN, SLACK, BlockMemory, fits_blocks
 from turbotx.runtime.cache_memory import LayerShape
 

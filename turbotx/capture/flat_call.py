@@ -81,13 +81,15 @@ class FlatCall(nn.Module):
         model = self.model
         try:
             self.seen.begin(given)
-            with self.recorder.on(tensors), ReplacedCalls(), self.layouts, self.values:
+            with self.recorder.on(tensors), ReplacedCalls() as replaced, self.layouts, self.values:
                 # Hooks of the model itself are skipped: they run around the program.
                 called = model.forward if self.calls_forward else model
                 output = called(*args, **kwargs)
             _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
             flat, self.seen.out_spec, self.seen.constants = take_apart(output, type(model).__name__)
-            return [*map(read_floats, flat), *self.seen.finish(), *self.values.finish()]
+            results = [*map(read_floats, flat), *self.seen.finish(), *self.values.finish()]
+            replaced.finish(results)
+            return results
         except Exception as error:
             raise Stopped(error) from error
         finally:

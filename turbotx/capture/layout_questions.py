@@ -46,7 +46,7 @@ class LayoutQuestions(TorchFunctionMode):
 
     def begin(self, inputs: Sequence[torch.Tensor]) -> None:
         """Set the call's tensors."""
-        places = ((_memory(t), i) for i, t in enumerate(inputs))
+        places = ((memory_of(t), i) for i, t in enumerate(inputs))
         self._places = {memory: i for memory, i in places if memory is not None}
         self.asked.clear()
 
@@ -64,7 +64,7 @@ class LayoutQuestions(TorchFunctionMode):
             )
         asks = func in _QUESTIONS or func in _STORAGES
         if asks and not is_library(_find_asker()):
-            place = self._places.get(_memory(args[0]))
+            place = self._places.get(memory_of(args[0]))
             if place is not None and func in _STORAGES:
                 raise CaptureError(
                     "it reads the storage of an input, which may be larger than the input in "
@@ -73,7 +73,7 @@ class LayoutQuestions(TorchFunctionMode):
             if place is not None:
                 self.asked.add(place)
         plain = func is Tensor.contiguous and len(args) == 1 and not kwargs
-        if plain and _memory(args[0]) in self._places:
+        if plain and memory_of(args[0]) in self._places:
             # PyTorch calls no op for a dense tensor, as the trace's inputs are.
             return torch.ops.aten.contiguous.default(args[0])
         return func(*args, **(kwargs or {}))
@@ -88,7 +88,7 @@ def _find_asker() -> str | None:
     return frame.f_globals.get("__name__")
 
 
-def _memory(tensor: torch.Tensor) -> int | None:
+def memory_of(tensor: torch.Tensor) -> int | None:
     """Return the identity of a tensor's storage; None for a tensor without one, as under vmap."""
     with torch._C.DisableTorchFunction(), suppress(NotImplementedError):
         return int(tensor.untyped_storage()._cdata)

@@ -1,22 +1,30 @@
 """Replaced calls: calls of the model that PyTorch would not trace as they are, as ops that it does.
 
-In: x[:, i] and x.select(1, i) whose i is a 0-d tensor; `grouped_mm` of any dtype and width that
-eager mode accepts. Out: an op that reads i when the program runs, where PyTorch would read the
-number while tracing; turbotx's op, since PyTorch's fake kernel accepts only bfloat16 with rows of
-multiples of 16 bytes::
+In: x[:, i], x.select(1, i) and x.narrow(1, i, n) whose i is a 0-d tensor; `grouped_mm` of any dtype
+and width that eager mode accepts. Out: an op that reads i when the program runs, where PyTorch
+would read the number while tracing; turbotx's op, since PyTorch's fake kernel accepts only bfloat16
+with rows of multiples of 16 bytes::
 
     x[:, i]                       ->  x.index_select(1, i.reshape(1))[:, 0]
     grouped_mm(x, w, offs=ends)   ->  torch.ops.turbotx.grouped_mm(x, w, ends)
+
+Where eager mode returns a view, the op returns a copy. Code that writes to one in place and reads
+the other afterwards is refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
+from turbotx.capture.layout_questions import memory_of
+from turbotx.errors import CaptureError
 from turbotx.ir import expert_ops
 
 assert expert_ops  # imported because it registers the op
@@ -26,8 +34,31 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPED = ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm"))
 
 
+@dataclass
+class _Part:
+    """A copy of a part of a tensor, where eager mode has a view.
+
+    versions: of the whole and of the part, as they were when it was taken. stale: which of the two
+    was not written to since then.
+    """
+
+    whole: torch.Tensor
+    part: torch.Tensor
+    versions: tuple[int, int]
+    stale: torch.Tensor | None = None
+
+    def look(self) -> None:
+        """Note whether one of the two was written to."""
+        if self.stale is None and (now := _versions(self.whole, self.part)) != self.versions:
+            self.stale = self.whole if now[1] != self.versions[1] else self.part
+
+
 class ReplacedCalls(TorchFunctionMode):
     """While active, around the model only, replaces such calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parts: list[_Part] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -38,8 +69,54 @@ class ReplacedCalls(TorchFunctionMode):
             given = dict(zip(names, args, strict=False)) | kwargs
             if _is_plain(given):
                 return torch.ops.turbotx.grouped_mm(given["mat_a"], given["mat_b"], given["offs"])
+        if self._parts:
+            self._check(pytree.tree_leaves((args, kwargs)))
         found = _take_at_tensors(func, args, kwargs)
-        return func(*args, **kwargs) if found is NotImplemented else found
+        if found is not NotImplemented:
+            self._note(found, args, kwargs)
+            return found
+        result = func(*args, **kwargs)
+        for part in self._parts:
+            part.look()
+        return result
+
+    def _check(self, used: Iterable[Any]) -> None:
+        """Raise CaptureError if one of the values is a tensor, or a view of one, that a write to a
+        part, or to what it is a part of, would have changed in eager mode."""
+        stale = {memory_of(p.stale) for p in self._parts if p.stale is not None}
+        if stale and any(isinstance(x, torch.Tensor) and memory_of(x) in stale for x in used):
+            raise CaptureError(
+                "its code takes a part of a tensor at an index that is a tensor, as x[:, i], then "
+                "writes to the part or to x in place, and uses the other one, which a trace does "
+                "not see changed: make a new x, as by x.index_copy(1, i.reshape(1), values), and "
+                "take the part anew after a write"
+            )
+
+    def finish(self, results: Iterable[Any]) -> None:
+        """Raise CaptureError if a result, or what a written part belongs to, lacks a write."""
+        self._check([*results, *(p.whole for p in self._parts if p.stale is p.whole)])
+
+    def _note(self, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember a part that eager mode would return as a view."""
+        whole = kwargs["input"] if "input" in kwargs else args[0]
+        index = args[1] if len(args) > 1 else None
+        if _is_view(index) and memory_of(part) != memory_of(whole):
+            self._parts.append(_Part(whole, part, _versions(whole, part)))
+
+
+def _versions(whole: torch.Tensor, part: torch.Tensor) -> tuple[int, int]:
+    with torch._C.DisableTorchFunction():
+        return whole._version, part._version
+
+
+def _is_view(index: Any) -> bool:
+    """Return whether eager mode returns a view at an index: one without lists and masks."""
+    parts = index if isinstance(index, tuple) else (index,)
+    plain = (int, torch.SymInt, slice, type(None), type(Ellipsis))
+    numbers = [p for p in parts if not isinstance(p, plain)]
+    return not any(isinstance(p, bool) for p in parts) and all(
+        isinstance(p, torch.Tensor) and not p.dim() and p.dtype is not torch.bool for p in numbers
+    )
 
 
 def _is_plain(given: dict[str, Any]) -> bool:
@@ -67,6 +144,11 @@ def _take_at_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         given["self"] = given.pop("input", given.get("self"))
         if is_place(given.get("index")):
             return _take(given["self"], given["dim"], given["index"]).select(given["dim"], 0)
+    if func in (Tensor.narrow, torch.narrow):
+        given = dict(zip(("self", "dim", "start", "length"), args, strict=False)) | kwargs
+        given["self"] = given.pop("input", given.get("self"))
+        if is_place(given.get("start")):
+            return _take(given["self"], given["dim"], given["start"], given["length"])
     return NotImplemented
 
 
@@ -113,7 +195,9 @@ def _dims_of(part: Any) -> int:
     return 1
 
 
-def _take(tensor: Any, d: int, place: Any) -> Any:
-    """Return a tensor with one element left along dim `d`; `place` may be negative."""
-    place = torch.where(place < 0, place + tensor.shape[d], place)
-    return tensor.index_select(d, place.reshape(1).to(torch.int64))
+def _take(tensor: Any, d: int, place: Any, count: Any = 1) -> Any:
+    """Return `count` elements along dim `d` from `place` on, which may be negative."""
+    place = torch.where(place < 0, place + tensor.shape[d], place).to(torch.int64).reshape(1)
+    if not (isinstance(count, int) and count == 1):
+        place = place + torch.arange(count, device=place.device)
+    return tensor.index_select(d, place)

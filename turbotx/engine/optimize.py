@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 from torch import nn
 
+from turbotx.capture.callables import CallableState, as_module
 from turbotx.capture.composition import LeftToPyTorch, left_to_pytorch
-from turbotx.engine.callables import CallableState, as_module
 from turbotx.engine.drop_in import OptimizedModule, original_of
 from turbotx.engine.engine import Engine
 from turbotx.engine.subclassing import make_twin, optimize_class, optimize_in_place, renew_engine

@@ -1,17 +1,17 @@
 """GEMM heuristics: tiles of a GEMM, and whether to use a template or the library, by device class.
 
-In: the number of tokens, a `GemmTemplate`, a target. Out: a `GemmChoice`: the job to compile, its
-grid and scratch. Choices are made per bucket of tokens, so that a handful of builds serve all
-lengths::
+In: the number of tokens, a `GemmTemplate`, a target. Out: a `GemmSchedule` and the job to compile,
+and which of two ways is expected to be faster. Choices are made per bucket of tokens, so that a
+handful of builds serve all lengths::
 
-    choose_gemm(template, tokens=40, target="sm_90").schedule
+    choose_tiles(template, tokens=40, target="sm_90")
         ->  GemmSchedule(m_tile=64, n_tile=32, k_tile=128, ..., splits=2)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from turbotx.kernels.device_classes import DeviceClass, class_name, device_class
 from turbotx.kernels.job import Job
@@ -21,7 +21,6 @@ from turbotx.kernels.triton.gemm_template import (
     GemmSchedule,
     GemmTemplate,
     gemm_arguments,
-    gemm_grid,
     gemm_scratch,
 )
 from turbotx.kernels.triton.gemm_tiles import known_tiles
@@ -56,21 +55,6 @@ FEW_TOKENS = 64
 # Tokens up to which norms may be folded, assumed: a template's loss to the library grows with the
 # tokens, the cost of a norm's kernel hardly does.
 MOST_FOLDED = 256
-
-
-@dataclass(frozen=True)
-class GemmChoice:
-    """A GEMM at a number of tokens: job, grid and scratch.
-
-    partial_nbytes: float32 partial sums, uninitialized. turns_nbytes: int32 counters, zero before
-    and after the launch.
-    """
-
-    job: Job
-    schedule: GemmSchedule
-    grid: tuple[int, int, int]
-    partial_nbytes: int
-    turns_nbytes: int
 
 
 def bucket_of(tokens: int) -> int:
@@ -241,27 +225,6 @@ def fits_scratch(template: GemmTemplate, schedule: GemmSchedule, bucket: int) ->
     if bucket == BUCKETS[-1]:
         return schedule.splits == 1
     return partial_nbytes <= SPLIT_SUMS_NBYTES and turns_nbytes <= 4 * MOST_TURNS
-
-
-def choose_gemm(
-    template: GemmTemplate,
-    tokens: int,
-    target: str,
-    schedule: GemmSchedule | None = None,
-    stat_tile: int = 0,
-) -> GemmChoice:
-    """Return how to run a GEMM at `tokens`, with the heuristics' schedule by default.
-
-    stat_tile: columns per row statistic that it reads.
-    """
-    schedule = schedule or choose_tiles(template, tokens, target)
-    if template.norm != "none":
-        schedule = replace(schedule, stat_tile=stat_tile or template.k)
-    if template.residual_norm != "none":
-        schedule = replace(schedule, residual_tile=stat_tile or template.n)
-    job = gemm_job(template, target, schedule, STRIDES)
-    scratch = gemm_scratch(template, schedule, tokens)
-    return GemmChoice(job, schedule, gemm_grid(template, schedule, tokens), *scratch)
 
 
 def prefers_template(template: GemmTemplate, tokens: int, target: str) -> bool:

@@ -1,9 +1,9 @@
 """Kernel builder: scalar values during lowering, with constant folding and CSE.
 
-In: the op table's rules, which write `x * m.sigmoid(x)` on `Element`s. Out: the statements of the
+In: the op table's rules, which write `x * b.sigmoid(x)` on `Element`s. Out: the statements of the
 kernel's body; equal statements are emitted once, and constants are folded::
 
-    m.index(row) >= 0  ->  True          True & mask  ->  mask
+    b.index(row) >= 0  ->  True          True & mask  ->  mask
 """
 
 from __future__ import annotations

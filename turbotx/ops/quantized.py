@@ -29,39 +29,39 @@ def _kind(node: Any) -> torch.dtype:
     return made.pop() if made else torch.int8
 
 
-def _row_scale(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+def _row_scale(b: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     x, last = node.args[0], len(index) - 1
-    (peak,), _ = m.reduce_dims(
-        "max", x, (last,), index, torch.float32, before=lambda v: m.call("abs", v)
+    (peak,), _ = b.reduce_dims(
+        "max", x, (last,), index, torch.float32, before=lambda v: b.call("abs", v)
     )
-    scale = m.call("div_rn", m.call("maximum", peak, SMALLEST), LEVELS[_kind(node)])
-    return m.where(peak < math.inf, scale, math.nan)
+    scale = b.call("div_rn", b.call("maximum", peak, SMALLEST), LEVELS[_kind(node)])
+    return b.where(peak < math.inf, scale, math.nan)
 
 
-def _quantize_rows(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+def _quantize_rows(b: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     x, scale = (g.operand(node, k) for k in range(2))
-    value = m.cast(m.element(x, index), torch.float32)
-    value = value * m.call("div_rn", 1.0, m.element(scale, (*index[:-1], ZERO)))
+    value = b.cast(b.element(x, index), torch.float32)
+    value = value * b.call("div_rn", 1.0, b.element(scale, (*index[:-1], ZERO)))
     kind = _kind(node)
-    inside = m.call("abs", value) <= LEVELS[kind] + 0.5  # 0 in rows whose scale is NaN
-    value = m.where(inside, value, 0.0)
-    return value if kind.is_floating_point else m.round_to_int8(value)  # a store rounds to fp8
+    inside = b.call("abs", value) <= LEVELS[kind] + 0.5  # 0 in rows whose scale is NaN
+    value = b.where(inside, value, 0.0)
+    return value if kind.is_floating_point else b.round_to_int8(value)  # a store rounds to fp8
 
 
-def _quantize_affine(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+def _quantize_affine(b: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     x, inverse, shift, low, high = node.args
-    value = m.call("round", m.cast(m.element(x, index), torch.float32) * float(inverse))
-    value = m.call("maximum", value + float(shift), float(low))
-    return m.call("minimum", value, float(high))
+    value = b.call("round", b.cast(b.element(x, index), torch.float32) * float(inverse))
+    value = b.call("maximum", value + float(shift), float(low))
+    return b.call("minimum", value, float(high))
 
 
-def _quantize_affine_by(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+def _quantize_affine_by(b: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     x, scale, zero, middle, low, high = node.args
-    step = m.cast(m.element(scale, (ZERO,)), torch.float32)
-    shift = m.cast(m.element(zero, (ZERO,)), torch.float32) - float(middle)
-    value = m.cast(m.element(x, index), torch.float32) * m.call("div_rn", 1.0, step)
-    value = m.call("maximum", m.call("round", value) + shift, float(low))
-    return m.call("minimum", value, float(high))
+    step = b.cast(b.element(scale, (ZERO,)), torch.float32)
+    shift = b.cast(b.element(zero, (ZERO,)), torch.float32) - float(middle)
+    value = b.cast(b.element(x, index), torch.float32) * b.call("div_rn", 1.0, step)
+    value = b.call("maximum", b.call("round", value) + shift, float(low))
+    return b.call("minimum", value, float(high))
 
 
 indexed("turbotx.quantize_affine.default", _quantize_affine)

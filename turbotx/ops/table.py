@@ -4,7 +4,7 @@ In: an ATen overload. Out: its row, which the scalarizer calls for one element o
 pointwise row is a function of its arguments' elements; an indexed row also gets the index, and may
 read its inputs anywhere or reduce over them. To add an op, add a row::
 
-    pointwise("aten.silu.default", lambda m, x: x * m.sigmoid(x))
+    pointwise("aten.silu.default", lambda b, x: x * b.sigmoid(x))
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from turbotx.ir import fx_nodes as g
 class Row:
     """One op: `kind` is "pointwise" or "indexed".
 
-    rule: for a pointwise row, takes (machine, *arguments) with tensors as elements in the compute
-    dtype; for an indexed one, (machine, node, index).
+    rule: for a pointwise row, takes (builder, *arguments) with tensors as elements in the compute
+    dtype; for an indexed one, (builder, node, index). The builder is a `Scalarizer`.
     as_is: positions of arguments that are not promoted.
     reduces: whether it reduces over an axis.
     jumps: whether its result may be another where an argument is off by a rounding.

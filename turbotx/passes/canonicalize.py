@@ -249,14 +249,10 @@ def _key(node: fx.Node) -> Any | None:
     if node.op != "call_function" or _has_effect(node):
         return None
 
-    args = g.freeze(node.args, _itself)
+    args = g.freeze(node.args, lambda n: n)
     if node.target in _COMMUTATIVE and not node.kwargs and g.is_tensor(args[1]):
         args = tuple(sorted(args, key=lambda n: n.name))  # commutative: a + b is b + a
-    return (node.target, args, g.freeze(node.kwargs, _itself))
-
-
-def _itself(node: fx.Node) -> fx.Node:
-    return node
+    return (node.target, args, g.freeze(node.kwargs, lambda n: n))
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -17,8 +17,9 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 import triton.language as tl
 
+from tests.kernels.triton.gemm_jobs import job_of
 from tests.kernels.triton.triton_runner import interpreting, load_function
-from turbotx.kernels.gemm_heuristics import choose_gemm, gemm_job
+from turbotx.kernels.gemm_heuristics import choose_tiles, gemm_job
 from turbotx.kernels.triton.compiler import build
 from turbotx.kernels.triton.dependent import MARK, can_depend, make_dependent
 from turbotx.kernels.triton.gemm_template import (
@@ -41,7 +42,7 @@ def test_targets_from_hopper_on() -> None:
 
 
 def test_a_kernel_waits_before_anything_else() -> None:
-    job = choose_gemm(TEMPLATE, 16, "sm_90").job
+    job = job_of(TEMPLATE, 16, "sm_90")
     job = replace(job, source=job.source.replace(MARK, ""))
     made = make_dependent(job)
     body = made.source.split(f"def {job.name}(")[1].split("):\n", 1)[1]
@@ -50,8 +51,8 @@ def test_a_kernel_waits_before_anything_else() -> None:
 
 @pytest.mark.parametrize("prefetch", [0, 1, 2])
 def test_a_gemm_asks_for_its_weight_and_waits_before_it_reads(prefetch: int) -> None:
-    tiles = replace(choose_gemm(TEMPLATE, 16, "sm_90").schedule, prefetch=prefetch)
-    job = choose_gemm(TEMPLATE, 16, "sm_90", tiles).job
+    tiles = replace(choose_tiles(TEMPLATE, 16, "sm_90"), prefetch=prefetch)
+    job = job_of(TEMPLATE, 16, "sm_90", tiles)
     made = make_dependent(job)
     assert made.digest() != job.digest() == replace(job, before_wait="").digest()
     (built,) = build([made])

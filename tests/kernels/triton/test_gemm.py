@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
+from tests.kernels.triton.gemm_jobs import job_of
 from tests.kernels.triton.triton_runner import interpreting, load_function
 from turbotx.kernels.device_classes import DEVICES, device_class
 from turbotx.kernels.gemm_heuristics import (
@@ -24,7 +25,6 @@ from turbotx.kernels.gemm_heuristics import (
     MOST_TURNS,
     SPLIT_SUMS_NBYTES,
     bucket_of,
-    choose_gemm,
     choose_tiles,
     gemm_job,
     prefers_template,
@@ -294,7 +294,8 @@ def test_any_stream_of_lengths_needs_a_handful_of_builds() -> None:
     template = GemmTemplate(torch.float16, 768, 768)
     chosen = {choose_tiles(template, tokens, "sm_90") for tokens in range(1, 5000, 7)}
     assert len(chosen) <= len(BUCKETS)
-    busy = choose_gemm(replace(template, n=1024, k=1024), 16, "sm_90").grid
+    small = replace(template, n=1024, k=1024)
+    busy = gemm_grid(small, choose_tiles(small, 16, "sm_90"), 16)
     assert busy[0] * busy[1] >= 64  # few tokens: narrow tiles, and sums in parts
 
 
@@ -304,16 +305,14 @@ def test_scratch_holds_the_parts_of_every_choice() -> None:
             for gated in (False, True):
                 template = GemmTemplate(dtype, n, k, gated=gated)
                 for target, tokens in itertools.product(DEVICES, (*BUCKETS, 100000)):
-                    launch = choose_gemm(template, tokens, target)
-                    assert launch.partial_nbytes <= SPLIT_SUMS_NBYTES
-                    assert launch.turns_nbytes <= 4 * MOST_TURNS
+                    tiles = choose_tiles(template, tokens, target)
+                    partial_nbytes, turns_nbytes = gemm_scratch(template, tiles, tokens)
+                    assert partial_nbytes <= SPLIT_SUMS_NBYTES
+                    assert turns_nbytes <= 4 * MOST_TURNS
     mine = GemmSchedule(32, 64, 64, 8, 2, 4)
-    launch = choose_gemm(
-        GemmTemplate(torch.float16, 768, 768, norm="layer"), 40, "sm_90", mine, 128
-    )
-    assert launch.schedule == replace(mine, stat_tile=128)
-    assert launch.grid == (2 * 12, 4, 1)
-    assert (launch.partial_nbytes, launch.turns_nbytes) == (24 * 4 * 32 * 64 * 4, 24 * 4)
+    normed = GemmTemplate(torch.float16, 768, 768, norm="layer")
+    assert gemm_grid(normed, mine, 40) == (2 * 12, 4, 1)
+    assert gemm_scratch(normed, mine, 40) == (24 * 4 * 32 * 64 * 4, 24 * 4)
 
 
 def test_few_tokens_take_a_template_and_many_the_library_where_it_is_faster() -> None:
@@ -369,7 +368,7 @@ def check_built(jobs: Iterable[Job]) -> None:
 def test_builds_without_spills() -> None:
     """Each template once, over the buckets and the targets; the next test has all of them."""
     check_built(
-        choose_gemm(template, bucket, target, stat_tile=NARROW).job
+        job_of(template, bucket, target, stat_tile=NARROW)
         for template, bucket, target in zip(
             TEMPLATES, itertools.cycle(BUCKETS), itertools.cycle(DEVICES), strict=False
         )
@@ -380,7 +379,7 @@ def test_builds_without_spills() -> None:
 @pytest.mark.parametrize("tokens", BUCKETS)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.name)
 def test_every_bucket_builds_for_every_target(template: GemmTemplate, tokens: int) -> None:
-    check_built(choose_gemm(template, tokens, t, stat_tile=NARROW).job for t in DEVICES)
+    check_built(job_of(template, tokens, t, stat_tile=NARROW) for t in DEVICES)
 
 
 def test_unaligned_rows_are_loaded_narrowly() -> None:

@@ -14,7 +14,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-from turbotx.kernels.gemm_heuristics import choose_gemm, choose_tiles
+from tests.kernels.triton.gemm_jobs import job_of
+from turbotx.kernels.gemm_heuristics import choose_tiles
 from turbotx.kernels.triton.compiler import Built, build
 from turbotx.kernels.triton.gemm_template import GemmTemplate
 from turbotx.kernels.triton.resources import find_tool
@@ -36,7 +37,7 @@ def instructions(built: Built) -> list[str]:
 @pytest.mark.parametrize("late", [0, 1])
 def test_statistics_do_not_keep_the_weight_waiting(late: int) -> None:
     tiles = replace(choose_tiles(UP, 40, "sm_90"), late=late)
-    (built,) = build([choose_gemm(UP, 40, "sm_90", tiles, stat_tile=32).job])
+    (built,) = build([job_of(UP, 40, "sm_90", tiles, stat_tile=32)])
     code = instructions(built)
     before = code[: next(i for i, op in enumerate(code) if op.startswith("LDGSTS"))]
     waits = [op for op in before if op.startswith(("SHFL", "BAR"))]
@@ -46,7 +47,7 @@ def test_statistics_do_not_keep_the_weight_waiting(late: int) -> None:
 
 def test_a_residual_is_asked_for_before_the_sums() -> None:
     tiles = replace(choose_tiles(OUT, 40, "sm_90"), splits=1)
-    (built,) = build([choose_gemm(OUT, 40, "sm_90", tiles, stat_tile=32).job])
+    (built,) = build([job_of(OUT, 40, "sm_90", tiles, stat_tile=32)])
     code = instructions(built)
     product = next(i for i, op in enumerate(code) if "MMA" in op)
     loads = [i for i, op in enumerate(code) if op.split(".")[0] == "LDG"]

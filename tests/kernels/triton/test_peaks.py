@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.kernels.triton import attention_runner
+from tests.kernels.triton.gemm_jobs import job_of
 from tests.kernels.triton.test_gemm import check_built, run
 from tests.kernels.triton.test_quantized_gemm import SHAPES, TARGETS, operands
 from turbotx.ir.matmul_kernels import AttentionKernel
@@ -23,7 +24,6 @@ from turbotx.kernels.attention_jobs import attention_job
 from turbotx.kernels.device_classes import DEVICES
 from turbotx.kernels.gemm_heuristics import (
     BUCKETS,
-    choose_gemm,
     choose_tiles,
     prefers_quantizing,
 )
@@ -131,16 +131,16 @@ TEMPLATES = [
 ]
 
 
-def job_of(template: GemmTemplate, bucket: int, target: str):
+def with_peaks(template: GemmTemplate, bucket: int, target: str):
     schedule = replace(choose_tiles(template, bucket, target), stat_tile=64)
-    return choose_gemm(template, bucket, target, schedule).job
+    return job_of(template, bucket, target, schedule)
 
 
 def test_builds_without_spills() -> None:
     """Each template once, over the buckets and the targets; the next test has all of them."""
     for narrow, targets in TARGETS.items():
         built = zip(TEMPLATES, BUCKETS, itertools.cycle(targets), strict=False)
-        check_built(job_of(replace(t, narrow=narrow), *where) for t, *where in built)
+        check_built(with_peaks(replace(t, narrow=narrow), *where) for t, *where in built)
     kernel = AttentionKernel(torch.float16, 64, 0.125, False, keys="mask", peaks=True)
     check_built(attention_job(kernel, target) for target in DEVICES)
 
@@ -152,4 +152,4 @@ def test_builds_without_spills() -> None:
 def test_every_bucket_builds_for_every_target(
     template: GemmTemplate, tokens: int, narrow: torch.dtype
 ) -> None:
-    check_built(job_of(replace(template, narrow=narrow), tokens, t) for t in TARGETS[narrow])
+    check_built(with_peaks(replace(template, narrow=narrow), tokens, t) for t in TARGETS[narrow])

@@ -14,10 +14,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
+from tests.kernels.triton.gemm_jobs import job_of
 from tests.kernels.triton.test_gemm import ACTIVATIONS, check_built, run
 from turbotx.ir.quantized_ops import LEVELS, quantize_rows, quantized_linear, row_scale
 from turbotx.kernels.device_classes import DEVICES
-from turbotx.kernels.gemm_heuristics import BUCKETS, choose_gemm, choose_tiles
+from turbotx.kernels.gemm_heuristics import BUCKETS, choose_tiles
 from turbotx.kernels.schedule_selector import Tiles, structure_of
 from turbotx.kernels.triton.gemm_template import GemmSchedule, GemmTemplate
 from turbotx.passes.quantize import has_fp8
@@ -174,7 +175,7 @@ TARGETS = {torch.int8: list(DEVICES), FP8: [t for t in ("sm_89", *DEVICES) if ha
 def test_builds_without_spills(narrow: torch.dtype) -> None:
     """Each template once, over the buckets and the targets; the next test has all of them."""
     built = zip(TEMPLATES, BUCKETS, itertools.cycle(TARGETS[narrow]), strict=False)
-    check_built(choose_gemm(replace(t, narrow=narrow), bucket, target).job
+    check_built(job_of(replace(t, narrow=narrow), bucket, target)
                 for t, bucket, target in built)  # fmt: skip
 
 
@@ -186,7 +187,7 @@ def test_every_bucket_builds_for_every_target(
     template: GemmTemplate, tokens: int, narrow: torch.dtype
 ) -> None:
     template = replace(template, narrow=narrow)
-    check_built(choose_gemm(template, tokens, t).job for t in TARGETS[narrow])
+    check_built(job_of(template, tokens, t) for t in TARGETS[narrow])
 
 
 def test_which_targets_have_fp8() -> None:

@@ -14,10 +14,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
+from tests.kernels.triton.gemm_jobs import job_of
 from tests.kernels.triton.test_gemm import check_built, run
 from turbotx.ir.quantized_ops import SCHEMES, Scheme, weight_only_linear
 from turbotx.kernels.device_classes import DEVICES
-from turbotx.kernels.gemm_heuristics import BUCKETS, choose_gemm
+from turbotx.kernels.gemm_heuristics import BUCKETS
 from turbotx.kernels.schedule_selector import Tiles, structure_of
 from turbotx.kernels.triton.gemm_template import GemmSchedule, GemmTemplate
 
@@ -108,7 +109,7 @@ TEMPLATES = [
 def jobs_of(how: str, made: Any, tokens: int, target: str) -> Any:
     dtype, n, k, more = made
     t = template_of(how, dtype, n, k, **more)
-    return choose_gemm(t, tokens, target, Tiles((), target, {}).gemm(t, tokens)).job
+    return job_of(t, tokens, target, Tiles((), target, {}).gemm(t, tokens))
 
 
 @pytest.mark.parametrize("how", HOWS)

@@ -75,7 +75,9 @@ class _Walk:
             return type(value), expr(value)
         if node.op != "call_function":
             return node
-        args, kwargs = (g.freeze(x, self.visit) for x in (node.args, node.kwargs))
+        for read in node.all_input_nodes:
+            self.visit(read)
+        args, kwargs = (g.freeze(x, self.places.__getitem__) for x in (node.args, node.kwargs))
         if isinstance(value, torch.Tensor):
             made: Any = g.dtype(node), g.shape(node)
         else:  # the pieces of a split; a float
