@@ -26,7 +26,6 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from turbotx.capture.casts import inside
-from turbotx.capture.inplace_ops import write_out_of_place
 from turbotx.ir.expr import expr
 from turbotx.ir.fake_results import UnknownError, describe
 from turbotx.ir.fx_nodes import GETITEM, draws, freeze, is_random, is_tensor
@@ -53,7 +52,6 @@ def decompose_nodes(graph_module: fx.GraphModule, kept: frozenset[str]) -> None:
     another graph, or an op decomposes into one of these.
     """
     graph = graph_module.graph
-    write_out_of_place(graph)
     for node in graph.nodes:
         _refuse(node)
     sizes, known = _SizeNodes(graph), dict[Any, _Known]()

@@ -1,15 +1,18 @@
 """In-place ops: replaces them in a traced graph by the ops that return a new tensor.
 
 In: an exported graph, before decomposition. Out: the same graph, in which an in-place op on a
-tensor that only the graph holds, and that has no view, is its out-of-place variant::
+tensor that only the graph holds, or on a view of one, is its out-of-place variant::
 
     y = mul(x, 2); add_(y, 1); relu(y)  ->  y = mul(x, 2); z = add(y, 1); relu(z)
+    v = slice(y, 1, 2, 4); fill_(v, 0)  ->  z = slice_scatter(y, fill(v, 0), 1, 2, 4)
 
-Others stay: they are decomposed by a trace of the whole, which takes as long as the first trace.
+Views that are used afterwards are taken again, from the new tensor. Other in-place ops stay: they
+are decomposed by a trace of the whole, which takes as long as the first trace.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,29 +21,145 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 
 from turbotx.capture.casts import inside
+from turbotx.ir.expr import Expr, expr
+from turbotx.ir.fx_nodes import GETITEM
 
 aten = torch.ops.aten
 _NEW = frozenset(("aten.linear.default", "aten.matmul.default", "aten.layer_norm.default",
-                  "aten.softmax.int"))  # fmt: skip
+                  "aten.softmax.int", "aten.conv1d.default", "aten.conv2d.default"))  # fmt: skip
 """Composite ops whose result never aliases their argument; that of others (dropout) may."""
+
+_WRITE_BACK: dict[Any, Callable[..., fx.Node]] = {
+    aten.alias.default: lambda call, base, new: new,
+    aten.detach.default: lambda call, base, new: new,
+    aten.slice.Tensor: lambda call, *args: call(aten.slice_scatter.default, *args),
+    aten.select.int: lambda call, *args: call(aten.select_scatter.default, *args),
+    aten.unsqueeze.default: lambda call, base, new, dim: call(aten.squeeze.dim, new, dim),
+    aten.transpose.int: lambda call, base, new, *dims: call(aten.transpose.int, new, *dims),
+    aten.view.default: lambda call, base, new, size: call(aten.reshape_as.default, new, base),
+}
+"""What gives a tensor with a view's new value: calls with the tensor, that value, and the view's
+other arguments."""
 
 
 def write_out_of_place(graph: fx.Graph) -> None:
     """Replace in-place ops by their out-of-place variants where nothing else observes the change:
-    no earlier view, no input, no parameter."""
+    no input, no parameter, and no earlier result that may be a view or a copy."""
     place = {node: k for k, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         op = _find_other(node)
-        changed: Any = node.args[0] if node.args else None
-        if op is None or not _makes_new(changed) or not hasattr(changed.meta["val"], "fake_mode"):
+        views = _find_views(node.args[0]) if op is not None else []
+        if op is None or not views:
             continue
-        earlier = [n for n in changed.users if place[n] < place[node]]
-        if not all(map(_makes_new, earlier)):
-            continue
-        if _compute(op, node).dtype != changed.meta["val"].dtype:
-            continue
-        node.target = op  # its value stays: the layout is that of the modified tensor
-        changed.replace_all_uses_with(node, lambda n, at=place[node]: place[n] > at)
+        write = _Write(node, place)
+        if any(x.alias_info is not None for x in op._schema.returns):
+            node.target = op  # unsqueeze_ and the like change no element
+            write.use_later(views[-1], node)
+        elif node.target is aten.copy_.default and _is_same(views, _find_views(node.args[1])):
+            write.use_later(node, views[-1])  # v += 1 as Python runs it on an item
+            graph.erase_node(node)
+        else:
+            write.replace(op, views)
+
+
+class _Write:
+    """One in-place op. place: where each node stands; new nodes stand where the op does."""
+
+    def __init__(self, node: fx.Node, place: dict[fx.Node, int]) -> None:
+        self.node, self.place, self.at = node, place, place[node]
+        self.made: list[fx.Node] = []
+
+    def replace(self, op: OpOverload, views: list[fx.Node]) -> None:
+        """Replace the op by `op`. views: a new tensor, a view of it, a view of that, and so on to
+        the one that the op changes."""
+        node, base, changed = self.node, views[0], views[-1]
+        stale, before = self._find_stale(base), changed.meta["val"]
+        value, known = _compute(op, node.args, node.kwargs), node.meta["val"]
+        if stale is None or list(map(expr, value.shape)) != list(map(expr, before.shape)):
+            return
+        new, node.meta["val"] = node, value
+        if value.dtype != before.dtype:
+            new = self._call(aten._to_copy.default, new, dtype=before.dtype)
+        for view in reversed(views[1:]):
+            new = _WRITE_BACK[view.target](self._call, view.args[0], new, *view.args[1:])
+        if new is node:
+            node.meta["val"] = known  # the layout is that of the changed tensor
+        elif _layout(new) != _layout(base):
+            node.meta["val"] = known
+            self._erase_unused()
+            return
+        node.target = op
+        renewed = {base: new}
+        for view in (*stale, *views[1:]):
+            self._renew(view, renewed)
+        for old, now in ((node, renewed[changed]), *renewed.items()):
+            self.use_later(old, now)
+        self._erase_unused()
+
+    def use_later(self, old: fx.Node, new: fx.Node) -> None:
+        """Replace a node where it is used after the op."""
+        old.replace_all_uses_with(new, lambda user: self.place[user] > self.at)
+
+    def _find_stale(self, base: fx.Node) -> list[fx.Node] | None:
+        """Return the earlier views that are used later; None if one of those may be a copy."""
+        views, aliases, stale = {base}, [base], []
+        for alias in aliases:  # grows
+            for user in alias.users:
+                if self.place[user] >= self.at or user in aliases or _makes_new(user):
+                    continue
+                aliases.append(user)
+                if alias in views and _is_view(user):
+                    views.add(user)
+                if any(self.place[n] > self.at for n in user.users):
+                    stale.append(user)
+        return stale if views.issuperset(stale) else None
+
+    def _renew(self, view: Any, renewed: dict[fx.Node, fx.Node]) -> fx.Node:
+        """Return the same view of the new tensor."""
+        if view not in renewed:
+            source = self._renew(view.args[0], renewed)
+            renewed[view] = self._call(view.target, source, *view.args[1:])
+        return renewed[view]
+
+    def _call(self, op: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
+        """Append a call behind the op and what was made for it."""
+        with self.node.graph.inserting_after((self.node, *self.made)[-1]):
+            made = self.node.graph.call_function(op, args, kwargs)
+        made.meta = {k: v for k, v in self.node.meta.items() if k not in ("val", "tensor_meta")}
+        made.meta["val"] = _compute(op, args, kwargs)
+        self.place[made] = self.at
+        self.made.append(made)
+        return made
+
+    def _erase_unused(self) -> None:
+        for made in reversed(self.made):
+            if not made.users:
+                self.node.graph.erase_node(made)
+
+
+def _find_views(changed: Any) -> list[fx.Node]:
+    """Return a new tensor and the views of it, each of the one before, that end with `changed`;
+    empty if it may belong to something else."""
+    views = [changed]
+    while _is_view(views[0]):
+        views.insert(0, views[0].args[0])
+    found = _makes_new(views[0]) and hasattr(views[0].meta["val"], "fake_mode")
+    return views if found else []
+
+
+def _is_same(a: list[fx.Node], b: list[fx.Node]) -> bool:
+    """Return whether two results of `_find_views` end with the same part of the same tensor."""
+    kinds = [[(v.target, v.args[1:]) for v in views[1:]] for views in (a, b)]
+    return a[:1] == b[:1] and kinds[0] == kinds[1]
+
+
+def _is_view(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in _WRITE_BACK and not node.kwargs
+
+
+def _layout(node: fx.Node) -> list[Expr]:
+    value = node.meta["val"]
+    return list(map(expr, (*value.shape, *value.stride())))
 
 
 def _find_other(node: fx.Node) -> OpOverload | None:
@@ -52,19 +171,23 @@ def _find_other(node: fx.Node) -> OpOverload | None:
     in_place = name.endswith("_") and not name.endswith("__") and target.namespace == "aten"
     if not in_place or len(changes) != 1 or torch.Tag.nondeterministic_seeded in target.tags:
         return None
-    found = getattr(getattr(aten, name[:-1], None), target._overloadname, None)
-    return found if found is not None and found is not aten.copy.default else None
+    return getattr(getattr(aten, name[:-1], None), target._overloadname, None)
 
 
 def _makes_new(node: Any) -> bool:
     """Return whether a call's results are new tensors, or not tensors."""
+    if isinstance(node, fx.Node) and node.target is GETITEM:
+        node = node.args[0]
     if not isinstance(node, fx.Node) or not isinstance(node.target, OpOverload):
         return False
     op = node.target
+    if op._opname == "to" and op.namespace == "aten":  # a copy where the dtype changes
+        source: Any = node.args[0]
+        return bool(node.meta["val"].dtype != source.meta["val"].dtype)
     shared = [a for a in (*op._schema.arguments, *op._schema.returns) if a.alias_info is not None]
     if shared or "unsafe" in op._opname:
         return False
-    if not isinstance(node.meta.get("val"), (torch.Tensor, torch.SymInt, int)):
+    if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list, torch.SymInt, int)):
         return False
     if op is aten.einsum.default:  # of one operand it is a view
         operands: Any = node.args[1]
@@ -72,9 +195,7 @@ def _makes_new(node: Any) -> bool:
     return str(op) in _NEW or not op._can_decompose()
 
 
-def _compute(op: OpOverload, node: fx.Node) -> Any:
-    args: Any
-    kwargs: Any
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+def _compute(op: OpOverload, args: Any, kwargs: Any) -> Any:
+    args, kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
     with torch.no_grad(), enable_python_dispatcher(), args[0].fake_mode, inside(op):
         return op(*args, **kwargs)

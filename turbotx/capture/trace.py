@@ -59,6 +59,7 @@ from turbotx.capture.host_random import (
     watch_entropy,
 )
 from turbotx.capture.idle_dropout import IdleDropout
+from turbotx.capture.inplace_ops import write_out_of_place
 from turbotx.capture.input_names import find_hints, name_dims, name_inputs
 from turbotx.capture.light_export import light_export, ops_listed_once
 from turbotx.capture.module_state.environment import watch_environment
@@ -334,6 +335,7 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
         kept = KEPT_WHOLE | recurrent_ops()
         before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
         squeezed, shown = find_squeezed(exported.graph), find_shown(exported.graph)
+        write_out_of_place(exported.graph)
         written = find_written(exported.graph)
         try:
             decompose_nodes(exported.graph_module, kept)

@@ -25,6 +25,17 @@ T5_BEGIN = ((0, 8, 0), (0, 3, 0), (2, 3, 2), (4, 2, 0), (5, 2, 0))
 """T5's layer, 7 launches, and what is before the first: begin, launches alive, which of sizes."""
 
 
+CODEGEN = ((3, 3, 3), (4, 2, 0), (4, 2, 0), (5, 2, 0), (6, 9, 0), (7, 2, 4), (8, 2, 0), (9, 8, 0))
+"""CodeGen's layer, 7 launches: begin, launches alive, which of sizes. The first reads other buffers
+than those between layers, and every layer a table that was made at the start."""
+
+
+def codegen_sizes(batch: int, seq: int) -> list[int]:
+    """Bytes of 64 channels, a table, a mask, q, k and v, 256 channels."""
+    tokens = batch * seq
+    return [256 * tokens, 32 * seq, 4 * tokens * seq, 768 * tokens, 1024 * tokens]
+
+
 def t5_sizes(batch: int, seq: int) -> list[int]:
     """Bytes of 64 channels, a mask, q, k and v, four heads' relative positions, 128 channels."""
     return [256 * batch * seq, batch * seq, 768 * batch * seq, 16 * seq * seq, 512 * batch * seq]
@@ -98,22 +109,35 @@ def test_plans_of_equal_layers_are_at_the_bound(count: int) -> None:
     assert peak == lower_bound(buffers)
 
 
-@pytest.mark.parametrize("count", [12, 24, 48])
-def test_plans_are_at_the_bound_where_a_buffer_grows_otherwise_than_those_of_layers(
-    count: int,
-) -> None:
+def t5_buffers(count: int) -> list[tuple[int, int, int]]:
     end = 7 * count + 3
     found = [(1, end - 6, 1), (3, end - 8, 3), *T5_BEGIN]
     found += [(6 + 7 * k + at, n, kind) for k in range(count) for at, n, kind in T5]
-    found = sorted(found[:-4])
+    return sorted(found[:-4])
+
+
+def codegen_buffers(count: int) -> list[tuple[int, int, int]]:
+    found = [(0, 10, 0), (0, 8, 0), (2, 7 * count - 3, 2)]
+    found += sorted(((1, 4 + 7 * k, 1) for k in range(count)), key=lambda x: str(x[1]))
+    return found + [(7 * k + at, n, kind) for k in range(count) for at, n, kind in CODEGEN]
+
+
+@pytest.mark.parametrize("count", [12, 24, 48])
+@pytest.mark.parametrize(
+    ("buffers", "sizes_at"), [(t5_buffers, t5_sizes), (codegen_buffers, codegen_sizes)]
+)
+def test_plans_are_at_the_bound_where_a_buffer_grows_otherwise_than_those_of_layers(
+    buffers, sizes_at, count: int
+) -> None:
+    found, end = buffers(count), 7 * count + 3
     lifetimes = [Lifetime(at, min(at + n, end)) for at, n, _ in found]
     kinds = [kind for _, _, kind in found]
     workload = Workload(tuple(lifetimes), tuple(kinds), tuple(map(str, range(len(kinds)))))
-    shapes = ((8, 128), (1, 16), (1, 128), (2, 128), (16, 512), (1, 512))
-    given = [t5_sizes(*shape) for shape in shapes]
+    shapes = ((8, 128), (1, 16), (1, 128), (4, 64), (16, 512), (1, 512))
+    given = [sizes_at(*shape) for shape in shapes]
     planner = SymbolicPlanner(workload, solve_orientations(workload, given[0], given))
     for shape in ((1, 1), (2, 17), (7, 2), (3, 40), (1, 384), (16, 64)):
-        sizes = t5_sizes(*shape)
+        sizes = sizes_at(*shape)
         assert planner.offsets(sizes)[1] == planner.lower_bound(sizes), shape
 
 

@@ -36,7 +36,7 @@ met."""
 QUICK_EVALUATIONS = 11
 """Those of the portfolio, before the search."""
 
-MANY_LAYERS = 16
+MANY_LAYERS = 8
 """From this many equal layers on, a few of them are placed first; all only if that misses the
 bound: 48 layers of Llama are 436 buffers."""
 

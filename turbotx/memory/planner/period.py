@@ -20,10 +20,10 @@ from turbotx.memory.planner.plan import Lifetime
 Ints = npt.NDArray[np.int64]
 Place = Callable[[Sequence[Lifetime], Sequence[int]], Iterator[list[int]]]
 
-WAYS = ((3, 2), (3, 1), (4, 1), (4, 2))
-"""How many layers are placed, two of them before those that repeat, and how many repeat together:
-two first, since buffers may change places from one to the next, as BLOOM's do. Which count of
-layers ends as it began depends on how many there are."""
+WAYS = ((4, 2), (3, 1))
+"""How many layers are placed, the last of them behind those that repeat, and how many repeat
+together: two first, since buffers may change places from one to the next, as BLOOM's do, and not
+the very first layer, whose buffers meet others than those of the next."""
 LEAST_REPEATS = 6
 
 
@@ -84,49 +84,42 @@ def _repeat_each(
 ) -> Iterator[list[int]]:  # fmt: skip
     """Repeat every placement of `kept` layers, `unit` of them at a time."""
     left_out = (period.repeats - kept) // unit * unit
-    short = _shorten(lifetimes, order, period, left_out)
+    begin = period.first + (kept - 1) * period.count
+    cut = range(begin, begin + left_out * period.count)
+    short = _shorten(lifetimes, order, period, cut)
     names = [i for i, _ in short]
     for offsets in place([x for _, x in short], [sizes[i] for i in names]):
-        yield _repeat(dict(zip(names, offsets, strict=True)), order, period, left_out, unit)
+        yield _repeat(dict(zip(names, offsets, strict=True)), order, cut, unit * period.count)
 
 
 def _order(lifetimes: Sequence[Lifetime]) -> list[int]:
     return sorted(range(len(lifetimes)), key=lambda i: lifetimes[i].begin)
 
 
-def _cut(period: Period, left_out: int) -> tuple[int, int]:
-    """Return the range of positions, in the order, that is left out: after the first two layers."""
-    begin = period.first + 2 * period.count
-    return begin, begin + left_out * period.count
-
-
 def _shorten(
-    lifetimes: Sequence[Lifetime], order: Sequence[int], period: Period, left_out: int
+    lifetimes: Sequence[Lifetime], order: Sequence[int], period: Period, cut: range
 ) -> list[tuple[int, Lifetime]]:
-    """Return the kept buffers, with lifetimes that omit the layers left out."""
-    begin, end = _cut(period, left_out)
-    shift = left_out * period.span
-    since = lifetimes[order[begin]].begin
+    """Return the kept buffers, with lifetimes that omit the layers left out. cut: the positions, in
+    the order, of what is left out."""
+    shift = len(cut) // period.count * period.span
+    since = lifetimes[order[cut.start]].begin
     kept = []
     for place, i in enumerate(order):
         at = lifetimes[i]
-        if place < begin:  # a buffer that ends in the next layer still ends in the following one
+        if place < cut.start:  # one that ends in the next layer still ends in the following one
             last = at.end if at.end <= since + period.span else max(since, at.end - shift)
             kept.append((i, Lifetime(at.begin, max(last, at.begin + 1))))
-        elif place >= end:
+        elif place >= cut.stop:
             kept.append((i, Lifetime(at.begin - shift, at.end - shift)))
     return kept
 
 
-def _repeat(
-    known: dict[int, int], order: Sequence[int], period: Period, left_out: int, unit: int
-) -> list[int]:
-    begin, end = _cut(period, left_out)
+def _repeat(known: dict[int, int], order: Sequence[int], cut: range, repeats: int) -> list[int]:
+    """Return every buffer's offset; those left out have those of the `repeats` before the cut."""
     found = [0] * len(order)
     for place, i in enumerate(order):
-        left = begin <= place < end
-        repeats = unit * period.count
-        found[i] = known[order[begin - repeats + (place - begin) % repeats] if left else i]
+        before = cut.start - repeats + (place - cut.start) % repeats
+        found[i] = known[order[before] if place in cut else i]
     return found
 
 
