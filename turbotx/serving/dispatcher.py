@@ -160,7 +160,10 @@ class Dispatcher:
                 many = replace(asked, patient=True, weight=1 / len(rows))
                 await self._enter_by_turns(rows, found, many)
             jobs = [job for job in found if isinstance(job, PendingRow)]
-            vectors = iter(await asyncio.gather(*(asyncio.shield(job.done) for job in jobs)))
+            if len(jobs) == 1:
+                vectors = iter([await asyncio.shield(jobs[0].done)])
+            else:
+                vectors = iter(await asyncio.gather(*(asyncio.shield(job.done) for job in jobs)))
             return (
                 [next(vectors) if isinstance(job, PendingRow) else job for job in found],
                 max((job.queued_ms for job in jobs), default=0.0) / 1e3,
