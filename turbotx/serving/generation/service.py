@@ -22,7 +22,7 @@ from turbotx.serving.generation.model import Generator
 from turbotx.serving.generation.scheduler import GenerationLimits, GenerationScheduler
 from turbotx.serving.generation.sequence import Asked, GeneratedSequence, Piece
 from turbotx.serving.generation.slots import BLOCK
-from turbotx.serving.generation.worker import DecodeWorker
+from turbotx.serving.generation.worker import DecodeWorker, Told
 from turbotx.serving.refusals import TimedOut
 from turbotx.serving.served import Served
 from turbotx.serving.settings import Settings
@@ -64,7 +64,13 @@ class GenerationService(Served):
             prefix_cache=batch.no_prefixes is None,
         )  # fmt: skip
         self.scheduler = GenerationScheduler(limits)
-        self._worker = DecodeWorker(batch, self.scheduler, self.metrics)
+        loop = asyncio.get_running_loop()
+
+        def post(told: Told) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop has been closed
+                loop.call_soon_threadsafe(_tell_all, told)
+
+        self._worker = DecodeWorker(batch, self.scheduler, self.metrics, post)
         self._worker.start()
         self.state = "ready"
         log.info(
@@ -89,14 +95,10 @@ class GenerationService(Served):
         """
         for prompt, wanted in zip(prompts, asked, strict=True):
             self.scheduler.check(len(prompt), len(prompt) + wanted.max_tokens)
-        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece | Exception]]()
+        arrived = asyncio.Queue[tuple[int, Piece | Exception]]()
 
         def teller(index: int) -> Callable[[Piece | Exception], None]:
-            def tell(piece: Piece | Exception) -> None:
-                with contextlib.suppress(RuntimeError):  # the event loop has been closed
-                    loop.call_soon_threadsafe(arrived.put_nowait, (index, piece))
-
-            return tell
+            return lambda piece: arrived.put_nowait((index, piece))
 
         backend = self.generator.tokenizer.backend_tokenizer
         sequences = [
@@ -141,3 +143,8 @@ class GenerationService(Served):
         if callable(stats):
             found.update({f"engine_{name}": float(value) for name, value in stats().items()})
         return found
+
+
+def _tell_all(told: Told) -> None:
+    for sequence, piece in told:
+        sequence.tell(piece)
