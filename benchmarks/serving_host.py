@@ -53,11 +53,11 @@ def save_encoder(folder: Path) -> None:
 
 
 def save_decoder(folder: Path) -> None:
-    """Write a GPT-2 of one layer 8 wide, with logits over GPT-2's whole vocabulary."""
+    """Write a GPT-2 of one layer, 8 wide, with logits over the first 512 tokens."""
     import transformers
 
     save_model(folder, 1)  # for its tokenizer
-    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=1024)
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=512)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
 
 
@@ -213,7 +213,7 @@ def main() -> None:
             servers = [stack.enter_context(serving(folder, t, *arguments)) for t in options.tree]
             for what in whats:
                 for clients in options.clients:
-                    count = options.texts if kind == "texts" else 2 * clients
+                    count = options.texts if kind == "texts" else max(2 * clients, 8)
                     rounds: dict[str, list[Any]] = {tree: [] for tree in options.tree}
                     for _ in range(1 + options.rounds):  # the first one makes what is made once
                         for tree, (port, pid) in zip(options.tree, servers, strict=True):

@@ -29,8 +29,7 @@ class StepLogits:
         self._logits, self.places = logits, places
         self._found: torch.Tensor | None = None
         if logits.device.type != "cpu":  # queued behind the call
-            best, tokens = logits.max(-1)
-            self._found = torch.stack([tokens.double(), best.double()])
+            self._found = find_best(logits)
 
     def wait(self) -> None:
         """Wait until the logits are computed."""
@@ -59,3 +58,10 @@ class StepLogits:
             return tokens.astype(np.int64).tolist(), logits.tolist()
         places = self._rows.argmax(axis=1)  # NumPy's is several times as fast as PyTorch's
         return places.tolist(), self._rows[np.arange(len(places)), places].tolist()
+
+
+def find_best(logits: torch.Tensor) -> torch.Tensor:
+    """Return each row's most probable token and its logit where the logits are, float64 (2, rows),
+    so that one copy brings both; float64 has every token exactly."""
+    best, tokens = logits.max(-1)
+    return torch.stack([tokens.double(), best.double()])
