@@ -21,13 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbotx.serving.cache import ResponseCache
-from turbotx.serving.dispatcher import Dispatcher, Lane
+from turbotx.serving.dispatcher import Dispatcher
 from turbotx.serving.engine import TorchEngine
 from turbotx.serving.idle import IdleMeasuring
 from turbotx.serving.lanes import Lanes
 from turbotx.serving.measure import cost_file, describe_device, load_or_measure, warm_up
 from turbotx.serving.metrics import Metrics
 from turbotx.serving.model_files import LoadedModel
+from turbotx.serving.pending import Lane
 from turbotx.serving.policies import POLICIES, Aging, Policy
 from turbotx.serving.refusals import Missing, TooLarge
 from turbotx.serving.scheduler import Hungry, Lazy, Scheduler
