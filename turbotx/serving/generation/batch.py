@@ -178,9 +178,9 @@ class DecodeBatch:
                 self.prefixes.hold(row.prefix)
                 self._held[key] = row.prefix
 
-    def read(self) -> StepLogits | None:
-        """Run the next columns of the prefill; when it is complete, return float32 (vocabulary,)
-        logits per sequence, else None."""
+    def read(self) -> StepLogits:
+        """Run the next columns of the prefill; return the logits of its sequences, of none before
+        it is complete."""
         reading = self.reading
         assert reading is not None
         begin, end, length = reading.done, reading.next, reading.length
@@ -192,10 +192,8 @@ class DecodeBatch:
         self._evict(memory_of(reading.cache).count_new(len(ids), mask.shape[1]))
         logits = self._call(reading.cache, ids[:, begin:end], mask)
         reading.done, reading.next = end, min(length, end + self.piece)
-        if end < length:
-            return None
-        places = {key: r for r, row in enumerate(reading.rows) for key in row.keys}
-        return StepLogits(logits, places)
+        rows = enumerate(reading.rows if end == length else [])
+        return StepLogits(logits, {key: r for r, row in rows for key in row.keys})
 
     def join(self, tokens: Mapping[Hashable, int]) -> None:
         """Add the sequences of the finished prefill to the batch; tokens: the next token of each.

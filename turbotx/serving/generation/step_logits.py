@@ -25,7 +25,7 @@ class StepLogits:
     """Valid until the model's next call."""
 
     def __init__(self, logits: torch.Tensor, places: Mapping[Hashable, int]) -> None:
-        """places: the row of each sequence."""
+        """places: the row of each sequence; none while there is more of the prompts to read."""
         self._logits, self.places = logits, places
         self._found: torch.Tensor | None = None
         if logits.device.type != "cpu":  # queued behind the call
@@ -33,7 +33,8 @@ class StepLogits:
 
     def wait(self) -> None:
         """Wait until the logits are computed."""
-        self._best  # noqa: B018 - computed once
+        if self.places or self._found is not None:
+            self._best  # noqa: B018 - computed once
 
     def best(self, place: int) -> tuple[int, float]:
         """Return a row's most probable token, the first of equals, and its logit: NaN if the row

@@ -128,10 +128,9 @@ class DecodeWorker:
         begin, columns = time.perf_counter(), reading.next - reading.done
         found = self.batch.read()
         self._tell()
-        if found is not None:
-            found.wait()
+        found.wait()
         self._metrics.count_read(columns * len(reading.rows), time.perf_counter() - begin)
-        if found is None:
+        if not found.places:
             return
         tokens: dict[Hashable, int] = {}
         for sequence, place in found.places.items():
