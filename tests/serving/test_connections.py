@@ -119,7 +119,7 @@ def test_a_body_that_is_half_there_does_not_hold_the_server(either_parser):
     with listening(service) as url, connect(url) as half:
         half.sendall(HEAD + b"content-length: 500\r\n\r\n{")
         time.sleep(0.3)
-        service.left.set()
+        service.bodies.leave()
         assert half.recv(100).startswith(b"HTTP/1.1 503")
 
 

@@ -87,6 +87,24 @@ def test_those_who_wait_together_run_together():
     in_loop(test, engine)
 
 
+def test_a_batch_is_answered_while_the_next_one_runs():
+    engine = GatedEngine(opened=False)
+
+    async def check(dispatcher):
+        first = await first_is_running(dispatcher)
+        second = asyncio.create_task(dispatcher.compute(row(2)))
+        while not dispatcher.scheduler.waiting:
+            await asyncio.sleep(0.001)
+        engine.gate = threading.Event()  # of the second batch; the first waits for the old one
+        engine.first_gate.set()
+        assert (await first).tolist() == [1, 3] and not second.done()
+        engine.gate.set()
+        assert (await second).tolist() == [2, 3]
+
+    engine.first_gate = engine.gate
+    in_loop(check, engine)
+
+
 def test_equal_rows_in_flight_are_computed_once():
     engine = GatedEngine(opened=False)
 

@@ -11,6 +11,7 @@ import pytest
 from tests.serving.conftest import sleeping_service
 from tests.serving.test_app import client_of
 from turbotx.serving.bodies import BodyMemory, Shape
+from turbotx.serving.interruption import Interruption
 from turbotx.serving.refusals import Busy, TooLarge
 from turbotx.serving.tokenizer_pool import SHORT, TokenizerPool
 
@@ -69,20 +70,31 @@ def test_short_texts_do_not_wait_behind_long_ones_and_long_ones_are_bounded():
 
 
 def test_a_flood_of_bodies_costs_the_largest_and_no_more_memory_than_said():
+    memory, ended = BodyMemory(1000), []
+
     async def life():
-        memory = BodyMemory(1000)
         with memory.hold() as small, memory.hold() as large, memory.hold() as whole:
-            for held in (small, large):
-                held.reading = asyncio.get_running_loop().create_future()
+            arriving = [asyncio.create_task(arrive(held)) for held in (small, large)]
+            await asyncio.sleep(0)
             memory.charge(whole, 300)  # has been read: it stays
             memory.charge(large, 500)
             memory.charge(small, 150)
-            assert memory.nbytes == 950 and not large.reading.cancelled()
-            victim = large.reading
+            assert memory.nbytes == 950
+            await asyncio.sleep(0)
+            assert not ended
             memory.charge(small, 100)
-            assert victim.cancelled() and not small.reading.cancelled()
             assert memory.nbytes == 550
+            await asyncio.wait(arriving[1:])
+            assert ended == [large] and not arriving[0].done()
+            with pytest.raises(Busy, match="too many request bodies"):
+                memory.charge(small, 701)
+            assert memory.nbytes == 300
         assert memory.nbytes == 0
+
+    async def arrive(held):
+        with pytest.raises(Busy, match="too many request bodies"), Interruption() as held.reading:
+            await asyncio.sleep(60)
+        ended.append(held)
 
     asyncio.run(life())
 

@@ -69,7 +69,7 @@ def create_app(service: Service) -> Starlette:
             span.set_attribute("http.response.status_code", response.status_code)
         took_s = time.perf_counter() - begin
         metrics.duration.observe(took_s)
-        response.headers.update(facts.headers(took_s, service.model.info.device))
+        response.raw_headers += facts.headers(took_s, service.model.info.device)
         return response
 
     return make_application(
@@ -94,7 +94,7 @@ async def _answer(
     with service.bodies.hold() as held:
         longest = max(m.info.max_length for m in service.models.values())
         shape = Shape(items, items * longest)
-        text = await read_body(request, settings, service.left, service.bodies, held, shape)
+        text = await read_body(request, settings, service.bodies, held, shape)
         dispatcher = service.dispatcher  # raises NotReady while there is none
         scope = replace(read_scope(request, dispatcher.now_ms()), facts=facts)
         if dispatcher.full(scope.priority):  # checked before the inputs are tokenized

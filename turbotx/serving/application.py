@@ -60,7 +60,7 @@ def make_application(
         starting = asyncio.create_task(service.start())
         starting.add_done_callback(lambda done: done.cancelled() or done.exception())
         yield
-        service.left.set()
+        service.bodies.leave()
         if service.preparing:  # no request was answered yet: do not wait for the thread
             starting.cancel()
         await asyncio.wait([starting])
@@ -153,15 +153,17 @@ def _computing(
     service: Served, endpoint: Endpoint, answer: Answer
 ) -> Callable[[Request], Awaitable[Response]]:
     decoder: Decoder = msgspec.json.Decoder(endpoint.body)
+    requests = service.metrics.requests.labels(endpoint.path)
 
     async def respond(request: Request) -> Response:
         begin, name = time.perf_counter(), read_id(request)
-        service.metrics.requests.labels(endpoint.path).inc()
+        requests.inc()
         response = await answer(endpoint, request, decoder)
-        response.headers["x-request-id"] = name
-        took_ms = round((time.perf_counter() - begin) * 1e3, 3)
-        fields = {"path": endpoint.path, "status": response.status_code, "ms": took_ms}
-        log.info("request", extra={"fields": {**fields, "id": name}})
+        response.raw_headers.append((b"x-request-id", name.encode()))
+        if log.isEnabledFor(logging.INFO):
+            took_ms = round((time.perf_counter() - begin) * 1e3, 3)
+            fields = {"path": endpoint.path, "status": response.status_code, "ms": took_ms}
+            log.info("request", extra={"fields": {**fields, "id": name}})
         return response
 
     return respond

@@ -5,7 +5,7 @@ decode to too many objects is refused while it arrives; if all bodies together t
 the largest one that is still arriving is refused::
 
     with memory.hold() as held:
-        text = await read_body(request, settings, left, memory, held)
+        text = await read_body(request, settings, memory, held, shape)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from turbotx.serving.interruption import Interruption
 from turbotx.serving.refusals import BadInput, Busy, NotReady, TimedOut, TooLarge, Unsupported
 from turbotx.serving.settings import Settings
 
@@ -32,7 +33,7 @@ class Held:
     """One request's share of the memory for bodies, in bytes."""
 
     nbytes: int = 0
-    reading: asyncio.Future[bytes] | None = None  # set while the body arrives
+    reading: Interruption | None = None  # set while the body arrives
 
 
 @dataclass
@@ -42,6 +43,7 @@ class BodyMemory:
 
     most: int
     nbytes: int = 0
+    leaving: bool = False  # bodies that are not complete are refused
     _held: set[Held] = field(default_factory=set)
 
     @contextmanager
@@ -56,7 +58,8 @@ class BodyMemory:
             self.nbytes -= held.nbytes
 
     def charge(self, held: Held, nbytes: int) -> None:
-        """Add bytes to a share. Over the limit, cancels the largest body that is still arriving."""
+        """Add bytes to a share. Over the limit, refuse the largest body that is still arriving:
+        raises Busy if it is this one."""
         held.nbytes += nbytes
         self.nbytes += nbytes
         while self.nbytes > self.most:
@@ -64,10 +67,21 @@ class BodyMemory:
             if not arriving:
                 return
             largest = max(arriving, key=lambda h: h.nbytes)
-            assert largest.reading is not None
-            largest.reading.cancel()
+            said = "the server holds too many request bodies: retry later"
+            reading, refusal = largest.reading, Busy(said, retry_after_s=1.0)
             self.nbytes -= largest.nbytes
             largest.nbytes, largest.reading = 0, None
+            if largest is held:
+                raise refusal
+            assert reading is not None
+            reading.end(refusal)
+
+    def leave(self) -> None:
+        """Refuse bodies that are not complete, from now on."""
+        self.leaving = True
+        for held in self._held:
+            if held.reading is not None:
+                held.reading.end(_leaving())
 
 
 class Shape:
@@ -103,34 +117,24 @@ class Shape:
 
 
 async def read_body(
-    request: Request, settings: Settings, left: asyncio.Event, memory: BodyMemory, held: Held,
-    shape: Shape,
-) -> bytes:  # fmt: skip
+    request: Request, settings: Settings, memory: BodyMemory, held: Held, shape: Shape
+) -> bytes:
     """Return the whole body, decompressed.
 
     Raises TooLarge as soon as a limit is exceeded, Unsupported for an unknown Content-Encoding,
     BadInput for corrupt compressed data, Busy if the memory for all bodies is used up, TimedOut
-    after ``timeout_ms``, NotReady if the server stops (``left``) before the body is complete.
+    after ``timeout_ms``, NotReady if the server stops before the body is complete.
     """
-    reading = asyncio.ensure_future(_read(request, settings, memory, held, shape))
-    leaving = asyncio.ensure_future(left.wait())
-    held.reading = reading
-    try:
-        await asyncio.wait(
-            {reading, leaving}, timeout=settings.timeout_ms / 1e3, return_when="FIRST_COMPLETED"
-        )
-        if reading.cancelled():
-            raise Busy("the server holds too many request bodies: retry later", retry_after_s=1.0)
-        if reading.done():
-            return reading.result()
-        if leaving.done():
-            raise NotReady("the server is shutting down")
-        raise TimedOut(f"the body did not arrive within {settings.timeout_ms:.0f} ms")
-    finally:
-        held.reading = None
-        for task in (reading, leaving):
-            task.cancel()
-        await asyncio.gather(reading, leaving, return_exceptions=True)
+    with Interruption() as reading:
+        late = f"the body did not arrive within {settings.timeout_ms:.0f} ms"
+        reading.end_after(settings.timeout_ms / 1e3, TimedOut(late))
+        if memory.leaving:
+            reading.end_after(0, _leaving())
+        held.reading = reading
+        try:
+            return await _read(request, settings, memory, held, shape)
+        finally:
+            held.reading = None
 
 
 async def _read(
@@ -180,3 +184,7 @@ def _inflate(inflater: Any, packed: bytes, coding: str) -> Iterator[bytes]:
 
 def _too_large(most: int) -> TooLarge:
     return TooLarge(f"the body exceeds {most} bytes")
+
+
+def _leaving() -> NotReady:
+    return NotReady("the server is shutting down")

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,35 +26,13 @@ from turbotx.serving.engine import BatchEngine, Rows
 from turbotx.serving.idle import IdleMeasuring, Shape
 from turbotx.serving.lanes import Lanes
 from turbotx.serving.metrics import Metrics
+from turbotx.serving.pending import Lane, PendingRow
 from turbotx.serving.refusals import BackendFailed, Busy, Late, NotReady, Refusal
 from turbotx.serving.request import Batch, Request
 from turbotx.serving.scheduler import Overloaded, Scheduler
 from turbotx.serving.tokens import TokenRow
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Lane:
-    """One model: its engine, and the parts of the cache key that identify it."""
-
-    engine: BatchEngine
-    revision: str = ""
-
-
-@dataclass
-class PendingRow:
-    """One row in flight and the requests that await it."""
-
-    key: int
-    row: TokenRow
-    cache_key: CacheKey
-    arrival_ms: float
-    done: asyncio.Future[NDArray[np.float32]] = field(repr=False)
-    lane: Lane
-    awaited_by: int = 1
-    queued_ms: float = math.nan  # time until its batch started
-    took_ms: float = math.nan  # duration of its batch
 
 
 Joined = PendingRow | NDArray[np.float32]  # a row in flight, or a cached vector
@@ -84,6 +62,7 @@ class Dispatcher:
         self._turns: deque[asyncio.Future[None]] = deque()  # large requests waiting
         self._entering = 0  # large requests that have not queued all rows yet
         self._held_ms = 0.0  # estimated ms of their rows that are not queued yet
+        self._computed: tuple[Batch, list[PendingRow], Rows, float] | None = None  # not answered
         self._wake = asyncio.Event()
         metrics.queue_size.set_function(lambda: len(scheduler))
         self._closing = False
@@ -160,7 +139,10 @@ class Dispatcher:
                 many = replace(asked, patient=True, weight=1 / len(rows))
                 await self._enter_by_turns(rows, found, many)
             jobs = [job for job in found if isinstance(job, PendingRow)]
-            vectors = iter(await asyncio.gather(*(asyncio.shield(job.done) for job in jobs)))
+            if len(jobs) == 1:
+                vectors = iter([await asyncio.shield(jobs[0].done)])
+            else:
+                vectors = iter(await asyncio.gather(*(asyncio.shield(job.done) for job in jobs)))
             return (
                 [next(vectors) if isinstance(job, PendingRow) else job for job in found],
                 max((job.queued_ms for job in jobs), default=0.0) / 1e3,
@@ -308,6 +290,7 @@ class Dispatcher:
                     self.idle.begin()
                 await self._execute(batch)
                 continue
+            self._settle()
             if self._closing and not len(self.scheduler) and not self._entering:
                 return
             self._wake.clear()
@@ -338,22 +321,30 @@ class Dispatcher:
             idle.learn(shape, took_ms)
 
     async def _execute(self, batch: Batch) -> None:
+        """Compute a batch; answer the one before it meanwhile."""
         jobs = [self._jobs[r.key] for r in batch.requests]
         begin_ms = self.now_ms()
         for job in jobs:
             job.queued_ms = begin_ms - job.arrival_ms
-        loop = asyncio.get_running_loop()
+        computing = asyncio.get_running_loop().run_in_executor(self._thread, self._compute, jobs)
+        self._settle()
         try:
-            vectors = await loop.run_in_executor(self._thread, self._compute, jobs)
+            vectors = await computing
         except Exception as error:  # an error of the model fails this batch only
             log.warning("batch of %d up to %d tokens failed: %s", len(jobs), batch.length, error)
             await self._compute_apart(jobs, error)
             return
-        took_ms = self.now_ms() - begin_ms
-        self.scheduler.complete(batch, took_ms)
-        self.metrics.count_batch(batch, took_ms)
+        self._computed = batch, jobs, vectors, self.now_ms() - begin_ms
+
+    def _settle(self) -> None:
+        """Answer the rows of the batch computed last, and learn from it."""
+        if self._computed is None:
+            return
+        (batch, jobs, vectors, took_ms), self._computed = self._computed, None
         for job, vector in zip(jobs, vectors, strict=True):
             self._answer(job, vector, took_ms)
+        self.scheduler.complete(batch, took_ms)
+        self.metrics.count_batch(batch, took_ms)
 
     def _compute(self, jobs: Sequence[PendingRow]) -> Rows:
         vectors = jobs[0].lane.engine.run([job.row for job in jobs])

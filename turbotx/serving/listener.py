@@ -97,7 +97,7 @@ class GracefulServer(uvicorn.Server):
             gc.collect()
             gc.freeze()
         if self.should_exit:
-            self._service.left.set()
+            self._service.bodies.leave()
         return await super().on_tick(counter) or self._service.failure is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -20,34 +20,45 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from turbotx.serving import schemas
+from turbotx.serving.interruption import Interruption
 from turbotx.serving.refusals import Refusal, TimedOut
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+UNWATCHED_S = 0.01  # work that takes no longer ends before anybody looks whether its client left
 
 
-async def while_connected(request: Request, work: Any, timeout_ms: float | None) -> Any:
+async def while_connected(
+    request: Request, work: Awaitable[Result], timeout_ms: float | None
+) -> Result:
     """Await the work; cancel it if the client disconnects or the time-out passes.
 
     Raises ClientDisconnect, TimedOut.
     """
+    watching: asyncio.Task[None] | None = None
 
-    async def leave() -> None:
+    async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        waiting.end(ClientDisconnect())
 
-    task, left = asyncio.ensure_future(work), asyncio.ensure_future(leave())
+    def begin() -> None:
+        nonlocal watching
+        watching = asyncio.ensure_future(watch())
+
+    beginning = asyncio.get_running_loop().call_later(UNWATCHED_S, begin)
     try:
-        limit_s = None if timeout_ms is None else timeout_ms / 1e3
-        await asyncio.wait({task, left}, timeout=limit_s, return_when="FIRST_COMPLETED")
-        if task.done():
-            return task.result()
-        if left.done():
-            raise ClientDisconnect
-        raise TimedOut(f"not answered within {timeout_ms:.0f} ms", retry_after_s=limit_s)
+        with Interruption() as waiting:
+            if timeout_ms is not None:
+                late = f"not answered within {timeout_ms:.0f} ms"
+                limit_s = timeout_ms / 1e3
+                waiting.end_after(limit_s, TimedOut(late, retry_after_s=limit_s))
+            return await work
     finally:
-        task.cancel()
-        left.cancel()
-        await asyncio.gather(task, left, return_exceptions=True)
+        beginning.cancel()
+        if watching is not None:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
 
 
 async def answer_or_refuse(work: Awaitable[Response], failed: Any, openai: bool) -> Response:

@@ -215,6 +215,10 @@ class Scheduler:
         if not self._waiting or self.trigger.ready_ms(self.waiting, now_ms) > now_ms:
             return None
         assert self.policy is not None
+        if len(self._waiting) == 1:  # there is nothing to choose
+            waiting = self.waiting
+            cost_ms = self.costs.batch_ms([waiting[0].length])
+            return Batch.of(waiting, cost_ms, self.packed)
         batches = self.policy.plan(self.waiting, now_ms, self.prices)
         if not self.policy.replans:
             self._planned = batches

@@ -43,7 +43,6 @@ class Served:
         self.failure: ModelFailed | None = None
         self.preparing = False  # a thread is running a model for the first time
         self._prepared = names[0]  # the model named in a failure
-        self.left = asyncio.Event()  # set at shutdown: incomplete bodies are refused
         self.leaving = False  # shutting down: not ready, still answering
         self.bodies = BodyMemory(BODIES * settings.max_body_nbytes)
         self._tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_body_nbytes)

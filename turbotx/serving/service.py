@@ -21,13 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbotx.serving.cache import ResponseCache
-from turbotx.serving.dispatcher import Dispatcher, Lane
+from turbotx.serving.dispatcher import Dispatcher
 from turbotx.serving.engine import TorchEngine
 from turbotx.serving.idle import IdleMeasuring
 from turbotx.serving.lanes import Lanes
 from turbotx.serving.measure import cost_file, describe_device, load_or_measure, warm_up
 from turbotx.serving.metrics import Metrics
 from turbotx.serving.model_files import LoadedModel
+from turbotx.serving.pending import Lane
 from turbotx.serving.policies import POLICIES, Aging, Policy
 from turbotx.serving.refusals import Missing, TooLarge
 from turbotx.serving.scheduler import Hungry, Lazy, Scheduler
@@ -52,14 +53,19 @@ class Facts:
     queueing_s: float = 0.0  # the maximum over its rows
     inference_s: float = 0.0
 
-    def headers(self, took_s: float, device: str) -> dict[str, str]:
-        """Return text-embeddings-inference's response headers, times in ms."""
-        seconds = {"total-time": took_s, "compute-time": took_s, "queue-time": self.queueing_s,
-                   "tokenization-time": self.tokenizing_s, "inference-time": self.inference_s}  # fmt: skip  # noqa: E501
-        found = {f"x-{name}": str(round(value * 1e3)) for name, value in seconds.items()}
-        kind = "gpu+optimized" if device.startswith("cuda") else "cpu"
-        return {"x-compute-type": kind, "x-compute-characters": str(self.characters),
-                "x-compute-tokens": str(self.tokens), **found}  # fmt: skip
+    def headers(self, took_s: float, device: str) -> list[tuple[bytes, bytes]]:
+        """Return text-embeddings-inference's response headers, times in ms, as ASGI has them."""
+        kind = b"gpu+optimized" if device.startswith("cuda") else b"cpu"
+        numbers = (
+            (b"x-compute-characters", self.characters),
+            (b"x-compute-tokens", self.tokens),
+            (b"x-total-time", round(took_s * 1e3)),
+            (b"x-compute-time", round(took_s * 1e3)),
+            (b"x-queue-time", round(self.queueing_s * 1e3)),
+            (b"x-tokenization-time", round(self.tokenizing_s * 1e3)),
+            (b"x-inference-time", round(self.inference_s * 1e3)),
+        )
+        return [(b"x-compute-type", kind), *((name, b"%d" % value) for name, value in numbers)]
 
 
 @dataclass(frozen=True)

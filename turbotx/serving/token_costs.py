@@ -33,18 +33,22 @@ SHORT = 32  # sequences of this length have negligible attention cost
 
 
 @dataclass(frozen=True)
-class TokenPrices:
-    """Costs of batches within limits, infinity beyond; used by policies.
-
-    by_tokens: ms, (tokens + 1,), 0 at 0, with a non-increasing cost per token. square_ms: ms per
-    squared length of a sequence. A single sequence is always allowed; batches of several have at
-    most ``max_batch`` members and ``budget`` tokens, the smaller of knee and ``max_tokens``.
-    """
+class TokenCurve:
+    """Costs by tokens alone: ms, (tokens + 1,), 0 at 0, with a non-increasing cost per token; and
+    the table of which they were made."""
 
     by_tokens: Floats
-    square_ms: float
-    max_batch: int
-    max_tokens: int
+    source: Table
+
+    @classmethod
+    def of(cls, table: Table) -> TokenCurve:
+        """Return the curve of a dense table with one column, raised so that the cost per token
+        never increases with the batch: unvisited nodes get cheaper over time, which should favour
+        large batches."""
+        tokens = np.arange(len(table), dtype=np.float64)
+        rates = table[1:, 1] / tokens[1:]
+        least = np.maximum.accumulate(rates[::-1])[::-1]
+        return cls(tokens * np.concatenate(([0.0], least)), table)
 
     @cached_property
     def knee(self) -> int:
@@ -52,18 +56,50 @@ class TokenPrices:
         rates = self.by_tokens[1:] / np.arange(1, len(self.by_tokens))
         return int(np.argmax(rates <= (1 + WORTH) * rates[-1])) + 1
 
+
+@dataclass(frozen=True)
+class TokenPrices:
+    """Costs of batches within limits, infinity beyond; used by policies.
+
+    square_ms: ms per squared length of a sequence. A single sequence is always allowed; batches of
+    several have at most ``max_batch`` members and ``budget`` tokens, the smaller of knee and
+    ``max_tokens``.
+    """
+
+    curve: TokenCurve
+    square_ms: float
+    max_batch: int
+    max_tokens: int
+
+    @property
+    def by_tokens(self) -> Floats:
+        """Ms of a batch by its tokens, without ``square_ms``: (tokens + 1,)."""
+        return self.curve.by_tokens
+
+    @property
+    def knee(self) -> int:
+        """The fewest tokens whose cost per token is within ``WORTH`` of the least."""
+        return self.curve.knee
+
     @cached_property
     def budget(self) -> int:
         """Most tokens of a batch of several: beyond the knee, a larger batch only adds waiting
         time."""
         return min(self.knee, self.max_tokens)
 
-    def alone_ms(self, lengths: Sequence[int] | NDArray[np.int64]) -> Floats:
+    @cached_property
+    def rate(self) -> float:
+        """Ms of a token in a batch filled up to the budget."""
+        return float(self.by_tokens[self.budget]) / self.budget
+
+    def alone_ms(self, lengths: NDArray[np.int64]) -> Floats:
         """Return each sequence's ms in a batch filled up to the budget, float64 (sequences,)."""
-        length = np.asarray(lengths, dtype=np.float64)
-        rate = self.by_tokens[self.budget] / self.budget
-        found: Floats = length * rate + self.square_ms * length**2
+        found: Floats = lengths * self.rate + self.square_ms * lengths.astype(np.float64) ** 2
         return found
+
+    def share_ms(self, length: int) -> float:
+        """Return the ms of one sequence in a batch filled up to the budget."""
+        return length * self.rate + self.square_ms * length**2
 
     def batch_ms(self, lengths: Sequence[int]) -> float:
         """Return a batch's ms; infinity for several sequences beyond the limits."""
@@ -100,6 +136,7 @@ class TokenCosts:
         self._line = np.array(line or [cost_ms[0], slope], dtype=np.float64)
         self._seen, self._aim = np.zeros((3, 3)), np.zeros(3)  # normal equations of `_tell_apart`
         self._made: dict[tuple[int | None, int | None], TokenPrices] = {}
+        self._curve: TokenCurve | None = None  # of the latest prices
 
     @classmethod
     def from_rates(
@@ -124,17 +161,11 @@ class TokenCosts:
         found = self._made.get((max_batch, max_tokens))
         if found is None:
             most = min(max_tokens or self.max_tokens, self.max_tokens)
-            found = TokenPrices(self._falling(), self.square_ms, max_batch or most, most)
+            table = self.by_tokens.dense()
+            if self._curve is None or self._curve.source is not table:
+                self._curve = TokenCurve.of(table)
+            found = TokenPrices(self._curve, self.square_ms, max_batch or most, most)
             self._made[max_batch, max_tokens] = found
-        return found
-
-    def _falling(self) -> Floats:
-        """Return ms by tokens, raised so that the cost per token never increases with the batch:
-        unvisited nodes get cheaper over time, which should favour large batches."""
-        tokens = np.arange(self.max_tokens + 1, dtype=np.float64)
-        rates = self.by_tokens.dense()[1:, 1] / tokens[1:]
-        least = np.maximum.accumulate(rates[::-1])[::-1]
-        found: Floats = tokens * np.concatenate(([0.0], least))
         return found
 
     def batch_ms(self, lengths: Sequence[int]) -> float:
@@ -147,7 +178,7 @@ class TokenCosts:
 
     def share_ms(self, length: int, max_batch: int | None, max_tokens: int | None) -> float:
         """Return ms of one request in the largest batch of equal requests that the limits allow."""
-        return float(self.prices(max_batch, max_tokens).alone_ms([length])[0])
+        return self.prices(max_batch, max_tokens).share_ms(length)
 
     def learn(self, lengths: Sequence[int], took_ms: float, rate: float | None = None) -> None:
         """Refine the costs with one executed batch; rate: as in ``CostTable.observe``."""

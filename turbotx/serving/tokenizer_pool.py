@@ -1,7 +1,8 @@
 """Tokenizer pool: threads that tokenize, with a limit on the waiting characters.
 
 In: a function and the number of characters it reads. Out: its result, or Busy. Short texts have
-their own thread and do not wait for long ones::
+their own thread and do not wait for long ones; what is done sooner than it would be handed to a
+thread and back runs on the event loop::
 
     rows = await pool.run(len(text), lambda: [tokenizer.encode(text)])
 """
@@ -17,6 +18,7 @@ from turbotx.serving.refusals import Busy
 
 Result = TypeVar("Result")
 SHORT = 4_096  # characters: a few ms
+INLINE = 256  # characters: less than 0.1 ms
 
 
 class TokenizerPool:
@@ -34,6 +36,8 @@ class TokenizerPool:
         raises."""
         if self.characters and self.characters + characters > self._most:
             raise Busy("too much text waits to be tokenized: retry later", retry_after_s=1.0)
+        if characters <= INLINE:
+            return work()
         self.characters += characters
         pool = self._short if characters <= SHORT else self._long
         try:

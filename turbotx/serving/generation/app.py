@@ -65,7 +65,7 @@ async def _answer(
     settings, items = service.settings, service.settings.max_client_batch
     with service.bodies.hold() as held:
         shape = Shape(items, items * service.generator.context)
-        text = await read_body(request, settings, service.left, service.bodies, held, shape)
+        text = await read_body(request, settings, service.bodies, held, shape)
         scope = read_scope(request, 0.0)
         service.worker  # noqa: B018 - raises NotReady before any work is done
         body = await decode_body(service, endpoint, decoder, text)

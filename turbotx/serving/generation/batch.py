@@ -1,10 +1,10 @@
 """Decode batch: runs the model on prompts, and on all running sequences one token at a time.
 
-In: the sequences' tokens and the optimized causal language model. Out: float32 logits per sequence;
-sequences may join and leave between two steps::
+In: the sequences' tokens and the optimized causal language model. Out: logits per sequence, which a
+GPU may still be computing; sequences may join and leave between two steps::
 
-    batch.begin(batch.lay_out([sequence])); batch.read()  ->  {sequence: logits (vocabulary,)}
-    batch.join({sequence: token}); batch.step()           ->  {sequence: logits (vocabulary,)}
+    batch.begin(batch.lay_out([sequence])); batch.read()  ->  StepLogits of {sequence: 0}
+    batch.join({sequence: token}); batch.step()           ->  StepLogits of {sequence: 0}
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from turbotx.errors import TurbotxError
 from turbotx.runtime.block_memory import BlockMemory
 from turbotx.serving.generation.prefixes import Mask, PrefixBlock, PrefixTree
 from turbotx.serving.generation.reading import Prompted, PromptReading, lay_out
-from turbotx.serving.generation.sampling import Logits
 from turbotx.serving.generation.slots import BLOCK, Entry, Slots
+from turbotx.serving.generation.step_logits import StepLogits
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class DecodeBatch:
         not to be reused.
         """
         self._like = DynamicCache(config=self.config)
-        self._call(self._like, np.array([[token]]), np.ones((1, 1), np.bool_))
+        self._call(self._like, np.array([[token]]), np.ones((1, 1), np.bool_)).cpu()
         free_cache(self._like)
         memory = memory_of(self._like)
         self.slots.most = None if self._takes_columns(token, context + BLOCK) else context
@@ -130,7 +130,7 @@ class DecodeBatch:
         cache = None
         try:
             cache = blank_like(self._like, 1, columns - 1)
-            self._call(cache, np.array([[token]]), mask)
+            self._call(cache, np.array([[token]]), mask).cpu()  # waits for its errors
         except (TurbotxError, RuntimeError) as error:
             log.info("columns are bounded by the model's positions: %s", error)
             return False
@@ -145,18 +145,18 @@ class DecodeBatch:
         handle."""
         ids = np.maximum(token - np.arange(BLOCK + TRIED), 0)[None]
         cache = blank_like(self._like, 1, 0)
-        near = self._call(cache, ids, np.ones(ids.shape, np.bool_))
+        near = self._call(cache, ids, np.ones(ids.shape, np.bool_)).float()
         memory = memory_of(cache)
         assert isinstance(memory, BlockMemory)
         known = np.stack([table[:, :1] for table in memory.tables])
         behind = blank_like(self._like, 1, BLOCK + gap, known)
         mask = np.ones((1, BLOCK + gap + TRIED), np.bool_)
         mask[:, BLOCK:-TRIED] = False
-        far = self._call(behind, ids[:, BLOCK:], mask)
+        far = self._call(behind, ids[:, BLOCK:], mask).float()
         free_cache(behind)
         free_cache(cache)
         rounding = 1e-3 if memory.dtype == torch.float32 else 3e-2
-        return not np.abs(near - far).max() <= rounding * np.abs(near).max()
+        return not float((near - far).abs().max()) <= rounding * float(near.abs().max())
 
     def close(self) -> None:
         """Release all cached prefix blocks, after all sequences have left."""
@@ -178,9 +178,9 @@ class DecodeBatch:
                 self.prefixes.hold(row.prefix)
                 self._held[key] = row.prefix
 
-    def read(self) -> dict[Hashable, Logits] | None:
-        """Run the next columns of the prefill; when it is complete, return float32 (vocabulary,)
-        logits per sequence, else None."""
+    def read(self) -> StepLogits:
+        """Run the next columns of the prefill; return the logits of its sequences, of none before
+        it is complete."""
         reading = self.reading
         assert reading is not None
         begin, end, length = reading.done, reading.next, reading.length
@@ -192,9 +192,8 @@ class DecodeBatch:
         self._evict(memory_of(reading.cache).count_new(len(ids), mask.shape[1]))
         logits = self._call(reading.cache, ids[:, begin:end], mask)
         reading.done, reading.next = end, min(length, end + self.piece)
-        if end < length:
-            return None
-        return {key: logits[r] for r, row in enumerate(reading.rows) for key in row.keys}
+        rows = enumerate(reading.rows if end == length else [])
+        return StepLogits(logits, {key: r for r, row in rows for key in row.keys})
 
     def join(self, tokens: Mapping[Hashable, int]) -> None:
         """Add the sequences of the finished prefill to the batch; tokens: the next token of each.
@@ -231,8 +230,8 @@ class DecodeBatch:
         if key in self._held:
             self.prefixes.let_go(self._held.pop(key))
 
-    def step(self) -> dict[Hashable, Logits]:
-        """Run one decoding step; return float32 (vocabulary,) logits per sequence."""
+    def step(self) -> StepLogits:
+        """Run one decoding step; return the logits of every sequence."""
         self._settle()
         rows, length = self.slots.rows, self.slots.length + 1
         if length > self._mask.shape[1]:
@@ -241,13 +240,18 @@ class DecodeBatch:
         self._evict(memory_of(self._cache).count_new(len(rows), length))
         logits = self._call(self._cache, ids, self._mask[:, :length])
         self.slots.advance()
-        return {entry.key: logits[row] for row, entry in enumerate(rows)}
+        return StepLogits(logits, {entry.key: row for row, entry in enumerate(rows)})
 
     def push(self, key: Hashable, token: int) -> None:
         """Set a sequence's next token."""
         self._tokens[key].append(token)
 
     # --- cache memory, counted in blocks of all layers ---
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a call returns before its logits are computed."""
+        return torch.device(self.device).type != "cpu"
 
     @property
     def in_blocks(self) -> bool:
@@ -363,19 +367,24 @@ class DecodeBatch:
             reading.cache = blank_like(old, len(kept), 0)
         free_cache(old)
 
-    def _call(self, cache: Any, ids: NDArray[np.int64], columns: Mask) -> Logits:
+    def _call(self, cache: Any, ids: NDArray[np.int64], columns: Mask) -> torch.Tensor:
+        """Return the logits of the last column, (rows, vocabulary), on the model's device."""
         mask = columns.astype(np.int64)
         inputs: dict[str, Any] = {
             "input_ids": torch.from_numpy(np.ascontiguousarray(ids)),
             "attention_mask": torch.from_numpy(mask),
         }
         if "position_ids" in self.takes:
-            positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
-            inputs["position_ids"] = torch.from_numpy(np.ascontiguousarray(positions))
+            made = ids.shape[1]
+            if made == 1:
+                positions = mask.sum(axis=1, keepdims=True)
+            else:
+                positions = np.ascontiguousarray(mask.cumsum(axis=1)[:, -made:])
+            inputs["position_ids"] = torch.from_numpy(np.maximum(positions - 1, 0))
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         if "logits_to_keep" in self.takes:
             inputs["logits_to_keep"] = 1
         with torch.inference_mode():
-            found = self.module(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
-            logits: Logits = found.float().cpu().numpy()
+            found = self.module(**inputs, past_key_values=cache, use_cache=True)
+            logits: torch.Tensor = found.logits[:, -1]
         return logits

@@ -8,13 +8,15 @@ probability, and those of the most probable tokens::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-Logits = NDArray[np.float32]
+from turbotx.serving.generation.step_logits import Logits
+
 MANY = 1_024
 """Tokens that are sorted first to find those of `top_p`; all are where these do not reach it."""
 
@@ -57,6 +59,14 @@ class Sampler:
         self._random = np.random.default_rng(sampling.seed)
         self._made: dict[int, int] = {}
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether the next token is the most probable one of the model's own logits, and nothing
+        else is asked for."""
+        sampling = self._sampling
+        adjusted = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty
+        return sampling.temperature == 0 and sampling.logprobs is None and not adjusted
+
     def pick(self, logits: Logits) -> Picked:
         """Sample the next token from (vocabulary,) logits.
 
@@ -64,9 +74,10 @@ class Sampler:
         """
         sampling = self._sampling
         scores = self._adjust(logits)
-        if not np.isfinite(scores.max()):
-            raise ValueError("the model's logits are NaN or all -inf")
-        token = int(scores.argmax()) if sampling.temperature == 0 else self._draw(scores)
+        token = int(scores.argmax())  # the first NaN, if there is any
+        check_logit(scores[token])
+        if sampling.temperature:
+            token = self._draw(scores)
         self._made[token] = self._made.get(token, 0) + 1
         if sampling.logprobs is None:
             return Picked(token)
@@ -105,6 +116,12 @@ class Sampler:
         drawn = self._random.random() * cumulative[-1]
         place = min(int(np.searchsorted(cumulative, drawn, side="right")), len(weights) - 1)
         return place if tokens is None else int(tokens[place])
+
+
+def check_logit(highest: float) -> None:
+    """Raise ValueError if the highest of a row's logits is NaN or infinite."""
+    if not math.isfinite(highest):
+        raise ValueError("the model's logits are NaN or all -inf")
 
 
 def log_softmax(scores: Logits) -> NDArray[np.float64]:

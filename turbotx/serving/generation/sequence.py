@@ -1,8 +1,10 @@
 """Sequence: one text being generated, with its prompt, tokens and end conditions.
 
-In: a request's options; logits, one row per step. Out: pieces, passed to a callback::
+In: a request's options; logits, one row per step. Out: a token at once, since the next step needs
+it; the text that it adds when there is time for it::
 
-    sequence.take(logits)     # Piece(text=" is", token=318, ...)
+    sequence.choose(logits, place=0); sequence.tokens[-1]      # 318
+    sequence.piece()                                           # Piece(text=" is", ...)
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from turbotx.serving.generation.sampling import Logits, Picked, Sampler, Sampling
+from turbotx.serving.generation.sampling import Picked, Sampler, Sampling, check_logit
+from turbotx.serving.generation.step_logits import StepLogits
 from turbotx.serving.generation.text import TextStream
 
 Finish = Literal["stop", "length"]
@@ -44,7 +47,7 @@ class Piece:
 
 
 class GeneratedSequence:
-    """A sequence of the worker; `tell` is called on its thread with each piece or an error.
+    """A sequence of the worker; `tell` is called, on the event loop, with each piece or an error.
 
     Sequences are compared by identity.
     """
@@ -59,6 +62,7 @@ class GeneratedSequence:
         self._cached: int | None = None
         self._sampler = Sampler(asked.sampling)
         self._text = TextStream(tokenizer, asked.stops)
+        self._chosen: tuple[Picked | None, str | None, Finish | None] = (None, "", None)
 
     @property
     def prompt(self) -> Sequence[int]:
@@ -76,30 +80,38 @@ class GeneratedSequence:
         if self._cached is None:
             self._cached = tokens
 
-    def take(self, logits: Logits) -> None:
-        """Sample the next token and pass it to `tell`; `finished` is set after the last.
+    def choose(self, logits: StepLogits, place: int) -> None:
+        """Sample the next token from a row of the logits; `finished` is set after the last.
 
-        logits: float (vocabulary,). Raises ValueError if they are NaN.
+        Raises ValueError if they are NaN.
         """
-        picked = self._sampler.pick(logits)
+        if self._sampler.takes_best:
+            token, highest = logits.best(place)
+            check_logit(highest)
+            picked = Picked(token)
+        else:
+            picked = self._sampler.pick(logits.row(place))
+        finish: Finish | None = None
         if picked.token in self.asked.ends:
-            self._tell("", None, "stop")
+            self._chosen, self.finished = (None, None, "stop"), True
             return
         self.tokens.append(picked.token)
-        text = self._text.push(picked.token)
+        text = None
+        if self.asked.stops:  # whether the text goes on is in the text
+            text = self._text.push(picked.token)
         if self._text.stopped:
-            self._tell(text, picked, "stop")
+            finish = "stop"
         elif len(self.tokens) >= self.asked.max_tokens:
-            self._tell(text + self._text.finish(), picked, "length")
-        else:
-            self.tell(Piece(text, picked, None, self._cached or 0))
+            finish = "length"
+        self._chosen, self.finished = (picked, text, finish), finish is not None
 
-    def fail(self, error: Exception) -> None:
-        """End the sequence with an error."""
-        self.finished = True
-        self.tell(error)
-
-    def _tell(self, text: str, picked: Picked | None, finish: Finish) -> None:
-        self.finished = True
-        text = text if picked else self._text.finish()
-        self.tell(Piece(text, picked, finish, self._cached or 0))
+    def piece(self) -> Piece:
+        """Return what the token chosen last adds to the text; once for each token."""
+        picked, text, finish = self._chosen
+        if picked is None:
+            text = self._text.finish()
+        elif text is None:
+            text = self._text.push(picked.token)
+        if finish == "length":
+            text += self._text.finish()
+        return Piece(text, picked, finish, self._cached or 0)

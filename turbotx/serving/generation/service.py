@@ -22,12 +22,14 @@ from turbotx.serving.generation.model import Generator
 from turbotx.serving.generation.scheduler import GenerationLimits, GenerationScheduler
 from turbotx.serving.generation.sequence import Asked, GeneratedSequence, Piece
 from turbotx.serving.generation.slots import BLOCK
-from turbotx.serving.generation.worker import DecodeWorker
+from turbotx.serving.generation.worker import DecodeWorker, Told
+from turbotx.serving.interruption import Interruption
 from turbotx.serving.refusals import TimedOut
 from turbotx.serving.served import Served
 from turbotx.serving.settings import Settings
 
 log = logging.getLogger(__name__)
+Arrived = tuple[int, Piece | Exception]  # the prompt's index, and what came of it
 
 
 class GenerationService(Served):
@@ -64,7 +66,13 @@ class GenerationService(Served):
             prefix_cache=batch.no_prefixes is None,
         )  # fmt: skip
         self.scheduler = GenerationScheduler(limits)
-        self._worker = DecodeWorker(batch, self.scheduler, self.metrics)
+        loop = asyncio.get_running_loop()
+
+        def post(told: Told) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop has been closed
+                loop.call_soon_threadsafe(_tell_all, told)
+
+        self._worker = DecodeWorker(batch, self.scheduler, self.metrics, post)
         self._worker.start()
         self.state = "ready"
         log.info(
@@ -89,14 +97,10 @@ class GenerationService(Served):
         """
         for prompt, wanted in zip(prompts, asked, strict=True):
             self.scheduler.check(len(prompt), len(prompt) + wanted.max_tokens)
-        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece | Exception]]()
+        arrived = asyncio.Queue[Arrived]()
 
         def teller(index: int) -> Callable[[Piece | Exception], None]:
-            def tell(piece: Piece | Exception) -> None:
-                with contextlib.suppress(RuntimeError):  # the event loop has been closed
-                    loop.call_soon_threadsafe(arrived.put_nowait, (index, piece))
-
-            return tell
+            return lambda piece: arrived.put_nowait((index, piece))
 
         backend = self.generator.tokenizer.backend_tokenizer
         sequences = [
@@ -109,14 +113,8 @@ class GenerationService(Served):
         left = len(sequences)
         try:
             while left:
-                first = all(math.isnan(t) for t in before)
-                limit_s = self.settings.timeout_ms / 1e3 if first else None
-                try:
-                    index, piece = await asyncio.wait_for(arrived.get(), limit_s)
-                except TimeoutError:
-                    raise TimedOut(
-                        f"no token within {self.settings.timeout_ms:.0f} ms", retry_after_s=limit_s
-                    ) from None
+                first = all(map(math.isnan, before))
+                index, piece = await (self._first(arrived) if first else arrived.get())
                 if isinstance(piece, Exception):
                     raise piece
                 now = time.perf_counter()
@@ -132,6 +130,14 @@ class GenerationService(Served):
                 self.metrics.cancelled.inc()
                 worker.cancel(sequences)
 
+    async def _first(self, arrived: asyncio.Queue[Arrived]) -> Arrived:
+        """Return a request's first piece. Raises TimedOut."""
+        late = f"no token within {self.settings.timeout_ms:.0f} ms"
+        limit_s = self.settings.timeout_ms / 1e3
+        with Interruption() as waiting:
+            waiting.end_after(limit_s, TimedOut(late, retry_after_s=limit_s))
+            return await arrived.get()
+
     def figures(self) -> dict[str, float]:
         """Return gauges of sequences, the cache, and the module's statistics."""
         found = {"ready": float(self.state == "ready")}
@@ -141,3 +147,8 @@ class GenerationService(Served):
         if callable(stats):
             found.update({f"engine_{name}": float(value) for name, value in stats().items()})
         return found
+
+
+def _tell_all(told: Told) -> None:
+    for sequence, piece in told:
+        sequence.tell(piece)

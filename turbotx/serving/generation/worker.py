@@ -1,9 +1,11 @@
 """DecodeWorker: the thread that runs the model, one turn at a time.
 
-In: sequences, from any thread. Out: their pieces, by `tell`. Sequences join, leave or are preempted
-between turns::
+In: sequences, from any thread. Out: their pieces, those of a turn together, by `post`. Sequences
+join, leave or are preempted between turns. Where the model's calls return before they have
+computed, tokens become text, and are sent, while the next step runs::
 
-    worker = DecodeWorker(batch, scheduler, metrics); worker.start(); worker.submit([sequence])
+    worker = DecodeWorker(batch, scheduler, metrics, post); worker.start()
+    worker.submit([sequence])                    # post([(sequence, Piece(...))]), and so on
 """
 
 from __future__ import annotations
@@ -11,25 +13,31 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from turbotx.serving.generation.batch import DecodeBatch
 from turbotx.serving.generation.metrics import GenerationMetrics
-from turbotx.serving.generation.sampling import Logits
 from turbotx.serving.generation.scheduler import GenerationScheduler
-from turbotx.serving.generation.sequence import GeneratedSequence
+from turbotx.serving.generation.sequence import GeneratedSequence, Piece
+from turbotx.serving.generation.step_logits import StepLogits
 from turbotx.serving.refusals import BackendFailed, NotReady, Refusal
 
 log = logging.getLogger(__name__)
+Told = list[tuple[GeneratedSequence, Piece | Exception]]
 
 
 class DecodeWorker:
     """The worker; `submit` and `cancel` may be called from any thread."""
 
     def __init__(
-        self, batch: DecodeBatch, scheduler: GenerationScheduler, metrics: GenerationMetrics
-    ) -> None:
+        self, batch: DecodeBatch, scheduler: GenerationScheduler, metrics: GenerationMetrics,
+        post: Callable[[Told], None],
+    ) -> None:  # fmt: skip
+        """post: called on the worker's thread with what is to be told."""
         self.batch, self._scheduler, self._metrics = batch, scheduler, metrics
+        self._post = post
+        self._due: list[tuple[GeneratedSequence, Exception | None]] = []
+        """Who has chosen a token, or failed, that is not told yet."""
         self._changed = threading.Condition()
         self._cancelled: set[GeneratedSequence] = set()
         self._draining = False
@@ -110,6 +118,8 @@ class DecodeWorker:
             except Exception as error:  # any of the model: waiting requests get it
                 log.exception("a turn failed")
                 self._fail(error, reading=work == self._read)
+        if not (self.batch.overlaps and self._scheduler.running):
+            self._tell()
 
     def _read(self) -> None:
         """Prefill a piece of the prompts; at the end sample first tokens and join the batch."""
@@ -117,13 +127,15 @@ class DecodeWorker:
         assert reading is not None
         begin, columns = time.perf_counter(), reading.next - reading.done
         found = self.batch.read()
+        self._tell()
+        found.wait()
         self._metrics.count_read(columns * len(reading.rows), time.perf_counter() - begin)
-        if found is None:
+        if not found.places:
             return
         tokens: dict[Hashable, int] = {}
-        for sequence, logits in found.items():
+        for sequence, place in found.places.items():
             assert isinstance(sequence, GeneratedSequence)
-            if self._take(sequence, logits):
+            if self._choose(sequence, found, place):
                 tokens[sequence] = sequence.tokens[-1]
         if tokens:
             self.batch.join(tokens)
@@ -134,25 +146,47 @@ class DecodeWorker:
         """Decode one token of every running sequence."""
         begin = time.perf_counter()
         found = self.batch.step()
-        self._metrics.count_step(len(found), time.perf_counter() - begin)
-        for sequence, logits in found.items():
+        self._tell()
+        found.wait()
+        self._metrics.count_step(len(found.places), time.perf_counter() - begin)
+        for sequence, place in found.places.items():
             assert isinstance(sequence, GeneratedSequence)
-            if self._take(sequence, logits):
+            if self._choose(sequence, found, place):
                 self.batch.push(sequence, sequence.tokens[-1])
 
-    def _take(self, sequence: GeneratedSequence, logits: Logits) -> bool:
+    def _choose(self, sequence: GeneratedSequence, logits: StepLogits, place: int) -> bool:
         """Sample a sequence's next token; return whether it continues."""
         right = True
         try:
-            sequence.take(logits)
+            sequence.choose(logits, place)
+            self._due.append((sequence, None))
         except ValueError as error:
-            sequence.fail(BackendFailed(str(error)))
+            self._end(sequence, BackendFailed(str(error)))
             right = False
         if sequence.finished:
             self.batch.leave(sequence, right)
             with self._changed:
                 self._scheduler.drop(sequence)
         return not sequence.finished
+
+    def _tell(self) -> None:
+        """Make the texts of the tokens chosen last, and tell them all at once."""
+        due, self._due = self._due, []
+        told: Told = []
+        for sequence, error in due:
+            try:
+                told.append((sequence, error or sequence.piece()))
+            except Exception as failure:  # of the tokenizer: the others go on
+                log.exception("a text failed")
+                self.cancel([sequence])
+                said = f"the tokenizer failed: {type(failure).__name__}"
+                told.append((sequence, BackendFailed(said)))
+        if told:
+            self._post(told)
+
+    def _end(self, sequence: GeneratedSequence, error: Exception) -> None:
+        sequence.finished = True
+        self._due.append((sequence, error))
 
     def _forget_cancelled(self) -> None:
         """Remove cancelled sequences."""
@@ -174,4 +208,4 @@ class DecodeWorker:
                 assert isinstance(sequence, GeneratedSequence)
                 self._scheduler.drop(sequence)
                 self.batch.leave(sequence, keep=False)
-                sequence.fail(refusal)
+                self._end(sequence, refusal)
