@@ -10,9 +10,8 @@ has a guard for each decision that affects a result, and none for the others::
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -183,9 +182,23 @@ def _find_asker() -> FrameType:
     return frame
 
 
-def sizes_from_one(answer: Answer) -> AbstractContextManager[None]:
+@contextmanager
+def sizes_from_one(answer: Answer) -> Iterator[None]:
     """Context manager: keep sizes of 1 symbolic in this thread's exports.
 
     answer: see `ValueQuestions.answer`.
     """
-    return replaced_in_thread(non_strict_utils, "ShapeEnv", partial(SizesFromOne, answer))
+    made: list[SizesFromOne] = []
+
+    def make(*args: Any, **kwargs: Any) -> SizesFromOne:
+        made.append(SizesFromOne(answer, *args, **kwargs))
+        return made[-1]
+
+    try:
+        with replaced_in_thread(non_strict_utils, "ShapeEnv", make):
+            yield
+    finally:
+        for shape_env in made:
+            # A fake tensor refers to the environment from C++, by its sizes: together they would be
+            # a cycle that Python's collector does not see.
+            shape_env.tracked_fakes = None

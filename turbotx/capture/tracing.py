@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from turbotx.ir.fake_results import forget_results
+
 _lock = threading.RLock()
 _active = threading.local()
 
@@ -51,6 +53,19 @@ def tracing() -> Iterator[None]:
                 yield
         finally:
             _active.inside = False
+            _forget_traces()
+
+
+def _forget_traces() -> None:
+    """Empty the process-wide tables of traces: of results, and PyTorch's of the nodes of the last
+    export, which hold the model and its parameters, and of what shape environments answered."""
+    forget_results()
+    tracer: Any = import_module("torch.fx.experimental.proxy_tensor")
+    shapes: Any = import_module("torch.fx.experimental.symbolic_shapes")
+    getattr(tracer, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()  # private
+    for method in vars(shapes.ShapeEnv).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
 
 
 def limit_flags() -> None:

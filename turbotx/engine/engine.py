@@ -9,6 +9,7 @@ In: a model and options. Out: the model's outputs, from one compiled variant per
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import threading
@@ -76,8 +77,7 @@ MOST_CHANGES = 8
 class Engine(EagerCalls):
     """Captures, compiles and runs the calls of one model; thread-safe."""
 
-    guards_state = True
-    """Whether captures are guarded by the model's attributes, hooks and globals."""
+    guards_state = True  # whether captures are guarded by attributes, hooks and globals
     settles = True  # see `capture_sizes`
 
     def __init__(self, model: nn.Module, options: Options) -> None:
@@ -240,7 +240,7 @@ class Engine(EagerCalls):
         refuse_modes(ambient)
         self._recaptures.refuse_endless(changed, type(self.model).__name__)
         if key in self._refused and self.tolerates():
-            raise self._refused[key]
+            raise copy.copy(self._refused[key])
         if outcomes:
             self._recaptures.refuse_outcomes(key, outcomes)
         try:
@@ -248,7 +248,7 @@ class Engine(EagerCalls):
         except CaptureError as error:
             if outcomes:
                 raise self._recaptures.give_up(key, outcomes, error) from error
-            self._refused[key] = error.with_traceback(None)
+            self._refused[key] = copy.copy(error)  # without what its causes' frames hold
             raise
         self._refused.pop(key, None)
         self._recaptures.note(changed, variant)

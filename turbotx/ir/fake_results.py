@@ -8,7 +8,6 @@ and computing symbolic sizes takes milliseconds::
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -20,8 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-_results: weakref.WeakKeyDictionary[ShapeEnv, dict[Any, FakeTensor]]
-_results = weakref.WeakKeyDictionary()
+_results: dict[ShapeEnv, dict[Any, FakeTensor]] = {}
 _PLAIN = frozenset(
     (
         int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout,
@@ -54,6 +52,12 @@ def fake_result(
             if is_sized_by(describe(made), key):
                 known[key] = made
     return made
+
+
+def forget_results() -> None:
+    """Empty the cache. A result refers to its environment, also by its sizes and by what it is a
+    view of, both from C++: neither a weak table nor the environment itself could own the cache."""
+    _results.clear()
 
 
 class UnknownError(Exception):
