@@ -285,7 +285,7 @@ def device_tests(emit: Emit) -> None:
     """The tests that need a device."""
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "--no-header", "tests/runtime",
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "tests/runtime",
          "tests/saved"],
         cwd=root, capture_output=True, text=True, check=False,
     )  # fmt: skip

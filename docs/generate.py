@@ -1,8 +1,8 @@
 """Make what README and docs show: pictures of a real compile, plots and tables of results.
 
 In: a random BERT, and benchmarks/results/*.json. Out: docs/images/*, and results.md, cpu.md,
-gpu.md, architectures.md, decoding.md, operators.md, packed.md, quantization.md and triton.md with
-the tables between their marks replaced::
+gpu.md, scale.md, architectures.md, decoding.md, operators.md, packed.md, quantization.md and
+triton.md with the tables between their marks replaced::
 
     python docs/generate.py
 """
@@ -25,6 +25,7 @@ from cpu_tables import TABLES as CPU_TABLES
 from gpu_tables import GPU_TABLES, claims
 from latency_plot import draw_latency
 from proof_tables import operators_table, resources_table
+from scale_tables import SCALE_TABLES
 
 import turbotx
 from turbotx.cli.bench.runner import QUIET_CORES
@@ -329,16 +330,12 @@ def main() -> None:
     results = DOCS / "results.md"
     text = write_between(results.read_text(), results_table())
     results.write_text(write_marked(text, "latency", latency_table(RESULTS)))
-    cpu = DOCS / "cpu.md"
-    text = cpu.read_text()
-    for name, make in CPU_TABLES.items():
-        text = write_marked(text, name, make(RESULTS))
-    cpu.write_text(text)
-    gpu = DOCS / "gpu.md"
-    text = gpu.read_text()
-    for name, make in GPU_TABLES.items():
-        text = write_marked(text, name, make(RESULTS))
-    gpu.write_text(text)
+    for name, tables in (("cpu", CPU_TABLES), ("gpu", GPU_TABLES), ("scale", SCALE_TABLES)):
+        page = DOCS / f"{name}.md"
+        text = page.read_text()
+        for mark, make in tables.items():
+            text = write_marked(text, mark, make(RESULTS))
+        page.write_text(text)
     for page, name, table in (
         ("architectures", "architectures", architectures_table()),
         ("operators", "operators", operators_table(RESULTS)),

@@ -123,46 +123,69 @@ def function_rows(folder: Path) -> str:
 
 
 def decode_rows(folder: Path) -> str:
-    """A step of decoders with a key/value cache, beside eager and the time to read all once."""
+    """A step of decoders with a key/value cache, beside others and the time to read all once."""
     _, rows = read(folder)
     table = [
-        "float16, us a step in a row of steps; floor: the bytes of weights and cache at a copy's "
-        "bandwidth.", "",
-        "| model | batch | past | turbotx | replay alone | floor | eager | over turbotx |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "float16, us a step in a row of steps; floor: the bytes of float16 weights and of the cache"
+        " at a copy's bandwidth; torch.compile: reduce-overhead, over a static cache.", "",
+        "| model | weights | batch | past | turbotx | replay alone | floor | eager |"
+        " torch.compile | eager over turbotx |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
-    for place in _places(rows, r"(decode/\w+/fp16/b\d+/past\d+)/turbotx"):
-        own, eager = rows[f"{place}/turbotx"], rows.get(f"{place}/eager")
-        _, model, _, batch, past = place.split("/")
-        beside = ["", ""]
-        if eager is not None:
-            beside = [f"{eager['row_us']:,.0f}", f"{eager['row_us'] / own['row_us']:.1f} x"]
+    for place in _places(rows, r"(decode/\w+/fp16[\w-]*/b\d+/past\d+)/turbotx"):
+        own = rows[f"{place}/turbotx"]
+        _, model, dtype, batch, past = place.split("/")
+        others = [rows.get(f"{place}/{e}", {}).get("row_us") for e in ("eager", "compile-static")]
+        found = [own["row_us"], own["replay_us"], own["floor_us"], *others]
+        texts = ["" if us is None else f"{us:,.0f}" for us in found]
+        ahead = f"{others[0] / own['row_us']:.1f} x" if others[0] else ""
+        weights = dtype.removeprefix("fp16-").removesuffix("-weights").replace("fp16", "float16")
         table.append(
-            f"| {model} | {batch[1:]} | {past[4:]} | {own['row_us']:,.0f} | "
-            f"{own['replay_us']:,.0f} | {own['floor_us']:,.0f} | {' | '.join(beside)} |"
+            f"| {model} | {weights} | {batch[1:]} | {past[4:]} | {' | '.join(texts)} | {ahead} |"
         )
     return "\n".join(table)
 
 
 def int8_rows(folder: Path) -> str:
-    """Calls in a row of the float program, and of those in int8 and fp8."""
+    """Calls in a row, and bare replays, of the float program and of those in int8 and fp8."""
     _, rows = read(folder)
     table = [
-        "Rows in float16, us a call of calls in a row; then bare replays, and those of int8 once "
-        "its tiles and its rounding were tuned.", "",
-        "| model | batch x length | float16 | int8 | fp8 | replay: float16 | int8 | int8, tuned |"
-        " float16 / tuned |",
+        "Rows in float16, us a call of calls in a row; then bare replays.", "",
+        "| model | batch x length | float16 | int8 | fp8 | replay: float16 | int8 | fp8 |"
+        " float16 / int8, in a row |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for place in _places(rows, r"(int8/[\w-]+/fp16/\d+x\d+)/float"):
         _, model, _, shape = place.split("/")
-        measured = [rows.get(f"{place}/{way}", {}) for way in ("float", "int8", "fp8")]
-        replays = [row.get("replay_us") for row in measured[:2]]
-        replays.append(rows.get(f"{place.replace('int8', 'replay')}/int8", {}).get("replay_us"))
-        found = [*(row.get("row_us") for row in measured), *replays]
-        texts = [NOT_YET if us is None else f"{us:,.0f}" for us in found]
-        gain = f"{replays[0] / replays[2]:.2f}" if replays[0] and replays[2] else ""
-        table.append(f"| {model} | {shape.replace('x', ' x ')} | {' | '.join(texts)} | {gain} |")
+        measured = [rows[f"{place}/{way}"] for way in ("float", "int8", "fp8")]
+        found = [row[kind] for kind in ("row_us", "replay_us") for row in measured]
+        texts = " | ".join(f"{us:,.0f}" for us in found)
+        gain = f"{found[0] / found[1]:.2f}"
+        table.append(f"| {model} | {shape.replace('x', ' x ')} | {texts} | {gain} |")
+    return "\n".join(table)
+
+
+def serving_rows(folder: Path) -> str:
+    """What the server answered: texts with vectors, prompts with tokens."""
+    _, rows = read(folder)
+    texts = rows.get("serve/bert-base/fp16")
+    tokens = rows.get("serve/gpt2/fp16")
+    if texts is None or tokens is None:
+        return NOT_YET
+    table = [
+        "| model | clients | texts a request | a second | first token, ms (median, p99) |"
+        " between tokens, ms (median, p99) |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for clients, each in ((1, 1), (32, 1), (4, 32)):
+        rate = texts[f"clients{clients}x{each}_texts_per_s"]
+        table.append(f"| bert-base | {clients} | {each} | {rate:,.0f} texts |  |  |")
+    for row in tokens["rows"]:
+        waits = [", ".join(f"{ms:.1f}" for ms in row[k]) for k in ("first_ms", "between_ms")]
+        table.append(
+            f"| gpt2 | {row['clients']} | 1 | {row['tokens_per_s']:,.0f} tokens | "
+            f"{' | '.join(waits)} |"
+        )
     return "\n".join(table)
 
 
@@ -282,5 +305,6 @@ GPU_TABLES: dict[str, Callable[[Path], str]] = {
     "gpu_right": right_rows,
     "gpu_decode": decode_rows,
     "gpu_int8": int8_rows,
+    "gpu_serving": serving_rows,
     "gpu_packed": packed_rows,
 }

@@ -50,14 +50,18 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
                  "max_target_positions": 64, "decoder_start_token_id": 0, "suppress_tokens": None,
                  "begin_suppress_tokens": None}),
 }  # fmt: skip
+POSITIONS = {"n_positions", "max_position_embeddings", "max_target_positions"}
 WITH_ENCODER = ("t5", "bart", "marian", "whisper")
 
 
-def make(family: str) -> Any:
+def make(family: str, positions: int | None = None, seed: int = 0) -> Any:
+    """Return a family's model; positions: how many it has, instead of its usual ones."""
     import transformers
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model, config, sizes = FAMILIES[family]
+    if positions is not None:
+        sizes = sizes | dict.fromkeys(POSITIONS & sizes.keys(), positions)
     made = getattr(transformers, model)(getattr(transformers, config)(**SIZES, **sizes))
     made.generation_config.eos_token_id, made.generation_config.pad_token_id = None, 1
     return made.eval()

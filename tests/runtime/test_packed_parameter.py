@@ -56,6 +56,30 @@ def test_what_is_packed_is_given_back() -> None:
     assert fast.stats()["captures"] == 1
 
 
+class Stack(nn.Module):
+    """Runs a slice of its layers, a new list in each call, as transformers' decoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.count = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), 2
+
+    def forward(self, x):
+        for layer in self.layers[: self.count]:
+            x = layer(x).tanh()
+        return x
+
+
+def test_layers_of_a_list_that_is_sliced_are_given_back() -> None:
+    model = Stack().eval()
+    plain, fast = copy.deepcopy(model), turbotx.optimize(model, keep_weights=False)
+    left = weakref.ref(model.layers[1].weight)
+    torch.testing.assert_close(fast(X), plain(X))
+    assert left() is None
+    assert packed_names(model) == {"layers.0.weight", "layers.1.weight"}
+    model.count = plain.count = 3
+    torch.testing.assert_close(fast(X), plain(X))
+
+
 def test_a_state_dict_has_every_element() -> None:
     model, plain, fast = make()
     fast(X)

@@ -232,3 +232,26 @@ def test_experts_are_right_at_every_number_of_rows(dtype: torch.dtype) -> None:
             for _ in range(3):  # plainly, captured, replayed
                 worst = (fast(x)[0] - exact).abs().max()
                 assert worst <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_at_every_number_of_steps(
+    layer: type[nn.RNNBase], dtype: torch.dtype
+) -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.norm = nn.Embedding(50, 32), nn.LayerNorm(48)
+            self.steps = layer(32, 24, batch_first=True, bidirectional=True)
+
+        def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (self.norm(torch.tanh(self.steps(self.words(ids).relu())[0]) * 2),)
+
+    model = Tagger().eval().to("cuda", dtype)
+    fast = turbotx.optimize(model)
+    for shape in SHAPES:
+        inputs = {"ids": torch.randint(0, 50, shape, device="cuda")}
+        for _ in range(3):  # plainly, captured, replayed
+            assert_right(model, fast, inputs)
+    assert fast.stats()["captures"] == 1

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from turbotx.capture.module_state.recorder import StateRecorder, active
+from turbotx.capture.module_state.attribute_methods import active
+from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.module_state.values import Look
 
 

@@ -35,7 +35,7 @@ from turbotx.capture.module_state.places import (
     Ties,
 )
 from turbotx.capture.module_state.recorder import StateRecorder, Write
-from turbotx.capture.module_state.values import Look, dict_of, is_watchable, show
+from turbotx.capture.module_state.values import Look, dict_of, is_library, is_watchable, show
 from turbotx.capture.sandbox.effects import Effect
 from turbotx.errors import CaptureError, TrainingError
 
@@ -132,7 +132,10 @@ def make_record(
     paths = {id(vars(m)): path for path, m in model.named_modules()}
     places = _find_attributes(recorder, names, paths)
     _refuse_training(model, places)
-    writes = [w for w in recorder.writes if not _is_tracers(w.owner, paths)]
+    writes = [
+        w for w in recorder.writes
+        if not _is_tracers(w.owner, paths) and not recorder.is_made(w.owner)
+    ]  # fmt: skip
     _refuse_changes(model, writes, paths)
     scope = vars(torch.nn.modules.module)
     hooks = [ItemPlace(scope, name, f"torch.nn's {name}") for name in _GLOBAL_HOOKS]
@@ -153,7 +156,9 @@ def _find_attributes(
         (owner, name)
         for owner, names_read in recorder.reads
         for name in names_read
-        if (id(owner), name) not in found and not _is_tracers(owner, paths)
+        if (id(owner), name) not in found
+        and not _is_tracers(owner, paths)
+        and not (recorder.is_made(owner) and _is_of_object(owner, name))
     ]:
         for owner, name in new:
             known = id(dict_of(owner)) in paths
@@ -175,6 +180,12 @@ def _is_tracers(owner: Any, paths: dict[int, str]) -> bool:
     if not isinstance(owner, nn.Module) or id(vars(owner)) in paths:
         return False
     return type(owner) is nn.Module or type(owner).__module__.startswith(_TRACERS)
+
+
+def _is_of_object(owner: Any, name: str) -> bool:
+    """Return whether an attribute of a module is the module's own, or of a class of PyTorch's."""
+    classes = [c for c in type(owner).__mro__ if name in vars(c)]
+    return name in vars(owner) or not classes or is_library(classes[0].__module__)
 
 
 def _text(paths: dict[int, str], owner: Any, name: str) -> str:

@@ -27,16 +27,14 @@ from torch import nn
 from torch.fx.experimental import proxy_tensor
 
 from turbotx.capture.host_random import is_own_generator, look_at
+from turbotx.capture.module_state.attribute_methods import active, patch, release
 from turbotx.capture.module_state.dependence import depends_on_values
 from turbotx.capture.module_state.values import (
     MAX_DEPTH,
-    MISSING,
     dict_of,
     held_by,
     is_library,
     is_watchable,
-    set_in_class,
-    unwatchable,
 )
 from turbotx.errors import CaptureError
 
@@ -49,11 +47,6 @@ TABLES = ("_parameters", "_buffers", "_modules")
 _WRITERS = frozenset(("register_buffer", "register_parameter", "add_module"))
 _PROXY = getattr(proxy_tensor, "_AttrProxy", ())
 """PyTorch's stand-in for a module when tracing a model with shared modules."""
-
-active = threading.local()
-_lock = threading.RLock()
-patched: dict[type, int] = {}
-"""The number of recorders that need a class's attribute methods replaced."""
 
 
 @dataclass
@@ -87,6 +80,7 @@ class StateRecorder:
         self.open_reads: list[dict[tuple[int, str], tuple[Any, str]]] = []
         """Each takes what is read from now on, owner and name, also where it was read before."""
         self.modules: Sequence[nn.Module] = ()  # of the model
+        self._made: set[int] = set()  # the ids of modules that the code itself made
         self._by_attributes: dict[int, nn.Module] = {}
         self._mapped: Sequence[nn.Module] = self.modules  # its source
         self.follows: Callable[[Any], bool] = lambda attributes: True
@@ -121,7 +115,7 @@ class StateRecorder:
                 yield
         finally:
             for cls in self._classes:
-                _release(cls)
+                release(cls)
             self._classes.clear()
             self._over = True
 
@@ -144,7 +138,7 @@ class StateRecorder:
             if self._compiles == 1:
                 active.recorder = None
                 for cls in self._classes:
-                    _release(cls)
+                    release(cls)
 
     def _resume(self, *_: Any) -> None:
         """Resume recording; since reads in between were missed, all attributes of the modules count
@@ -152,7 +146,7 @@ class StateRecorder:
         if self._compiles:
             self._compiles -= 1
             if self._compiles == 0:
-                self._classes = [cls for cls in self._classes if _patch(cls)]
+                self._classes = [cls for cls in self._classes if patch(cls)]
                 for module in self.modules:
                     own = vars(module)
                     tables = (own["_parameters"], own["_buffers"], own["_modules"])
@@ -191,7 +185,7 @@ class StateRecorder:
                 self.meet(getattr(owner, name, None), depth + 1)
 
     def _watch_class(self, cls: type) -> None:
-        if cls not in self._classes and _patch(cls):
+        if cls not in self._classes and patch(cls):
             self._classes.append(cls)
 
     def note_read(self, owner: Any, name: str) -> None:
@@ -244,6 +238,15 @@ class StateRecorder:
         if write is not None:
             self.kept[id(attributes), name] = write.owner, name
         return write is not None
+
+    def note_made(self, module: nn.Module) -> None:
+        """Record that the traced code makes a module, such as a slice of a ModuleList."""
+        self._made.add(id(module))
+
+    def is_made(self, owner: Any) -> bool:
+        """Return whether the traced code made a module: each call makes its own, from what is
+        recorded otherwise."""
+        return id(owner) in self._made and isinstance(owner, nn.Module)
 
     def find_own(self, owner: Any) -> Any:
         """Return the user's object for its stand-in under the trace."""
@@ -335,65 +338,3 @@ def _asked_by_writer() -> bool:
     frame = sys._getframe(3)
     home = frame.f_globals.get("__name__", "")
     return frame.f_code.co_name in _WRITERS or home.startswith(("torch._functorch", "torch.export"))
-
-
-def _patch(cls: type) -> bool:
-    """Replace a class's attribute methods by recording ones; returns whether to restore them later.
-
-    A replacement made by another recorder is shared; inherited methods already record.
-    """
-    with _lock:
-        if cls in patched:
-            patched[cls] += 1
-            return True
-        made = {
-            name: function
-            for name, function in _noting(cls.__getattribute__, cls.__setattr__).items()
-            if not hasattr(getattr(cls, name), _NOTES)
-        }
-        saved = [(name, cls.__dict__.get(name, MISSING)) for name in made]
-        try:
-            for name, function in made.items():
-                setattr(function, _NOTES, True)
-                type.__setattr__(cls, name, function)
-        except TypeError:
-            unwatchable.add(cls)
-            return False
-        if made:
-            patched[cls] = 1
-            saved_methods[cls] = saved
-        return bool(made)
-
-
-def _noting(get: Callable[..., Any], put: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """Return attribute methods that wrap the given ones and report to the active recorder."""
-
-    def __getattribute__(self: Any, name: str) -> Any:
-        recorder = getattr(active, "recorder", None)
-        if recorder is not None:
-            recorder.note_read(self, name)
-        return get(self, name)
-
-    def __setattr__(self: Any, name: str, value: Any) -> None:
-        recorder = getattr(active, "recorder", None)
-        if recorder is not None:
-            recorder.note_write(self, name, value)
-        put(self, name, value)
-
-    return {"__getattribute__": __getattribute__, "__setattr__": __setattr__}
-
-
-_NOTES = "turbotx_notes"
-"""Marks the methods made by `_noting`."""
-
-saved_methods: dict[type, list[tuple[str, Any]]] = {}
-
-
-def _release(cls: type) -> None:
-    with _lock:
-        patched[cls] -= 1
-        if patched[cls]:
-            return
-        del patched[cls]
-        for name, value in saved_methods.pop(cls):
-            set_in_class(cls, name, value)

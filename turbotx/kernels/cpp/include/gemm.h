@@ -17,6 +17,7 @@
 #include "epilogue.h"
 #include "gemm_amx.h"
 #include "gemm_tile.h"
+#include "pack_panel.h"
 #include "scratch.h"
 #include "threads.h"
 
@@ -53,6 +54,20 @@ class WeightMemory {
 // Rows of a weight: element (row j, column i) is w[j * stride_n + i * stride_k].
 template <class T>
 struct WeightPart { const T* w; long rows, stride_n, stride_k; };
+
+// The columns of panel p of a weight of n outputs in parts, `group` panels for as many columns of C.
+template <class T>
+detail::PanelSource<T> columns_of(const WeightPart<T>* parts, long count, long p, long group, long n) {
+  detail::PanelSource<T> found;
+  for (int c = 0; c < detail::kPanel; ++c) {
+    long j = p / group * detail::kPanel + c, row = j + p % group * n;
+    const WeightPart<T>* part = parts;
+    for (; part + 1 < parts + count && row >= part->rows; ++part) row -= part->rows;
+    found.rows[c] = j < n ? part->w + row * part->stride_n : nullptr;
+    found.steps[c] = part->stride_k;
+  }
+  return found;
+}
 
 // W packed for this file's engine: panels of kPanel columns, each padded_depth(k) deep.
 //
@@ -91,19 +106,8 @@ class PackedWeight {
     T* out = memory_.template as<T>();
     share_rows(group * groups(), true, [=, this](long begin, long end) {
       for (long p = begin; p < end; ++p) {
-        const T* rows[detail::kPanel];  // null past the last column
-        long steps[detail::kPanel];
-        for (int c = 0; c < detail::kPanel; ++c) {
-          long j = p / group * detail::kPanel + c, row = j + p % group * n;
-          const WeightPart<T>* part = parts;
-          for (; part + 1 < parts + count && row >= part->rows; ++part) row -= part->rows;
-          rows[c] = j < n ? part->w + row * part->stride_n : nullptr;
-          steps[c] = part->stride_k;
-        }
-        for (long i = 0; i < detail::padded_depth<T>(k); ++i)
-          for (int c = 0; c < detail::kPanel; ++c)
-            out[p * panel_size() + (i / step * detail::kPanel + c) * step + i % step] =
-                rows[c] != nullptr && i < k ? rows[c][i * steps[c]] : T{};
+        auto columns = columns_of(parts, count, p, group, n);
+        detail::pack_panel<step>(columns, k, detail::padded_depth<T>(k), out + p * panel_size());
       }
     });
   }

@@ -52,17 +52,12 @@ class PackedInt8 {
   // Elements come by rows of the weight, which lie in the panels `quad` at a time.
   void fill(const WeightPart<std::int8_t>* parts, long count) {
     std::int8_t* out = memory_.as<std::int8_t>();
-    constexpr int panel = detail::kPanel, quad = detail::kQuad;
-    share_rows(group * groups() * panel, true, [=, this](long begin, long end) {
-      for (long at = begin; at < end; ++at) {
-        long p = at / panel, c = at % panel, j = p / group * panel + c, row = j + p % group * n;
-        const WeightPart<std::int8_t>* part = parts;
-        for (; part + 1 < parts + count && row >= part->rows; ++part) row -= part->rows;
-        for (long i = 0; i < depth; ++i) {
-          int value = j < n && i < k ? part->w[row * part->stride_n + i * part->stride_k] : 0;
-          out[p * panel_size() + (i / quad * panel + c) * quad + i % quad] =
-              static_cast<std::int8_t>(value + offset);
-        }
+    share_rows(group * groups(), true, [=, this](long begin, long end) {
+      for (long p = begin; p < end; ++p) {
+        auto columns = columns_of(parts, count, p, group, n);
+        std::int8_t* panel = out + p * panel_size();
+        if (offset == 0) detail::pack_panel<detail::kQuad>(columns, k, depth, panel);
+        else detail::pack_panel<detail::kQuad, detail::kWeightOffset>(columns, k, depth, panel);
       }
     });
   }
