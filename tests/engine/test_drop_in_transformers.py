@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import turbotx
+from tests.engine.decoders import make, prompt
 from turbotx.errors import CaptureError, EagerWarning
 
 transformers = pytest.importorskip("transformers")
@@ -171,6 +172,21 @@ def test_peft_around_and_inside() -> None:
     right = transformers.BertModel.forward(inner, IDS)[0]
     torch.testing.assert_close(around(input_ids=IDS)[0], right, rtol=1e-4, atol=1e-5)
     assert inner.stats()["captures"] == 1
+
+
+@pytest.mark.parametrize(("family", "target"), [("gpt2", "c_attn"), ("t5", "q")])
+def test_peft_generates(family: str, target: str) -> None:
+    peft = pytest.importorskip("peft")
+    kind = {"gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}[family]
+    config = peft.LoraConfig(target_modules=[target], init_lora_weights=False, task_type=kind)
+    model = peft.get_peft_model(make(family), config).eval()
+    fast = turbotx.optimize(model)
+    given = {**prompt(family, 2, 6), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    assert torch.equal(fast.generate(**given), model.generate(**given))
+    assert fast.stats()["captures"] > 0 and fast.stats()["eager_calls"] == 0
+    with model.disable_adapter():
+        assert torch.equal(fast.generate(**given), model.generate(**given))
+    assert fast.stats()["eager_calls"] == 0
 
 
 def sentence_model(tokenizer, folder: Path):

@@ -54,10 +54,11 @@ class Child(Pair):
 
 def test_calls_and_calls_passed_on() -> None:
     names = ("first", "second")
+    encode, decode = {"first": True}, {"second": False}
     assert calls_of_parts(Pair, names) == {
-        "encode": ["first"], "decode": ["second"], "run": ["first"],
+        "encode": encode, "decode": decode, "run": {"first": False},
     }  # fmt: skip
-    assert calls_of_parts(Child, names) == {"encode": ["first"], "decode": ["second"]}
+    assert calls_of_parts(Child, names) == {"encode": encode, "decode": decode}
 
 
 def test_nothing_where_there_are_no_parts() -> None:
@@ -130,6 +131,30 @@ def test_methods_that_are_handed_on_go_through() -> None:
     torch.testing.assert_close(fast.generate(x), model.generate(x))
     model.model.model = turbotx.optimize(model.model.model)
     torch.testing.assert_close(fast.generate(x), model.generate(x))
+
+
+class Around(HandingOn):
+    """As the models of PEFT around its tuners."""
+
+    def generate(self, x):
+        self.asked = len(x)
+        return self.model.generate(x)
+
+    def generate_each(self, x):
+        yield self.model.generate_each(x)
+
+
+def test_a_submodule_that_a_method_passes_its_call_on_to_goes_through() -> None:
+    model, x = Around(HandingOn(Inner())).eval(), torch.randn(3, 6)
+    fast, right = turbotx.optimize(model), model.generate(x)
+    del model.asked
+    torch.testing.assert_close(fast.generate(x), right)
+    assert fast.stats()["captures"] == 1 and fast.stats()["eager_calls"] == 0
+    assert model.asked == 3 and fast.model is model.model
+    model.model = HandingOn(Inner()).eval()
+    torch.testing.assert_close(fast.generate(x), model.generate(x))
+    with pytest.warns(EagerWarning, match="runs self.model by itself, in PyTorch"):
+        fast.generate_each(x)  # runs later
 
 
 class Loop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -45,6 +46,22 @@ def test_a_step_is_explained_verified_and_profiled_and_its_cache_left_alone(fami
     assert (report.dump(tmp_path).folder / "report.html").exists()
     assert {type(x).__name__ for x in call["past_key_values"].layers} == {"DynamicLayer"}
     assert call["past_key_values"].get_seq_length() == 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "count"), [("gpt2", 7), ("llama", 8)])
+def test_a_step_takes_as_many_launches_a_layer_as_a_call_without_a_cache(family, count) -> None:
+    """Attention stores the new rows itself."""
+    made = []
+    for layers in (1, 2):
+        config = copy.deepcopy(make(family).config)
+        config.num_hidden_layers, config.layer_types = layers, None
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        step = turbotx.explain(model, **a_step(model)).launches
+        assert not [x for x in step if x.kind == "store"]
+        plain = turbotx.explain(model, **prompt(family, 2, 5), use_cache=False).launches
+        made.append((len(step), len(plain)))
+    assert {more - fewer for fewer, more in zip(*made, strict=True)} == {count}
 
 
 @torch.no_grad()

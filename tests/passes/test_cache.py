@@ -87,6 +87,18 @@ def test_programs_read_and_write_blocks_by_their_table() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("threads", [4, 8])
+def test_keys_are_shared_out_to_threads_by_whole_blocks(threads) -> None:
+    before, fast = torch.get_num_threads(), turbotx.optimize(module := Step().eval())
+    torch.set_num_threads(threads)
+    try:
+        for sizes in ((1, 1, 9601, 64, 151), (3, 2, 4000, 64, 70), (1, 3, 7000, 7003)):
+            assert_runs(fast, module, *call(*sizes))
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
 def test_a_table_is_refused_where_pytorch_reads_memory_by_strides() -> None:
     fast = turbotx.optimize(Step().eval(), backend="aten")
     with pytest.raises(IndexOutOfRangeError, match="a table of one column"):

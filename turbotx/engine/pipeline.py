@@ -228,8 +228,9 @@ def assemble_call(captured: Captured, options: Options, target: str) -> Assemble
     programs += assemble_with_peaks(*given, kinds) if roles.rows else []
     for program in programs if roles.fallbacks else []:
         add_gemm_fallbacks(program)
-    for program in programs if target != "cpu" and options.backend != "aten" else []:
+    for program in programs if options.backend != "aten" else []:
         fuse_stores(program.assembly)
+    for program in programs if target != "cpu" and options.backend != "aten" else []:
         add_split_workspaces(program.assembly)
     for program in programs if target != "cpu" or options.backend == "aten" else []:
         use_contiguous(program.assembly)

@@ -15,7 +15,8 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -149,11 +150,13 @@ def _new_class(cls: Any, body: dict[str, Any], names: Any) -> Any:
     for name in OWN_NAMES:
         if hasattr(cls, name):
             body[name] = inspect.getattr_static(cls, name)
-    for name, parts in calls_of_parts(cls, names).items():
-        body[name] = _warning_method(getattr(cls, name), name, parts)
+    calls = calls_of_parts(cls, names)
+    for name, parts in calls.items():
+        body[name] = _method_with_parts(getattr(cls, name), name, parts)
     if hasattr(cls, "get_encoder"):
         body["get_encoder"] = _optimized_part(cls.get_encoder)
-    if cls.__getattr__ is not nn.Module.__getattr__:
+    passes = any(passed for parts in calls.values() for passed in parts.values())
+    if passes or cls.__getattr__ is not nn.Module.__getattr__:
         body["__getattr__"] = _handing_on(cls.__getattr__)
     body["forward"] = functools.wraps(cls.forward)(_copy_of(OptimizedModule.forward))
     body |= {"__doc__": cls.__doc__, "__module__": cls.__module__, "_turbotx_made": True}
@@ -211,20 +214,31 @@ def _is_importable(cls: type) -> bool:
 # --- methods ---
 
 
-def _warning_method(method: Any, name: str, parts: list[str]) -> Any:
-    """Return a method that warns once about the submodules that it runs in eager PyTorch."""
+_passing: ContextVar[tuple[tuple[int, str], ...]] = ContextVar("turbotx_passing", default=())
+"""Inside of methods that pass their call on: (id of the object, name of the submodule)."""
+
+
+def _method_with_parts(method: Any, name: str, parts: Mapping[str, bool]) -> Any:
+    """Return a method that meets optimized the submodules to which it passes its call on, and warns
+    once about those that it runs in eager PyTorch."""
 
     @functools.wraps(method)
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
         engine = self._turbotx_engine
-        plain = [p for p in parts if not isinstance(getattr(self, p, None), OptimizedModule)]
+        own = [p for p, passed in parts.items() if not passed]
+        plain = [p for p in own if not isinstance(getattr(self, p, None), OptimizedModule)]
         if engine is not None and plain and not left_to_pytorch():
             listed = ", ".join(f"self.{p}" for p in plain)
             engine.count_eager(
                 f"{type(self).__name__}.{name} runs {listed} by itself, in PyTorch: optimize that "
                 f"too, as in model.{plain[0]} = turbotx.optimize(model.{plain[0]})"
             )
-        return method(self, *args, **kwargs)
+        passed = ((id(self), p) for p in parts if parts[p])
+        before = _passing.set((*_passing.get(), *passed))
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            _passing.reset(before)
 
     return told
 
@@ -241,11 +255,14 @@ def _optimized_part(method: Any) -> Any:
 
 
 def _handing_on(getter: Any) -> Any:
-    """Wrap a class's own `__getattr__` that hands on methods of a submodule, as those of PEFT's
-    tuners do: what computes is then a method of the optimized submodule."""
+    """Wrap a class's `__getattr__` that hands on methods of a submodule, as those of PEFT's tuners
+    do: what computes is then a method of the optimized submodule. So is a submodule itself to which
+    a running method passes its call on."""
 
     def find(self: Any, name: str) -> Any:
         found = getter(self, name)
+        if (id(self), name) in _passing.get():
+            return _twin_of_part(self, f"self.{name}", found)
         if not name.startswith(RUNNING) or not isinstance(found, types.MethodType):
             return found
         part = _twin_of_part(self, name, found.__self__)

@@ -9,8 +9,7 @@ width)::
 
 A table of int64, (2 x layers, batch, columns), says where in memory, in elements, blocks of
 `capacity` rows begin, (heads, capacity, width) each: row 2 * layer + part is for the keys (0) or
-values (1) of a layer. With one column the memory may be contiguous, see `block_of`: a program for
-a CPU then does not read the table.
+values (1) of a layer. With one column the memory may be contiguous, see `block_of`.
 
 `passes.cache` puts `cache_store` in its place where attention alone reads the rows.
 """

@@ -271,9 +271,8 @@ class AttentionLaunch(ExtentsLaunch):
     q, k, v: (batch, heads, rows, head_dim); out: (batch, q_len, heads, head_dim).
     keys: a key mask or lengths; sinks: float32 (heads,). call: the equivalent PyTorch call.
     sequences: bounds and starts, if packed (`ir.packed_ops`). blocks: if keys or values are in a
-    cache: its memory, and its block table's rows for both. stores: k and v are new rows, which are
-    stored there and attended to with the others. peaks: where the largest magnitudes of the
-    output's rows are stored, int32 (rows, heads).
+    cache: its memory, and its block table's rows for both. peaks: where the largest magnitudes of
+    the output's rows are stored, int32 (rows, heads).
     """
 
     kind = "attention"
@@ -292,7 +291,6 @@ class AttentionLaunch(ExtentsLaunch):
     sequences: tuple[Operand, ...] = ()
     blocks: tuple[Operand | None, ...] = ()
     peaks: Operand | None = None
-    stores: bool = False
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
@@ -304,7 +302,7 @@ class AttentionLaunch(ExtentsLaunch):
     @property
     def writes(self) -> tuple[str, ...]:
         """The names of the output, and if stored of its rows' magnitudes and of the cache."""
-        stored = (self.peaks, self.blocks[0] if self.stores else None)
+        stored = (self.peaks, self.blocks[0] if self.kernel.stores else None)
         return (self.out.tensor, *(x.tensor for x in stored if x is not None))
 
 

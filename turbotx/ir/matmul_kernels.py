@@ -73,6 +73,7 @@ class AttentionKernel:
     sinks: each head has one more float32 score, whose weight goes to no value.
     packed: over sequences on one token axis (`ir.packed_ops`).
     cached: keys or values may lie in a cache's blocks.
+    stores: k and v are new rows, which it stores there first, and attends to with the others.
     peaks: the largest magnitude of each output row is stored, by head.
     """
 
@@ -90,6 +91,7 @@ class AttentionKernel:
     sinks: bool = False
     packed: bool = False
     cached: bool = False
+    stores: bool = field(default=False, repr=False)  # on a GPU as `cached`
     peaks: bool = field(default=False, repr=False)  # what was tuned goes by the text of the others
 
     @property

@@ -200,7 +200,7 @@ def check_launches(
                 raise VerifyError(f"{launch.name} reads {name!r} before it is written")
         for name in launch.writes:
             kind = tensors[name].kind
-            stores = isinstance(launch, ir.AttentionLaunch) and launch.stores
+            stores = isinstance(launch, ir.AttentionLaunch) and launch.kernel.stores
             is_cache = kind == "input" and (stores or isinstance(launch, ir.StoreLaunch))
             if kind not in ("intermediate", "output") and not is_cache:
                 raise VerifyError(f"{launch.name} writes {name!r}, which is {kind} memory")

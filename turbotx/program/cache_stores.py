@@ -1,11 +1,10 @@
 """Cache stores: what writes one layer's new keys and values into a cache, and where its blocks lie.
 
 In: the operand of a layer's rows in the cache's memory, and the new rows. Out: the size arguments
-of `ttx_store_rows`, with strides and offsets in bytes::
+of `ttx_store_rows`, with strides in bytes::
 
-    sizes: batch, heads, rows, bytes per row; source strides of batch, head and row; destination
-           strides of batch and head, and offset of the first row; for a cache in blocks also the
-           columns of the block table, rows per block and bytes per element
+    sizes: batch, heads, rows, bytes per row; strides of batch, head and row; position of the first
+           one; columns of the block table, rows per block and bytes per element
 """
 
 from __future__ import annotations
@@ -36,9 +35,8 @@ def describe_store(held: ir.Operand, new: ir.Operand) -> tuple[Expr, ...]:
     """
     batch, heads, count, width = new.shape
     nbytes = new.dtype.itemsize
-    first = (held.shape[2] - count) * width
-    steps = [s * nbytes for s in (*new.strides[:3], *held.strides[:2], first)]
-    return batch, heads, count, width * nbytes, *steps
+    steps = [s * nbytes for s in new.strides[:3]]
+    return batch, heads, count, width * nbytes, *steps, held.shape[2] - count
 
 
 def describe_blocks(
@@ -110,8 +108,9 @@ def _with_stores(launch: ir.AttentionLaunch, keys: Any, values: Any) -> ir.Atten
     named = zip(SIZES, launch.extents, strict=False)
     extents = (*(steps.get(n, e) for n, e in named), *launch.extents[len(SIZES) :])
     source = ", ".join((keys.source, values.source, launch.source))
+    kernel = replace(launch.kernel, stores=True)
     return replace(
-        launch, k=keys.new, v=values.new, extents=extents, call=call, source=source, stores=True
+        launch, kernel=kernel, k=keys.new, v=values.new, extents=extents, call=call, source=source
     )
 
 
@@ -119,7 +118,7 @@ def use_contiguous(assembly: Assembly) -> None:
     """Let launches over a cache take contiguous memory alone, and refuse a call with a table; but
     for attention that stores rows, which reads the table of any."""
     for i, launch in enumerate(assembly.launches):
-        if isinstance(launch, ir.AttentionLaunch) and launch.stores:
+        if isinstance(launch, ir.AttentionLaunch) and launch.kernel.stores:
             continue
         if isinstance(launch, (ir.AttentionLaunch, ir.StoreLaunch)) and launch.blocks:
             table = next(t for t in launch.blocks[1:] if t is not None)

@@ -56,7 +56,7 @@ def find_steps(
     """Return what grows with every step; None where nothing is stored in a cache, or where a launch
     cannot read on the device what grows: PyTorch's, a GEMM's, one that reduces rows that grow."""
     launches = assembly.launches
-    stores = [x for x in launches if isinstance(x, ir.AttentionLaunch) and x.stores]
+    stores = [x for x in launches if isinstance(x, ir.AttentionLaunch) and x.kernel.stores]
     if not stores:
         return None
     *_, query, length = stores[0].sizes[:5]
@@ -102,7 +102,7 @@ def expected_steps(dims: Sequence[str], steps: GrowingDims) -> Iterable[tuple[in
 def add_split_workspaces(assembly: Assembly) -> None:
     """Give attention over a cache a workspace for the partial results of splitting its keys."""
     for i, launch in enumerate(assembly.launches):
-        if isinstance(launch, ir.AttentionLaunch) and launch.stores:
+        if isinstance(launch, ir.AttentionLaunch) and launch.kernel.stores:
             name = f"{launch.name}_sums_of_parts"
             shape = (Integer(split_workspace_size(launch.kernel)),)
             assembly.tensors[name] = ir.Tensor(name, "intermediate", torch.float32, shape)

@@ -51,7 +51,7 @@ def launch_cost(launch: ir.Launch) -> Cost:
     read = {name: n for name, n in windows.items() if name not in launch.writes}
     if isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
         read = _add_windows(launch)
-    if isinstance(launch, ir.AttentionLaunch) and launch.stores:
+    if isinstance(launch, ir.AttentionLaunch) and launch.kernel.stores:
         batch, _, kv_heads, q_len, k_len = launch.sizes[:5]
         row = 2 * batch * kv_heads * launch.kernel.head_dim * launch.k.dtype.itemsize
         read[launch.writes[1]], written[launch.writes[1]] = row * (k_len - q_len), row * q_len

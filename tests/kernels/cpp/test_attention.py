@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -34,6 +36,8 @@ class Shape(ctypes.Structure):
         ("bias_kind", ctypes.c_long),
         ("bias_strides", ctypes.c_long * 4),
         ("band", ctypes.c_long * 4),
+        ("sinks", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
     ]
 
 
@@ -42,7 +46,8 @@ ATTENTION_SOURCE = """
 using namespace ttx;
 struct Shape {
   long sizes[5], strides[12]; double scale; const bool* key_mask; long key_mask_stride;
-  const void* bias; long bias_kind, bias_strides[4], band[4];
+  const void* bias; long bias_kind, bias_strides[4], band[4]; const float* sinks;
+  const int64_t* lengths;
 };
 template <class T, int D>
 void run(const void* q, const void* k, const void* v, void* out, const Shape& a) {
@@ -59,6 +64,7 @@ void run(const void* q, const void* k, const void* v, void* out, const Shape& a)
   s.bias_q = a.bias_strides[2]; s.bias_k = a.bias_strides[3];
   s.causal = a.band[0]; s.diagonal = a.band[1];
   s.window_left = a.band[2]; s.window_right = a.band[3];
+  s.sinks = a.sinks; s.lengths = a.lengths;
   attention<T, D>(static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v),
                   static_cast<T*>(out), s);
 }
@@ -86,6 +92,8 @@ def attend(
     key_mask: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     band: tuple[int, int, int, int] = (0, 0, -1, -1),
+    sinks: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(batch, heads, q_len, dim), written head-merged. `band`: causal, diagonal, left, right."""
     batch, heads, q_len, dim = q.shape
@@ -95,6 +103,7 @@ def attend(
     s.sizes[:] = (batch, heads, k.shape[1], q_len, k.shape[2])
     s.strides[:] = [stride for t in (q, k, v, out) for stride in t.stride()[:3]]
     s.band[:] = band
+    s.sinks, s.lengths = pointer(sinks).value, pointer(lengths).value
     if key_mask is not None:
         s.key_mask, s.key_mask_stride = key_mask.data_ptr(), key_mask.stride(0)
     if bias is not None:
@@ -113,6 +122,8 @@ def reference(
     key_mask: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     band: tuple[int, int, int, int] = (0, 0, -1, -1),
+    sinks: torch.Tensor | None = None,
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same in float64, by the definition; rows that see no key are 0."""
     group = q.shape[1] // k.shape[1]
@@ -125,6 +136,8 @@ def reference(
         scores = scores + bias.double()
     if key_mask is not None:
         seen &= key_mask[:, None, None, :]
+    if lengths is not None:
+        seen &= torch.arange(k.shape[2]) < lengths[:, None, None, None]
     causal, diagonal, left, right = band
     distance = torch.arange(k.shape[2])[None] - torch.arange(q.shape[2])[:, None] - diagonal
     if causal:
@@ -134,7 +147,9 @@ def reference(
     if right >= 0:
         seen &= distance <= right
     scores = scores.masked_fill(~seen, -math.inf)
-    return torch.nan_to_num(torch.softmax(scores, -1), nan=0.0) @ v
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    return torch.nan_to_num(torch.softmax(scores, -1), nan=0.0)[..., : k.shape[2]] @ v
 
 
 LENGTHS = [  # batch, heads, kv_heads, q_len, k_len
@@ -145,7 +160,20 @@ LENGTHS = [  # batch, heads, kv_heads, q_len, k_len
     (1, 2, 2, 9, 0),
     (1, 3, 1, 3, 1100),
     (1, 2, 1, 150, 1300),  # strips of many rows, across the heads of a group
+    (2, 6, 3, 1, 2600),  # as a step of decoding
 ]
+
+
+@contextmanager
+def threads_of(count: int) -> Iterator[None]:
+    """Let kernels use so many threads."""
+    before = torch.get_num_threads()
+    load_library("runtime")  # whose threads they are
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -174,11 +202,16 @@ def test_attention_under_every_mask(
         {"band": (0, 0, 3, 2)},
         {"band": (1, k_len - q_len, 7, -1)},
         {"band": (0, -2, 0, 600)},
+        {"sinks": torch.randn(heads), "key_mask": key_mask},
+        {"lengths": torch.randint(k_len // 2, k_len + 1, (batch,))},
     ]
     for case in cases:
-        got, want = attend(attention, q, k, v, **case), reference(q, k, v, **case)  # type: ignore[arg-type]
-        error = (got.double() - want).abs().max().item() if got.numel() else 0.0
-        assert error <= TOLERANCE[dtype], (case.keys(), error)
+        want = reference(q, k, v, **case)  # type: ignore[arg-type]
+        for threads in (1, 4, 8) if k_len > 1000 else (1,):  # many keys are shared out to threads
+            with threads_of(threads):
+                got = attend(attention, q, k, v, **case)  # type: ignore[arg-type]
+            error = (got.double() - want).abs().max().item() if got.numel() else 0.0
+            assert error <= TOLERANCE[dtype], (case.keys(), threads, error)
 
 
 def test_attention_agrees_with_torch_where_every_key_is_hidden(attention: ctypes.CDLL) -> None:
@@ -222,13 +255,7 @@ def test_long_rows_are_as_accurate_as_torch(attention: ctypes.CDLL, length: int)
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_attention_follows_torch_threads(attention: ctypes.CDLL, threads: int) -> None:
-    before = torch.get_num_threads()
-    load_library("runtime")  # whose threads they are
-    try:
-        torch.set_num_threads(threads)
-        q, k, v = torch.randn(3, 3, 5, 100, 32)
-        torch.testing.assert_close(
-            attend(attention, q, k, v).double(), reference(q, k, v), rtol=0.0, atol=4e-6
-        )
-    finally:
-        torch.set_num_threads(before)
+    q, k, v = torch.randn(3, 3, 5, 100, 32)
+    with threads_of(threads):
+        got = attend(attention, q, k, v).double()
+    torch.testing.assert_close(got, reference(q, k, v), rtol=0.0, atol=4e-6)

@@ -33,11 +33,12 @@ SIZES = (
 _BLOCK_FIELDS = [
     f"  s.columns = sizes[{len(SIZES)}];",
     f"  s.block_len = sizes[{len(SIZES) + 1}];",
-    "  s.k_blocks = s.columns > 1 ? static_cast<const int64_t*>(args[8]) : nullptr;",
-    "  s.v_blocks = s.columns > 1 ? static_cast<const int64_t*>(args[9]) : nullptr;",
-    "  const void* k_memory = s.k_blocks == nullptr ? args[1] : args[7];",
-    "  const void* v_memory = s.v_blocks == nullptr ? args[2] : args[7];",
+    "  s.k_blocks = static_cast<const int64_t*>(args[8]);",
+    "  s.v_blocks = static_cast<const int64_t*>(args[9]);",
 ]
+_MEMORY = tuple(
+    f"args[s.{name}_blocks == nullptr ? {k} : 7]" for k, name in enumerate("kv", start=1)
+)
 
 
 def describe_attention(
@@ -106,8 +107,10 @@ def print_attention(kernel: AttentionKernel, name: str) -> str:
         for k, name in enumerate(("bounds", "starts"), start=7) if kernel.packed
     ]  # fmt: skip
     fields += _BLOCK_FIELDS * kernel.cached
-    k, v = ("k_memory", "v_memory") if kernel.cached else ("args[1]", "args[2]")
-    called = "packed_attention" if kernel.packed else "attention"
+    reads = kernel.cached and not kernel.stores
+    k, v = _MEMORY if reads else ("args[1]", "args[2]")
+    called = "packed_" * kernel.packed + "cached_" * kernel.stores + "attention"
+    memory = f" static_cast<{kind}*>(args[7])," * kernel.stores
     lines = [
         f'extern "C" int {name}(void* const* args, const int64_t* sizes) {{',
         "  ttx::AttentionShape s;",
@@ -118,7 +121,7 @@ def print_attention(kernel: AttentionKernel, name: str) -> str:
         f"  s.bias_kind = ttx::Bias::{kernel.bias};",
         f"  ttx::{called}<{kind}, {kernel.head_dim}>(",
         f"      {const}(args[0]), {const}({k}), {const}({v}),",
-        f"      static_cast<{kind}*>(args[3]), s);",
+        f"      static_cast<{kind}*>(args[3]),{memory} s);",
         "  return 0;",
         "}",
     ]

@@ -34,7 +34,7 @@ from turbotx.program.link import (
 from turbotx.runtime.cpu.abi import declare, units_of
 
 PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n#include "threads.h"\n\n#include <limits>\n\n'
-ATTENTION_PRELUDE = '#include <cstdint>\n\n#include "attention_packed.h"\n\n'
+ATTENTION_PRELUDE = '#include "attention_cached.h"\n#include "attention_packed.h"\n\n'
 PRODUCTS_PRELUDE = '#include <cstdint>\n\n#include "attention_products.h"\n\n'
 
 Generated = (ir.KernelLaunch, ir.AttentionLaunch, ir.ProductLaunch)

@@ -7,9 +7,8 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 
-#include "threads.h"
+#include "cache_rows.h"
 
 extern "C" __attribute__((weak)) int omp_pause_resource_all(int kind);
 extern "C" __attribute__((weak)) void kmp_set_blocktime(int ms);  // of LLVM's library
@@ -74,37 +73,13 @@ int64_t ttx_run(const Launch* launches, int64_t begin, int64_t end, void* const*
   return 0;
 }
 
-// args: where a layer's rows lie in a cache, new rows, the cache's memory, [batch][columns] of where
-// in that, in elements, blocks begin; sizes: batch, heads, rows, bytes of a row; strides in bytes: of
-// batch, head and row of the new ones, of batch and head in the cache; where the first of them goes
-// there; columns, 1 where the cache is contiguous, rows of a block, bytes of an element.
+// args: null, new rows, a cache's memory, where blocks begin in it; sizes: batch, heads, rows, bytes of
+// a row; strides in bytes of batch, head and row; where the first row goes; columns of the table, rows
+// of a block, bytes of an element.
 int ttx_store_rows(void* const* args, const int64_t* sizes) {
-  const char* rows = static_cast<const char*>(args[1]);
-  const int64_t count = sizes[2], nbytes = sizes[3], columns = sizes[10];
-  const int64_t* table = static_cast<const int64_t*>(args[3]);
-  const int64_t first = nbytes > 0 ? sizes[9] / nbytes : 0;
-  const int64_t length = columns > 1 ? sizes[11] : first + count;  // of a block, or of all there is
-  const int64_t units = sizes[0] * sizes[1];
-  ttx::share_rows(units, units * count * nbytes > (1 << 20), [=](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      int64_t batch = unit / sizes[1], head = unit % sizes[1];
-      const char* from = rows + batch * sizes[4] + head * sizes[5];
-      for (int64_t at = 0, here; at < count; at += here) {
-        int64_t place = (first + at) % length, left = count - at;
-        here = left < length - place ? left : length - place;
-        char* block = static_cast<char*>(args[0]) + batch * sizes[7];
-        if (columns > 1)
-          block = static_cast<char*>(args[2]) +
-                  table[batch * columns + (first + at) / length] * sizes[12];
-        char* to = block + head * sizes[8] + place * nbytes;
-        const char* given = from + at * sizes[6];
-        if (sizes[6] == nbytes) std::memcpy(to, given, here * nbytes);
-        else
-          for (int64_t r = 0; r < here; ++r)
-            std::memcpy(to + r * nbytes, given + r * sizes[6], nbytes);
-      }
-    }
-  });
+  ttx::append_rows({sizes[0], sizes[1], sizes[2], sizes[3], static_cast<const char*>(args[1]),
+                    sizes[4], sizes[5], sizes[6], sizes[7], static_cast<char*>(args[2]),
+                    static_cast<const int64_t*>(args[3]), sizes[8], sizes[9], sizes[10]});
   return 0;
 }
 

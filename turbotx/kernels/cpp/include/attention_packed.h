@@ -19,11 +19,7 @@ AttentionShape sequence_shape(const AttentionShape& s, long n) {
   one.batch = 1;
   one.q_len = one.k_len = s.bounds[n + 1] - s.bounds[n];
   if (s.key_mask != nullptr) one.key_mask = s.key_mask + s.bounds[n];
-  long size = s.bias_kind == Bias::float32   ? sizeof(float)
-              : s.bias_kind == Bias::boolean ? sizeof(bool)
-                                             : sizeof(T);
-  if (s.bias != nullptr)
-    one.bias = static_cast<const char*>(s.bias) + s.starts[n] * (s.bias_q + s.bias_k) * size;
+  one.bias = bias_from<T>(s, s.starts[n] * (s.bias_q + s.bias_k));
   return one;
 }
 

@@ -23,7 +23,10 @@ struct AttentionShape {
 
   const bool* key_mask = nullptr;                                 // [batch][k]: false hides the key
   long key_mask_stride = 0;                                       // between batches
-  const int64_t* lengths = nullptr;                               // [batch]: keys there are
+  const int64_t* lengths = nullptr;                               // [batch]: keys there are, of
+  long first_key = 0;                                             // which so many are left out
+  void* parts = nullptr;                                          // attention_split.h: where sums
+                                                                  // go instead of the output
 
   const void* bias = nullptr;                                     // added to scale * q . k; a
   Bias bias_kind = Bias::none;                                    // boolean one hides where false
