@@ -349,12 +349,16 @@ def inputs(
 
 
 def grow(inputs: Values) -> Values:
-    """Return inputs of twice every size but 1."""
+    """Return inputs of twice every size but 1, in the same memory order, that one capture takes."""
     for d in range(max(x.dim() for x in inputs)):
-        inputs = [
-            torch.cat([x, x.flip(d)], d) if d < x.dim() and x.shape[d] > 1 else x for x in inputs
-        ]
+        inputs = [_double(x, d) if d < x.dim() and x.shape[d] > 1 else x for x in inputs]
     return inputs
+
+
+def _double(x: torch.Tensor, d: int) -> torch.Tensor:
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    dense = torch.cat([x, x.flip(d)], d).permute(order).contiguous()
+    return dense.permute([order.index(k) for k in range(x.dim())])
 
 
 def widen(inputs: Values) -> tuple[torch.Tensor, ...]:

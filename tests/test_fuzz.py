@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import turbotx
 from tests import fuzz
 from tests.kernels.cpp.cpp_probe import needs_compiler
-from tests.random_programs import write_program
+from tests.random_programs import grow, write_program
 
 
 def test_a_seed_says_all() -> None:
@@ -40,6 +41,22 @@ def test_a_program_runs_only_what_its_outputs_need() -> None:
         assert all(map(torch.equal, program(*given), every(*given)[-2:]))
 
 
+def test_programs_side_by_side_are_each_there_once() -> None:
+    groups = fuzz.group_programs(range(250, 290), 8)
+    assert sorted(seed for group in groups for seed in group) == list(range(250, 290))
+    assert max(map(len, groups)) == 8 and all(len(g) == 1 for g in fuzz.group_programs([1, 2], 1))
+    for group in groups:
+        shapes = [fuzz.make_program(seed)[1][0].shape for seed in group]
+        assert len({tuple(min(n, 3) for n in s) for s in shapes if min(s) < 3}) <= 1
+
+
+def test_larger_inputs_lie_in_memory_as_the_first_ones_do() -> None:
+    x = torch.randn(3, 1, 4).permute(2, 0, 1)
+    twice, row = grow([x, torch.randn(3, 1)])
+    assert twice.shape == (8, 6, 1) and twice.stride() == (1, 8, 8) and row.shape == (6, 1)
+    assert torch.equal(twice[:4, :3], x) and torch.equal(twice[4:, 3:], x.flip(0, 1))
+
+
 @needs_compiler
 def test_programs_of_a_few_seeds(tmp_path: Path) -> None:
     # By its command, as a user runs it: the fuzzer forks, and a team of OpenMP threads that this
@@ -56,14 +73,14 @@ def test_what_fails_is_a_file_that_runs_by_itself(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def wrong(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*given: torch.Tensor) -> list[torch.Tensor]:
-            return [x + 1 if x.dtype is torch.float32 else x for x in function(*given)]
+        def run(*given: Any) -> Any:
+            return tree_map(lambda x: x + 1 if x.dtype is torch.float32 else x, function(*given))
 
         return run
 
     monkeypatch.setattr(turbotx, "optimize", wrong)
-    seed = next(s for s in range(50) if fuzz.find_error(*fuzz.make_program(s)) is not None)
-    ((name, text),) = fuzz.run_program(seed)
+    seed = next(s for s in range(50) if fuzz.find_error(fuzz.make_program(s)) is not None)
+    ((name, text),) = fuzz.run_programs([seed])
     assert name == f"program_{seed}.py" and "AssertionError" in text
     assert text.count("torch.ops.aten") <= 3, "made as small as it can be"
     (tmp_path / name).write_text(text)
@@ -74,11 +91,29 @@ def test_what_fails_is_a_file_that_runs_by_itself(
     assert set(done.stdout.split()) == {"same"}
 
 
-def test_a_crash_is_noted_and_passed_over(tmp_path: Path) -> None:
-    def run(seed: int) -> list[fuzz.Found]:
-        if seed == 2:
-            os.abort()
-        return [(f"seen_{seed}", "")] if seed else []
+def test_of_those_that_fail_together_each_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = {tuple(fuzz.make_program(seed)[0]) for seed in (1, 2)}
 
-    fuzz.run_all(run, range(4), tmp_path)
+    def check(*programs: fuzz.Drawn) -> None:
+        here = [tuple(steps) for steps, _ in programs if tuple(steps) in bad]
+        assert len(here) <= allowed, f"{len(here)} wrong"
+
+    monkeypatch.setattr(fuzz, "check_compiled", check)
+    monkeypatch.setattr(fuzz, "write_file", lambda *_: "")
+    allowed = 0
+    assert [name for name, _ in fuzz.run_programs(range(4))] == ["program_1.py", "program_2.py"]
+    allowed = 1
+    ((name, text),) = fuzz.run_programs(range(4))
+    assert name == "together_1.txt" and "seeds [1, 2] side by side" in text
+    allowed = 2
+    assert not fuzz.run_programs(range(4))
+
+
+def test_a_crash_is_noted_and_passed_over(tmp_path: Path) -> None:
+    def run(seeds: fuzz.Seeds) -> list[fuzz.Found]:
+        if 2 in seeds:
+            os.abort()
+        return [(f"seen_{seed}", "") for seed in seeds if seed]
+
+    fuzz.run_all(run, [[0], [1, 2], [3]], tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["crash_2.txt", "seen_1", "seen_3"]

@@ -8,6 +8,7 @@ means in float64, and the printed C++ and Triton are as near to it as eager is; 
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -115,26 +116,39 @@ def check_results(program: Program, given: Values, results: Sequence[torch.Tenso
         assert error <= allowed, f"result {k}: an error of {error}, allowed are {allowed}"
 
 
-def check_compiled(drawn: list[Step], given_inputs: Values) -> None:
-    """At the sizes of the first call, and at twice those where eager takes them too."""
-    program = write_program(drawn, 2, given_inputs, jumps=False)
-    if not program.calls:
+def check_compiled(*drawn: tuple[list[Step], Values]) -> None:
+    """Programs side by side in one capture: at the sizes of the first call, and at twice those,
+    where eager takes them too."""
+    written = [(write_program(chosen, 2, first, jumps=False), first) for chosen, first in drawn]
+    programs = [program for program, _ in written if program.calls]
+    first = [values for program, values in written if program.calls]
+    if not programs:
         return
-    fast = turbotx.optimize(program.__call__)
-    check_results(program, given_inputs, fast(*given_inputs))
-    larger = grow(given_inputs)
+
+    def run_each(every: list[Values]) -> list[Values]:
+        return [program(*values) for program, values in zip(programs, every, strict=True)]
+
+    fast = turbotx.optimize(run_each)
+    larger = list(map(_grow_if_taken, programs, first))
+    for every in (first, larger) if any(map(operator.is_not, first, larger)) else (first,):
+        for program, values, results in zip(programs, every, fast(every), strict=True):
+            check_results(program, values, results)
+
+
+def _grow_if_taken(program: Program, values: Values) -> Values:
+    larger = grow(values)
     try:
         program(*larger)
     except RuntimeError:
-        return
-    check_results(program, larger, fast(*larger))
+        return values
+    return larger
 
 
 @needs_compiler
 @settings(max_examples=4, **patient)
 @given(steps, inputs(FLOATS, 33))
 def test_compiled_programs(drawn: list[Step], given_inputs: Values) -> None:
-    check_compiled(drawn, given_inputs)
+    check_compiled((drawn, given_inputs))
 
 
 @pytest.mark.sweep
@@ -142,7 +156,7 @@ def test_compiled_programs(drawn: list[Step], given_inputs: Values) -> None:
 @settings(max_examples=200, **patient)
 @given(steps, inputs(FLOATS, 33))
 def test_many_compiled_programs(drawn: list[Step], given_inputs: Values) -> None:
-    check_compiled(drawn, given_inputs)
+    check_compiled((drawn, given_inputs))
 
 
 def check_triton(drawn: list[Step], given_inputs: Values) -> None:

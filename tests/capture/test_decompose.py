@@ -143,3 +143,20 @@ def test_an_op_that_asks_for_its_sizes_in_cpp_is_decomposed() -> None:
     for x in (torch.randn(3, 4), torch.randn(5, 2)):
         torch.testing.assert_close(fast(x), model(x))
     assert not any("kron" in str(n.target) for n in capture(model, (x,), {}).graph.nodes)
+
+
+class AsksForTypes(nn.Module):
+    """Calls that a trace records though they give no tensor, and no node reads what they give."""
+
+    def forward(self, x):
+        wide = torch.promote_types(x.dtype, torch.float64)
+        alike = torch.can_cast(torch.float16, torch.result_type(x, x.half()))
+        return x.to(wide) if alike else x * 2
+
+
+def test_what_nothing_reads_is_not_decomposed() -> None:
+    program = exported(AsksForTypes())
+    assert "aten.promote_types.default" in {str(n.target) for n in program.graph.nodes}
+    decompose_nodes(program.graph_module, KEPT_WHOLE)
+    kept = ops_of(program.graph)
+    assert kept["aten._to_copy.default"] == 1 and "aten.promote_types.default" not in kept

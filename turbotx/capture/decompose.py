@@ -62,8 +62,8 @@ def decompose_nodes(graph_module: fx.GraphModule, kept: frozenset[str]) -> None:
         if node.target in IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif node.target in SIZE_OPS or is_random(node):
-            continue
+        elif node.target in SIZE_OPS or is_random(node) or not node.users:
+            continue  # what has no users is erased below: torch.promote_types gives no tensor
         elif _decomposition(node.target, kept) is not None:
             _replace(node, _Recorder(node, sizes, kept), known)
     erase_unused(graph)
