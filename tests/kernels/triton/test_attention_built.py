@@ -79,6 +79,7 @@ def test_builds_with_every_operand(q_len: int) -> None:
     [
         kernel(64, causal=True, keys="mask"),
         kernel(256, bias="boolean", blind_nan=True),
+        kernel(256, causal=True, keys="mask", bias="boolean"),
         kernel(256, causal=True, window=(127, -1), keys="lengths", bias="storage"),
     ],
     ids=lambda k: k.name,
