@@ -116,9 +116,9 @@ def _reduction(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristic
 
 def _pointwise(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristics) -> Schedule:
     tile, side = numbers.pointwise_tile, numbers.strided
-    if sum(isinstance(s, ir.Compute) and s.op in ("sin", "cos") for s in kernel.body) > 2:
-        # The exact argument reduction of sine and cosine needs many registers: four of them at
-        # eight elements per thread spilled two words on sm_80, four on sm_100.
+    if sum(isinstance(s, ir.Compute) and s.op in ("sin", "cos") for s in kernel.body) > 1:
+        # The exact argument reduction of sine and cosine needs many registers: two of them at
+        # eight elements per thread spilled two words on sm_90 and sm_100, four on sm_80 too.
         tile = min(tile, 512)
     if len(kernel.axes) < 2:
         cols = tile if not is_static(kernel) else min(power_above(length), tile)

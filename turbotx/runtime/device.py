@@ -1,7 +1,7 @@
 """Device: the interface between a GPU program and its device.
 
 In: compiled kernels, grids, arrays of argument addresses. Out: work queued on the caller's stream.
-`cuda_device.CudaDevice` is the real one; tests substitute devices that record or interpret::
+`runtime.cuda.device.CudaDevice` is the real one; tests have others, which record or interpret::
 
     function = device.load([job])[0]
     device.launch(function, (40, 1, 1), addresses, device.stream())   # asynchronous

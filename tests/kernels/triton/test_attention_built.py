@@ -74,6 +74,22 @@ def test_builds_with_every_operand(q_len: int) -> None:
         assert built.resources.store_bits == 128, (built.job.name, built.resources)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        kernel(64, causal=True, keys="mask"),
+        kernel(256, bias="boolean", blind_nan=True),
+        kernel(256, causal=True, keys="mask", bias="boolean"),
+        kernel(256, causal=True, window=(127, -1), keys="lengths", bias="storage"),
+    ],
+    ids=lambda k: k.name,
+)
+def test_full_products_beside_masks_do_not_spill(case: AttentionKernel) -> None:
+    (built,) = build([attention_job(case, "sm_80")])
+    assert built.resources.spills == 0, built.resources
+    assert built.resources.load_bits == 128, built.resources
+
+
 def test_a_bias_beside_wide_heads_does_not_spill() -> None:
     case = kernel(128, torch.float16, bias="boolean", blind_nan=True)
     (built,) = build([attention_job(case, "sm_100")])

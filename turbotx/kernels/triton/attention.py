@@ -92,9 +92,14 @@ def _tiles_for(kernel: AttentionKernel, q_len: int | None) -> AttentionSchedule:
         # Full float32 products run on the ordinary units: small tiles keep them in registers.
         # (The assembler of Triton 3.6 spills at depth 16 with 16 rows, at 56 registers.)
         q_tile = 32 if depth == 16 or (depth == 64 and not few) else 16
-        # 32 x 32 scores beside a bias and sums of depth 64 spilled 3 words of 4 warps on sm_90.
-        wide = depth == 128 or (q_tile == 32 and depth == 64 and kernel.bias == "storage")
-        return AttentionSchedule(q_tile, 32 if depth <= 64 else 16, 8 if wide else 4, 1)
+        # 32 x 32 scores beside a bias and sums of depth 64 spilled 3 words of 4 warps on sm_90,
+        # beside causality and a key mask 2 on sm_80. A bias beside sums of depth 256 spilled 10
+        # there, and without a second tile in flight 2 of eight warps.
+        full = kernel.bias == "storage" or (kernel.causal and kernel.keys == "mask")
+        deep = depth > 128 and kernel.bias != "none"
+        wide = depth == 128 or deep or (q_tile == 32 and depth == 64 and full)
+        stages = 2 if deep else 1
+        return AttentionSchedule(q_tile, 32 if depth <= 64 else 16, 8 if wide else 4, stages)
     if few:
         return AttentionSchedule(16, 64 if depth <= 128 else 32, 4)
     if depth == 16 and kernel.bias != "none":

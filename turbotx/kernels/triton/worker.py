@@ -4,7 +4,7 @@ In: one JSON job a line on standard input: `path` of a source file, `name` of it
 `signature`, `constexprs`, `divisible` arguments, `target`, `options`, and `out`, a folder. Out:
 the artifacts in that folder, and one JSON line for each job: its metadata, or its error::
 
-    python triton_worker.py < jobs > results
+    python worker.py < jobs > results
 
 It runs by itself, and imports nothing of turbotx, so that many can start quickly.
 """

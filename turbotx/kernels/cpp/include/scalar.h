@@ -32,7 +32,7 @@ inline void write(T* p, T x) { *p = x; }
 inline void write(bf16* p, float x) { *p = from_float<bf16>(x); }
 inline void write(f16* p, float x) { *p = from_float<f16>(x); }
 
-// A constant that the compiler does not know: a mask made of it stays a mask (see cpp_masks.py).
+// A constant that the compiler does not know: a mask made of it stays a mask (see kernels/cpp/barriers.py).
 template <class T>
 inline T hidden(T x) {
   asm("" : "+r"(x));
