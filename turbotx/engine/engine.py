@@ -309,7 +309,7 @@ class Engine(EagerCalls):
             refuse_foreign_weights(self.model)  # before the seconds that tracing takes
             _, device = self._open_device(flatten_call(args, kwargs)[0])
             if device is None and self.options.backend != "aten":
-                own = "quantized" if self.options.quantize == "int8" else "products"
+                own = "products" if self.options.quantize == "none" else "quantized"
                 start_libraries(("runtime", own))
             with turbotx_disabled(), pause_gc(), named_failures(type(self.model).__name__):
                 captured = capture_sizes(self.model, args, kwargs, outcomes, self.settles)
