@@ -207,3 +207,11 @@ def test_int8_operands_of_a_launch() -> None:
     own = [x.int8.x_scale is not None for x in gemms if x.int8 is not None]
     assert own == [True, False, True, False]
     assert str(report) and report.to_html()
+
+
+def test_the_library_of_the_products_to_come_is_built_while_tracing(monkeypatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr("turbotx.engine.engine.start_libraries", started.extend)
+    for how, library in (("int8-weights", "quantized"), ("none", "products")):
+        turbotx.optimize(Block().eval(), quantize=how)(torch.randn(2, 3, 24))
+        assert started[-2:] == ["runtime", library]

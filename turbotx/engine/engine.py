@@ -306,11 +306,11 @@ class Engine(EagerCalls):
     ) -> Captured:
         """Return the captured graph of one call, before any pass; the engine does not keep it."""
         with restored(self.model):
-            # Refuse what cannot run before the seconds that tracing takes.
-            refuse_foreign_weights(self.model)
+            refuse_foreign_weights(self.model)  # before the seconds that tracing takes
             _, device = self._open_device(flatten_call(args, kwargs)[0])
             if device is None and self.options.backend != "aten":
-                start_libraries(("runtime", "products"))
+                own = "products" if self.options.quantize == "none" else "quantized"
+                start_libraries(("runtime", own))
             with turbotx_disabled(), pause_gc(), named_failures(type(self.model).__name__):
                 captured = capture_sizes(self.model, args, kwargs, outcomes, self.settles)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
