@@ -37,6 +37,7 @@ from serving_process import stop, wait_ready  # noqa: E402
 MODES = "cls+max+mean+mean_sqrt_len_tokens+weightedmean+lasttoken"  # 6 vectors of 128: 768 numbers
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 MADE = 64  # tokens of each text that is generated
+STEPS, BATCHES = "turbotx_step_seconds_count", "te_batch_next_size_count"
 Task = Callable[[Client, int], Awaitable[None]]
 
 
@@ -123,12 +124,15 @@ def embedding(path: str) -> Task:
 
 
 def measure_texts(port: int, pid: int, path: str, clients: int, texts: int) -> dict[str, Any]:
+    batches = asyncio.run(count(port, BATCHES))
     before = cpu_us(pid)
     took_s = asyncio.run(run(port, texts, clients, embedding(path)))
     loop, others = (b - a for a, b in zip(before, cpu_us(pid), strict=True))
+    batches = asyncio.run(count(port, BATCHES)) - batches
     return {
         "what": path, "clients": clients, "loop_us": loop / texts, "others_us": others / texts,
         "us": (loop + others) / texts, "ms": took_s / texts * clients * 1e3,
+        "rows": texts / batches,
     }  # fmt: skip
 
 
@@ -154,22 +158,23 @@ def completion(stream: bool) -> Task:
     return ask
 
 
-async def count_steps(port: int) -> float:
+async def count(port: int, name: str) -> float:
+    """Return a figure of the server's metrics."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
     answer = (await reader.read()).decode()
     writer.close()
-    found = re.search(r"(?m)^turbotx_step_seconds_count (\S+)", answer)
+    found = re.search(rf"(?m)^{name} (\S+)", answer)
     assert found is not None, answer
     return float(found[1])
 
 
 def measure_tokens(port: int, pid: int, stream: bool, clients: int, texts: int) -> dict[str, Any]:
-    steps = asyncio.run(count_steps(port))
+    steps = asyncio.run(count(port, STEPS))
     before = cpu_us(pid)
     took_s = asyncio.run(run(port, texts, clients, completion(stream)))
     loop, others = (b - a for a, b in zip(before, cpu_us(pid), strict=True))
-    steps = asyncio.run(count_steps(port)) - steps
+    steps = asyncio.run(count(port, STEPS)) - steps
     return {
         "what": "events" if stream else "whole", "clients": clients, "loop_us": loop / steps,
         "others_us": others / steps, "us": (loop + others) / steps,
