@@ -50,7 +50,7 @@ def test_a_model_that_is_given_up_is_freed(architecture: str, options: dict[str,
     left = weakref.ref(model)
     call(model, token_inputs(2, 9), **options)
     del model
-    assert of_traces() == before
+    assert of_traces() <= before
     assert left() is None and not any(m() is not None for m in memory)
 
 
@@ -60,4 +60,4 @@ def test_a_trace_that_failed_is_freed() -> None:
     with pytest.raises(CaptureError):
         call(model, {"x": torch.randn(2, 3, 8)}, backend="aten")
     del model
-    assert of_traces() == before and memory() is None
+    assert of_traces() <= before and memory() is None

@@ -149,3 +149,5 @@ def test_options_are_those_of_optimize() -> None:
     torch.testing.assert_close(fast(x), layer(x))
     with pytest.raises(Exception, match="did you mean 'planner'"):  # Dynamo wraps it
         compiled(nn.Linear(8, 8), options={"planer": "greedy"})(x)
+    with pytest.raises(Exception, match="keep_weights=False gives no memory back under"):
+        compiled(nn.Linear(8, 8), options={"keep_weights": False})(x)

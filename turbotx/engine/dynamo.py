@@ -29,7 +29,7 @@ from turbotx.capture.decisions import Outcomes
 from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
 from turbotx.engine.pipeline import build_ahead
-from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
+from turbotx.errors import CaptureError, EagerWarning, InputError, OptionsError, TrainingError
 from turbotx.options import Options, make_options
 from turbotx.runtime.lru import LruDict
 
@@ -64,12 +64,18 @@ def compile_graph(
     """Return a callable for one graph: the backend that `torch.compile` calls.
 
     options: those of `turbotx.optimize`. The graph is compiled at the first call, when real tensors
-    are available. Raises OptionsError; InputError for a mode; calls raise TrainingError if
-    gradients are needed.
+    are available. Raises OptionsError, also for keep_weights=False; InputError for a mode; calls
+    raise TrainingError if gradients are needed.
     """
     if mode not in (None, "default"):
         raise InputError(f"mode={mode!r}: the backend turbotx has no modes; use options={{...}}")
-    graph = _Graph(graph_module, example_inputs, make_options(**dict(options or {})))
+    chosen = make_options(**dict(options or {}))
+    if not chosen.keep_weights:
+        raise OptionsError(
+            "keep_weights=False gives no memory back under torch.compile, whose graphs take the "
+            "parameters as inputs and hold them: leave it out, or use turbotx.optimize"
+        )
+    graph = _Graph(graph_module, example_inputs, chosen)
     _graphs.append(weakref.ref(graph))
     return graph
 

@@ -9,7 +9,6 @@ In: a model and options. Out: the model's outputs, from one compiled variant per
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import threading
@@ -47,7 +46,7 @@ from turbotx.capture.trace import Captured
 from turbotx.capture.tracing import tracing
 from turbotx.engine.compiled import AssembledCall, Compiled
 from turbotx.engine.eager_calls import EagerCalls
-from turbotx.engine.failures import named_failures, too_many_captures
+from turbotx.engine.failures import named_failures, too_many_captures, without_frames
 from turbotx.engine.launch_ranges import LaunchRanges
 from turbotx.engine.observers import compile_observed
 from turbotx.engine.pipeline import bind, build_ahead, compile_captured, schedule
@@ -240,7 +239,7 @@ class Engine(EagerCalls):
         refuse_modes(ambient)
         self._recaptures.refuse_endless(changed, type(self.model).__name__)
         if key in self._refused and self.tolerates():
-            raise copy.copy(self._refused[key])
+            raise without_frames(self._refused[key])
         if outcomes:
             self._recaptures.refuse_outcomes(key, outcomes)
         try:
@@ -248,7 +247,7 @@ class Engine(EagerCalls):
         except CaptureError as error:
             if outcomes:
                 raise self._recaptures.give_up(key, outcomes, error) from error
-            self._refused[key] = copy.copy(error)  # without what its causes' frames hold
+            self._refused[key] = without_frames(error)
             raise
         self._refused.pop(key, None)
         self._recaptures.note(changed, variant)

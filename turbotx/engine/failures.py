@@ -99,3 +99,11 @@ def _node_of(frames: list[TracebackType]) -> str:
                 place = place_of(value)
                 return f" at {value.name}" + (f" ({place})" if place else "")
     return ""
+
+
+def without_frames(error: CaptureError) -> CaptureError:
+    """Return a copy of an error without causes and traceback, whose frames hold the trace and the
+    call's arguments."""
+    made = type(error).__new__(type(error), *error.args)
+    made.__dict__.update(vars(error))
+    return made
