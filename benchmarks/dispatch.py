@@ -2,8 +2,9 @@
 
 In: models; by default MiniLM, BERT-base, and steps of GPT-2-small behind 64 and 900 tokens. Out: a
 line a model and benchmarks/results/dispatch.json. `guards_us` is a call's checks, parameters
-included; `between_launches_us` what a launch costs around its own work; `call_us` all that a call takes,
-`native_us` the native run within it, and `outside_us` the Python around that, guards left out::
+included; `between_launches_us` what a launch costs around its own work; `call_us` all that a call
+takes, `native_us` the native run within it, and `outside_us` the Python around that, guards left
+out::
 
     python benchmarks/dispatch.py --models minilm --shape 1x10
     python benchmarks/dispatch.py --models gpt2-small --pasts 64 900
