@@ -117,7 +117,9 @@ def dispatch_table(folder: Path) -> str:
         "outside_us": "the rest of the call, µs", "native_us": "native run, µs",
     }  # fmt: skip
     lines = [_caption(found), "", _row(list(names.values())), _row(["---"] + ["---:"] * 6)]
-    lines += [_row([str(r[k]) for k in names]) for r in found["rows"]]
+    for r in found["rows"]:
+        step = f", a step behind {r['past']} tokens" if r.get("past") else ""
+        lines.append(_row([r["model"] + step, *(str(r[k]) for k in names if k != "model")]))
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import turbotx
-from tests.engine.decoders import LIKE_LLAMA, SIZES, WINDOW, make, prompt
+from tests.engine.decoders import LIKE_LLAMA, SIZES, VOCABULARY, WINDOW, make, prompt
 from turbotx.errors import EagerWarning
 
 transformers = pytest.importorskip("transformers")
@@ -89,3 +89,23 @@ def test_steps_take_no_memory_but_a_block_every_64_positions() -> None:
         assert stats["cache_blocks"] == 2 * -(-(k + 1) // 64)
         seen.append(stats["chunk_allocations"])
     assert len(set(seen[1:])) == 1
+
+
+def test_prompt_lookup_of_as_many_tokens_as_logits_are_kept() -> None:
+    """Whether the rows kept are all there are decides no value, and is no guard."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+             "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+             "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+             "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "n_group": 1,
+             "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "topk_group": 1,
+             "max_position_embeddings": 128, "topk_method": "greedy"}  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.DeepseekV2Config(**SIZES, **sizes)
+    model = transformers.DeepseekV2ForCausalLM(config).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 1
+    ids = torch.randint(2, VOCABULARY, (1, 6)).repeat(1, 3)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False}
+    given |= {"max_new_tokens": 12, "prompt_lookup_num_tokens": 3}
+    fast = turbotx.optimize(model)
+    assert torch.equal(fast.generate(**given), model.generate(**given))
+    assert fast.stats()["eager_calls"] == 0
