@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import collections
 import faulthandler
+import gc
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -225,6 +226,7 @@ def main() -> None:
     groups = group_programs(seeds, given.together) if programs else [[seed] for seed in seeds]
     before = set(given.out.iterdir())
     find_error(make_program(given.seed))  # what is imported and built here, no child does again
+    gc.freeze()  # nor looks for garbage in it
     run_all(run, groups, given.out)
     failing = sorted(set(given.out.iterdir()) - before)
     print(f"{len(seeds) * step} {given.what}, {len(failing)} failing", *failing, sep="\n  ")
