@@ -9,7 +9,7 @@ from tests.layout.walk import as_tree, block, entered_again, ways_down
 
 HOOKS = {
     ("engine", "drop_in.py"),  # PyTorch's, for every module that is made part of another
-    ("capture", "module_state/recorder.py"),  # reads of attributes by that one
+    ("capture", "module_state/attribute_methods.py"),  # reads of attributes by that one
     ("capture", "size_operators.py"),  # Python's: `isinstance` of a symbolic size
     ("capture", "module_state/values.py"),
 }
