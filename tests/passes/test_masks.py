@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import turbotx
 from tests.passes.test_attention import Attend, positions, recognized
+from turbotx.engine.optimize import engine_of
 
 PAST = torch.randn(2, 4, 3, 8)
 LATE = {
@@ -62,3 +63,51 @@ def test_late_queries_through_kernels(said: str, way: str) -> None:
     for length, before in ((5, 3), (1, 9), (4, 1)):
         x, past = torch.randn(2, length, 16), torch.randn(2, 4, before, 8)
         torch.testing.assert_close(fast(x, past), module(x, past), rtol=2e-5, atol=2e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [0.25, 1.0 / 3.0, 4.0])
+def test_a_mask_that_is_scaled_with_the_scores(factor: float, dtype: torch.dtype) -> None:
+    def inner(q, k, v, keys):
+        rows, columns = positions(q.shape[2])[:, None], positions(q.shape[2])[None, :]
+        shown = (columns <= rows) & keys[:, None, None, :]
+        hidden = torch.where(shown, 0.0, torch.finfo(torch.float32).min)
+        scores = (q.float() @ k.float().transpose(-1, -2) + hidden) * factor
+        return (scores.softmax(-1) @ v.float()).to(q.dtype)
+
+    module = Attend(inner).to(dtype).eval()
+    fast = turbotx.optimize(module)
+    for length in (5, 1, 40):
+        x, keys = torch.randn(3, length, 16, dtype=dtype), torch.rand(3, length) > 0.3
+        keys[1] = False  # no key at all: eager takes the mean, of infinities NaN
+        want, near = module(x, keys), 1e-4 if dtype is torch.float32 else 2e-2
+        torch.testing.assert_close(fast(x, keys), want, equal_nan=True, rtol=near, atol=near)
+    program = engine_of(fast).variants()[0].program
+    few, more = (program.sizes_at([2, n]) for n in (64, 128))
+    assert all(more[name] <= 2 * few[name] for name in few) == (factor <= 1.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["mask", "slopes"])
+def test_slopes_beside_a_mask_take_no_square(first: str) -> None:
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625]).view(1, 4, 1, 1)
+
+    def inner(q, k, v, keys):
+        rows, columns = positions(q.shape[2])[:, None], positions(q.shape[2])[None, :]
+        shown = (columns <= rows) & keys[:, None, None, :]
+        hidden = torch.where(shown, 0.0, torch.finfo(torch.float32).min)
+        places = ((keys.cumsum(-1) - 1) * keys)[:, None, None, :] * slopes
+        terms = (hidden, places) if first == "mask" else (places, hidden)
+        scores = q @ k.transpose(-1, -2) * 0.3 + terms[0] + terms[1]
+        return scores.softmax(-1) @ v
+
+    module = Attend(inner).eval()
+    fast = turbotx.optimize(module)
+    for length in (5, 1, 40):
+        x, keys = torch.randn(3, length, 16), torch.rand(3, length) > 0.3
+        keys[1] = False
+        torch.testing.assert_close(fast(x, keys), module(x, keys), rtol=1e-4, atol=1e-4)
+    program = engine_of(fast).variants()[0].program
+    few, more = (program.sizes_at([2, n]) for n in (64, 128))
+    assert all(more[name] <= 2 * few[name] for name in few)

@@ -21,11 +21,13 @@ def packed_mask(places: torch.Tensor) -> torch.Tensor:
 PLACES = {
     "arange": lambda n: torch.arange(n)[None],
     "later": lambda n: torch.arange(n).unsqueeze(0) + 3,
+    "of a batch": lambda n: torch.arange(n)[None].expand(2, -1)[:, :],
 }
 OTHERS = {
     "by two": lambda n: torch.arange(0, 2 * n, 2)[None],
     "halves": lambda n: (torch.arange(n) % (n // 2))[None],
     "back": lambda n: (n - torch.arange(n))[None],
+    "equal": lambda n: torch.arange(1)[None].expand(1, n),
 }
 
 
@@ -51,8 +53,9 @@ def test_only_places_that_rise_by_one_need_no_mask(name: str) -> None:
     assert bool(compared) == (name in OTHERS)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_decoders_called_without_a_mask_hold_no_square(family: str) -> None:
+def test_decoders_called_without_a_mask_hold_no_square(family: str, batch: int) -> None:
     from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
     if family == "llama":
@@ -62,9 +65,11 @@ def test_decoders_called_without_a_mask_hold_no_square(family: str) -> None:
     else:
         names = {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
         model = GPT2Model(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=50, **names)).eval()
-    fast, ids = turbotx.optimize(model), torch.randint(0, 50, (1, 9))
+    fast, ids = turbotx.optimize(model), torch.randint(0, 50, (batch, 9))
     ours, theirs = fast(input_ids=ids), model(input_ids=ids)
     torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state)
     program = engine_of(fast).variants()[0].program
-    few, more = (program.sizes_at([n] * len(program.dims)) for n in (256, 512))
+    few, more = (
+        program.sizes_at([n if dim == "seq" else batch for dim in program.dims]) for n in (256, 512)
+    )
     assert all(more[name] <= 2 * few[name] for name in few)

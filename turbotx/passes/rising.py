@@ -75,9 +75,22 @@ def _precedes(before: Any, places: Any, dim: int) -> bool:
     if not g.is_call(before, aten.sub.Tensor) or before.kwargs or before.args[1] != 1:
         return False
     first = before.args[0]
-    if not g.is_call(first, aten.slice.Tensor) or first.args[0] is not places:
+    if not g.is_call(first, aten.slice.Tensor):
+        return False
+    source: Any = first.args[0]
+    if _without_whole_slices(source) is not _without_whole_slices(places):
         return False
     return _begins(first, dim, 0) and g.shape(first)[dim] == 1
+
+
+def _without_whole_slices(node: fx.Node) -> fx.Node:
+    """Return what slices that take everything (`x[:]`) are taken of."""
+    while g.is_call(node, aten.slice.Tensor):
+        source = g.operand(node, 0)
+        if g.argument(node, "step", 1) != 1 or g.shape(node) != g.shape(source):
+            break
+        node = source
+    return node
 
 
 def _rising_dim(node: Any) -> int | None:
@@ -85,12 +98,18 @@ def _rising_dim(node: Any) -> int | None:
     tensors."""
     if not g.is_tensor(node) or node.op != "call_function" or g.dtype(node).is_floating_point:
         return None
+    node = _without_whole_slices(node)
     if node.target in _ARANGES:
         is_by_one = node.target is not aten.arange.start_step or g.argument(node, "step", 1) == 1
         return -1 if is_by_one else None
     if g.is_call(node, aten.add.Tensor, aten.sub.Tensor):
         is_moved = not node.kwargs and not g.is_tensor(node.args[1])
         return _rising_dim(node.args[0]) if is_moved else None
+    if g.is_call(node, aten.expand.default):
+        source: Any = node.args[0]
+        along = _rising_dim(source)
+        stays = along is not None and g.shape(source)[along] == g.shape(node)[along]
+        return along if stays else None
     if g.is_call(node, aten.unsqueeze.default):
         along, rank = _rising_dim(node.args[0]), len(g.shape(node))
         if along is None:

@@ -21,6 +21,8 @@ from turbotx.ir import fx_nodes as g
 from turbotx.passes.operands import number_in, take_hidden
 
 aten = torch.ops.aten
+SMALLEST_PART = 2.0**-20
+"""The least factor by which the most negative float32 still outweighs any score: 3e32."""
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,15 @@ class _Scores:
         return True
 
     def _scale_bias(self) -> None:
-        """Multiply the bias by all factors at once: 1 / 32 followed by 32 cancels."""
+        """Multiply the bias by all factors at once: 1 / 32 followed by 32 cancels. What a mask
+        hides stays the most negative number, a part of which outweighs any score as well."""
         if self.bias is not None and self.factor != 1.0:
-            self.bias = self._emit(aten.mul.Tensor, self.bias, self.factor)
+            parts = take_hidden(self.bias) if SMALLEST_PART <= self.factor <= 1.0 else None
+            if parts is None or g.dtype(self.bias) is torch.float16:  # 65504 outweighs too little
+                self.bias = self._emit(aten.mul.Tensor, self.bias, self.factor)
+            elif parts[1] is not None:
+                scaled = self._emit(aten.mul.Tensor, parts[1], self.factor)
+                self.bias = self._emit(aten.where.self, parts[0], scaled, self.bias.args[2])
         self.factor = 1.0
 
     def _raise(self, least: float) -> None:
@@ -178,7 +186,17 @@ class _Scores:
         added = step.operand if step.kind == "add" else self._emit(aten.neg.default, step.operand)
         if self._keeps_finite() and not self.folded:
             self._fold_hides()
-        self.bias = added if self.bias is None else self._emit(aten.add.Tensor, self.bias, added)
+        self.bias = added if self.bias is None else self._sum(self.bias, added)
+
+    def _sum(self, one: fx.Node, other: Any) -> fx.Node:
+        """Return the sum of two biases; if one hides what a mask hides by the most negative number,
+        which outweighs the other, so does the sum (BLOOM: ALiBi's slopes and a mask)."""
+        for mask, plain in ((one, other), (other, one)):
+            parts = None if take_hidden(plain) else take_hidden(mask)
+            if parts is not None and g.dtype(plain) == g.dtype(mask) != torch.float16:
+                shown = plain if parts[1] is None else self._emit(aten.add.Tensor, parts[1], plain)
+                return self._emit(aten.where.self, parts[0], shown, mask.args[2])
+        return self._emit(aten.add.Tensor, one, other)
 
     def _keeps_finite(self) -> bool:
         """Return whether a masked score is finite, and thus changed by further steps."""
