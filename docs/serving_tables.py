@@ -170,7 +170,24 @@ def clients_table(folder: Path) -> str:
     return f"{table(heads, rows)}\n\n{said}"
 
 
+def host_table(folder: Path) -> str:
+    """CPU time of the server's process for a text, by clients."""
+    path = folder / "serving_host.json"
+    if not path.exists():
+        return "not yet measured"
+    found = json.loads(path.read_text())
+    rows = (
+        (f"{r['clients']}, `{r['what']}`", f"{r['loop_us']:,.0f}", f"{r['others_us']:,.0f}",
+         f"{r['us']:,.0f}", f"{r['ms']:.1f}", f"{r['rows']:.0f}")
+        for r in found["rows"] if r["what"].startswith("/")
+    )  # fmt: skip
+    heads = ("clients, path", "event loop, µs", "other threads", "all", "a request, ms",
+             "texts a batch")  # fmt: skip
+    return f"{table(heads, rows)}\n\n({found['machine']['device']})"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
+    "host": host_table,
     "options": options_table,
     "optimum": optimum_table,
     "sustained": sustained_table,
