@@ -106,6 +106,28 @@ async def run(port: int, count: int, clients: int, task: Task) -> float:
     return took_s
 
 
+async def count(port: int, name: str) -> float:
+    """Return a figure of the server's metrics."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    answer = (await reader.read()).decode()
+    writer.close()
+    found = re.search(rf"(?m)^{name} (\S+)", answer)
+    assert found is not None, answer
+    return float(found[1])
+
+
+def spend(
+    port: int, pid: int, counter: str, texts: int, clients: int, task: Task
+) -> tuple[float, float, float, float]:
+    """Ask for texts; return by how much a counter of the server's rose, the CPU us of its event
+    loop and of its other threads, and the seconds."""
+    counted, before = asyncio.run(count(port, counter)), cpu_us(pid)
+    took_s = asyncio.run(run(port, texts, clients, task))
+    loop, others = (b - a for a, b in zip(before, cpu_us(pid), strict=True))
+    return asyncio.run(count(port, counter)) - counted, loop, others, took_s
+
+
 # --- texts to vectors ---
 
 
@@ -124,11 +146,7 @@ def embedding(path: str) -> Task:
 
 
 def measure_texts(port: int, pid: int, path: str, clients: int, texts: int) -> dict[str, Any]:
-    batches = asyncio.run(count(port, BATCHES))
-    before = cpu_us(pid)
-    took_s = asyncio.run(run(port, texts, clients, embedding(path)))
-    loop, others = (b - a for a, b in zip(before, cpu_us(pid), strict=True))
-    batches = asyncio.run(count(port, BATCHES)) - batches
+    batches, loop, others, took_s = spend(port, pid, BATCHES, texts, clients, embedding(path))
     return {
         "what": path, "clients": clients, "loop_us": loop / texts, "others_us": others / texts,
         "us": (loop + others) / texts, "ms": took_s / texts * clients * 1e3,
@@ -158,23 +176,8 @@ def completion(stream: bool) -> Task:
     return ask
 
 
-async def count(port: int, name: str) -> float:
-    """Return a figure of the server's metrics."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-    answer = (await reader.read()).decode()
-    writer.close()
-    found = re.search(rf"(?m)^{name} (\S+)", answer)
-    assert found is not None, answer
-    return float(found[1])
-
-
 def measure_tokens(port: int, pid: int, stream: bool, clients: int, texts: int) -> dict[str, Any]:
-    steps = asyncio.run(count(port, STEPS))
-    before = cpu_us(pid)
-    took_s = asyncio.run(run(port, texts, clients, completion(stream)))
-    loop, others = (b - a for a, b in zip(before, cpu_us(pid), strict=True))
-    steps = asyncio.run(count(port, STEPS)) - steps
+    steps, loop, others, took_s = spend(port, pid, STEPS, texts, clients, completion(stream))
     return {
         "what": "events" if stream else "whole", "clients": clients, "loop_us": loop / steps,
         "others_us": others / steps, "us": (loop + others) / steps,

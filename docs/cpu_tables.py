@@ -50,7 +50,7 @@ def latency_table(folder: Path, name: str = "latency") -> str:
         *(ENGINES[e] for e in engines),
         "turbotx / GEMMs only",
     ]
-    lines = [_caption(found), "", _row(heads), _row(["---"] * 3 + ["---:"] * (len(heads) - 3))]
+    lines = [_caption(found), "", line(heads), line(["---"] * 3 + ["---:"] * (len(heads) - 3))]
     disturbed = False
     for row in rows:
         ms = {e: x["median_ms"] for e, x in row["engines"].items()}
@@ -66,7 +66,7 @@ def latency_table(folder: Path, name: str = "latency") -> str:
         own = ms.get("turbotx", ms.get("turbotx-int8"))
         ratio = f"{own / min(floors):.2f}" if floors and own is not None else "-"
         shape = row["shape"].replace("x", " x ")
-        lines.append(_row([row["model"], row["dtype"], shape, *cells, ratio]))
+        lines.append(line([row["model"], row["dtype"], shape, *cells, ratio]))
     if disturbed:
         lines += ["", f"\\* others used more than {QUIET_CORES} cores of the machine meanwhile."]
     reasons = {
@@ -91,18 +91,18 @@ def stream_table(folder: Path) -> str:
         return NOT_YET
     heads = ["model", "engine", "total s", "requests", "first call s", "median ms", "built",
              "after ten shapes"]  # fmt: skip
-    lines = [_caption(found), "", _row(heads), _row(["---"] * 2 + ["---:"] * 6)]
+    lines = [_caption(found), "", line(heads), line(["---"] * 2 + ["---:"] * 6)]
     for model, engines in found["models"].items():
         for engine, x in engines.items():
             name = ENGINES.get(engine, engine)
             if not x["requests"]:
                 why = x.get("error") or f"nothing within {x['stopped_at_s']:.0f} s"
-                lines.append(_row([model, name, why, "0", "-", "-", "-", "-"]))
+                lines.append(line([model, name, why, "0", "-", "-", "-", "-"]))
                 continue
             stopped = f" (stopped at {x['stopped_at_s']:.0f} s)" if "stopped_at_s" in x else ""
             numbers = [f"{x['total_s']:.1f}{stopped}", x["requests"], f"{x['first_call_s']:.1f}",
                        f"{x['median_ms']:.1f}", x["builds"], x["built_after_ten"]]  # fmt: skip
-            lines.append(_row([model, name, *map(str, numbers)]))
+            lines.append(line([model, name, *map(str, numbers)]))
     return "\n".join(lines)
 
 
@@ -116,10 +116,10 @@ def dispatch_table(folder: Path) -> str:
         "guards_us": "guards, µs", "between_launches_us": "a launch beyond its work, µs",
         "outside_us": "the rest of the call, µs", "native_us": "native run, µs",
     }  # fmt: skip
-    lines = [_caption(found), "", _row(list(names.values())), _row(["---"] + ["---:"] * 6)]
+    lines = [_caption(found), "", line(list(names.values())), line(["---"] + ["---:"] * 6)]
     for r in found["rows"]:
         step = f", a step behind {r['past']} tokens" if r.get("past") else ""
-        lines.append(_row([r["model"] + step, *(str(r[k]) for k in names if k != "model")]))
+        lines.append(line([r["model"] + step, *(str(r[k]) for k in names if k != "model")]))
     return "\n".join(lines)
 
 
@@ -133,15 +133,15 @@ def fused_table(folder: Path) -> str:
         groups.setdefault((row["kernel"], row["rows"]), []).append(row)
     heads = ["kernel", "rows", "widths", "launch GB/s", "copy GB/s", "call, µs", "torch, µs",
              "Inductor, µs"]  # fmt: skip
-    lines = [_caption(found), "", "Medians over the widths.", "", _row(heads),
-             _row(["---"] + ["---:"] * 7)]  # fmt: skip
+    lines = [_caption(found), "", "Medians over the widths.", "", line(heads),
+             line(["---"] + ["---:"] * 7)]  # fmt: skip
     for (kernel, count), rows in groups.items():
         speeds = [r["nbytes"] / r["kernel_us"] / 1e3 for r in rows if r.get("kernel_us")]
         copies = [r["gb_per_s"]["copy"] for r in rows if "copy" in r["gb_per_s"]]
         us = [_median([r["us"][e] for r in rows if e in r["us"]])
               for e in ("turbotx", "torch", "inductor")]  # fmt: skip
         cells = [kernel, str(count), str(len(rows)), _median(speeds), _median(copies), *us]
-        lines.append(_row(cells))
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
@@ -154,7 +154,7 @@ def cold_table(folder: Path) -> str:
     for cache in ("empty", "warm"):
         x = found[cache]
         seconds = [f"{x[k] / 1e3:.2f}" for k in ("first_call_ms", "capture_ms", "compile_ms")]
-        lines.append(_row([cache, *seconds, f"{x['builds']:.0f}"]))
+        lines.append(line([cache, *seconds, f"{x['builds']:.0f}"]))
     return "\n".join(lines)
 
 
@@ -165,14 +165,14 @@ def packed_table(folder: Path) -> str:
         return NOT_YET
     heads = ["model", "lengths", "batch", "engine", "ms a batch", "µs a token",
              "µs a token of one text of the mean length"]  # fmt: skip
-    lines = [_caption(found), "", _row(heads), _row(["---"] * 4 + ["---:"] * 3)]
+    lines = [_caption(found), "", line(heads), line(["---"] * 4 + ["---:"] * 3)]
     for row in found["rows"]:
         place = [row["model"], row["lengths"], str(row["batch"])]
         for engine, x in row["engines"].items():
             name = ENGINES.get(engine, engine)
             name += "" if "packed" in engine else ", padded"
             alone = x["us_a_token_alone"]
-            lines.append(_row([
+            lines.append(line([
                 *place, name, f"{x['median_ms']:.1f}", f"{x['us_a_token']:.0f}",
                 "-" if alone is None else f"{alone:.0f}",
             ]))  # fmt: skip
@@ -188,12 +188,12 @@ def decode_table(folder: Path) -> str:
     lines = []
     for what, end in (("A step", "_ms"), ("The prompt, which gives the first token", "_first_ms")):
         heads = ["model", "dtype", "batch", "past", *(ENGINES[e] for e in engines)]
-        lines += ["", f"{what}, processor ms:", "", _row(heads),
-                  _row(["---"] * 2 + ["---:"] * (len(heads) - 2))]  # fmt: skip
+        lines += ["", f"{what}, processor ms:", "", line(heads),
+                  line(["---"] * 2 + ["---:"] * (len(heads) - 2))]  # fmt: skip
         for row in found["rows"]:
             place = [str(row[k]) for k in ("model", "dtype", "batch", "past")]
             times = (row.get(f"{e}{end}") for e in engines)
-            lines.append(_row([*place, *("-" if ms is None else f"{ms:.1f}" for ms in times)]))
+            lines.append(line([*place, *("-" if ms is None else f"{ms:.1f}" for ms in times)]))
     return "\n".join([_caption(found), *lines])
 
 
@@ -213,5 +213,5 @@ def _median(values: list[float]) -> str:
     return f"{statistics.median(values):.1f}" if values else "-"
 
 
-def _row(cells: list[str]) -> str:
+def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpu_tables import NOT_YET, read
+from cpu_tables import NOT_YET, line, read
 
 HOW = {
     "eager": "eager", "default": "`turbotx.optimize`",
@@ -33,7 +33,7 @@ def memory_rows(folder: Path) -> str:
             loaded = stages.get("model", stages.get("loaded"))
             cells = (f"{row['parameters_mb']:,.0f}", HOW[row["how"]], f"{loaded:,.0f}",
                      f"{stages['first call']:,.0f}", f"{row['first_s']:.2f}")  # fmt: skip
-            lines.append(_line((row["model"], *cells)))
+            lines.append(line([row["model"], *cells]))
     together = {r["how"]: r["pss_mb"] for r in found["rows"] if "pss_mb" in r}
     stages_of = [r["rss_mb"] for r in found["rows"] if "saved" in r.get("rss_mb", {})]
     saved = max(x["saved"] - x["first call"] for x in stages_of)
@@ -49,27 +49,20 @@ def memory_rows(folder: Path) -> str:
 
 def long_rows(folder: Path) -> str:
     """Attention by its length beside eager's."""
-    found = _part(folder, "long")
-    if found is None:
-        return NOT_YET
-    lines = [_head(("dtype", "tokens", "us a token", "eager", "of eager's time", "GFLOP/s"), 2)]
-    for row in found["rows"]:
-        cells = (f"{row['us_a_token']:.1f}", f"{row['eager_us_a_token']:.1f}",
-                 f"{row['of_eager']:.2f}", f"{row['gflops']:.0f}")  # fmt: skip
-        lines.append(_line((row["dtype"], f"{row['length']:,}", *cells)))
-    return "\n".join([*lines, "", f"({_machine(found)})"])
+    heads = ("dtype", "tokens", "us a token", "eager", "of eager's time", "GFLOP/s")
+    return _each(folder, "long", heads, lambda r: (
+        r["dtype"], f"{r['length']:,}", f"{r['us_a_token']:.1f}", f"{r['eager_us_a_token']:.1f}",
+        f"{r['of_eager']:.2f}", f"{r['gflops']:.0f}",
+    ))  # fmt: skip
 
 
 def shared_rows(folder: Path) -> str:
     """A call by one and two threads, alone and beside busy processes."""
-    found = _part(folder, "shared")
-    if found is None:
-        return NOT_YET
-    lines = [_head(("busy processes beside", "engine", "threads", "wall, ms", "processor, ms"), 2)]
-    for row in found["rows"]:
-        cells = (str(row["threads"]), f"{row['wall_ms']:.2f}", f"{row['cpu_ms']:.2f}")
-        lines.append(_line((str(row["busy"]), row["engine"], *cells)))
-    return "\n".join([*lines, "", f"({_machine(found)})"])
+    heads = ("busy processes beside", "engine", "threads", "wall, ms", "processor, ms")
+    return _each(folder, "shared", heads, lambda r: (
+        str(r["busy"]), r["engine"], str(r["threads"]), f"{r['wall_ms']:.2f}",
+        f"{r['cpu_ms']:.2f}",
+    ))  # fmt: skip
 
 
 def first_call_rows(folder: Path) -> str:
@@ -84,7 +77,7 @@ def first_call_rows(folder: Path) -> str:
     for (model, layers), by in times.items():
         cells = (f"{by['warm']['capture_s']:.2f}", f"{by['cold']['compile_s']:.2f}",
                  f"{by['warm']['compile_s']:.2f}")  # fmt: skip
-        lines.append(_line((model, str(layers), *cells)))
+        lines.append(line([model, str(layers), *cells]))
     return "\n".join([*lines, "", f"Seconds. ({_machine(found)})"])
 
 
@@ -117,14 +110,21 @@ def _machine(found: dict[str, Any]) -> str:
     return f"{machine['device']}, {machine['threads']} threads, torch {found['torch']}"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _each(
+    folder: Path, part: str, heads: Sequence[str], cells: Callable[[Any], Sequence[str]]
+) -> str:
+    """Return a table of a row each, the first two columns words, with its machine below."""
+    found = _part(folder, part)
+    if found is None:
+        return NOT_YET
+    lines = (line([*cells(row)]) for row in found["rows"])
+    return "\n".join([_head(heads, 2), *lines, "", f"({_machine(found)})"])
 
 
 def _head(names: Sequence[str], words: int) -> str:
     """Return a table's first two lines; the first columns hold words, the others numbers."""
     rules = ["---" if k < words else "---:" for k in range(len(names))]
-    return f"{_line(names)}\n|{'|'.join(rules)}|"
+    return f"{line([*names])}\n|{'|'.join(rules)}|"
 
 
 SCALE_TABLES: dict[str, Callable[[Path], str]] = {

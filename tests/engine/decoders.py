@@ -7,9 +7,14 @@ In: a family's name. Out: a model in evaluation mode that never stops early, and
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
+
+from turbotx.errors import EagerWarning
 
 VOCABULARY = 96
 SIZES = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 1}
@@ -76,3 +81,17 @@ def prompt(family: str, batch: int, length: int, padded: int = 0) -> dict[str, t
     mask = torch.ones_like(ids)
     ids[0, :padded], mask[0, :padded] = 1, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], count: int = 12, **way: Any) -> Any:
+    """Return as many new tokens, drawn from the same seed each time."""
+    torch.manual_seed(7)
+    return model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, **way)
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_in_pytorch() -> Iterator[None]:
+    """Make every call that runs in PyTorch an error, in the modules that import this."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EagerWarning)
+        yield

@@ -13,7 +13,15 @@ import pytest
 import torch
 
 import turbotx
-from tests.engine.decoders import FAMILIES, VOCABULARY, WITH_ENCODER, make, prompt
+from tests.engine.decoders import (
+    FAMILIES,
+    VOCABULARY,
+    WITH_ENCODER,
+    generate,
+    make,
+    nothing_runs_in_pytorch,  # noqa: F401 - a fixture
+    prompt,
+)
 from turbotx.engine.optimize import engine_of
 from turbotx.engine.step_engine import StepEngine
 from turbotx.errors import CaptureError, EagerWarning, IndexOutOfRangeError, InputError
@@ -27,18 +35,6 @@ WAYS = {
     "several": {"num_beams": 4, "num_return_sequences": 2, "do_sample": False},
 }
 PROMPTS = [(1, 5, 0), (3, 8, 3), (3, 30, 0), (1, 1, 0)]
-
-
-def generate(model, inputs, count: int = 12, **way):
-    torch.manual_seed(7)
-    return model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, **way)
-
-
-@pytest.fixture(autouse=True)
-def nothing_runs_in_pytorch():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", EagerWarning)
-        yield
 
 
 @pytest.fixture

@@ -5,31 +5,23 @@ In: tiny decoders of ten families. Out: the tokens that eager gives, through tur
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
 import pytest
 import torch
 
 import turbotx
-from tests.engine.decoders import FAMILIES, VOCABULARY, WITH_ENCODER, make, prompt
-from turbotx.errors import EagerWarning
+from tests.engine.decoders import (
+    FAMILIES,
+    VOCABULARY,
+    WITH_ENCODER,
+    generate,
+    make,
+    nothing_runs_in_pytorch,  # noqa: F401 - a fixture
+    prompt,
+)
 
 transformers = pytest.importorskip("transformers")
 
 LONG = 300
-
-
-def generate(model: Any, inputs: dict[str, torch.Tensor], count: int = 10, **way: Any) -> Any:
-    torch.manual_seed(7)
-    return model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, **way)
-
-
-@pytest.fixture(autouse=True)
-def nothing_runs_in_pytorch():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", EagerWarning)
-        yield
 
 
 def long_prompt(family: str, batch: int, length: int, padded: int) -> dict[str, torch.Tensor]:
@@ -71,8 +63,8 @@ def test_a_streamer_gets_each_token_as_it_is_made(family: str) -> None:
     model = make(family)
     fast, inputs = turbotx.optimize(model), prompt(family, 1, 7)
     ours, theirs = Collects(), Collects()
-    got = generate(fast, inputs, streamer=ours)
-    assert torch.equal(got, generate(model, inputs, streamer=theirs))
+    got = generate(fast, inputs, 10, streamer=ours)
+    assert torch.equal(got, generate(model, inputs, 10, streamer=theirs))
     assert ours.steps == theirs.steps and len(ours.steps) == 11 and ours.ended
     assert fast.stats()["eager_calls"] == 0
 
