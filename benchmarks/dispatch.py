@@ -16,6 +16,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,14 +45,10 @@ def begin_steps(fast: Any, batch: int, past: int) -> dict[str, Any]:
     return {"input_ids": ids[:, :1].contiguous(), "past_key_values": cache, "use_cache": True}
 
 
-def measure(name: str, batch: int, seq: int, past: int, runs: int) -> dict[str, Any]:
-    """Return microseconds of one model at one shape, medians over `runs` calls; with a past, of
-    steps of one token, which lengthen it."""
-    model = Source(MODELS[name]).load({}).model
-    fast, shape = turbotx.optimize(model), {"batch": batch, "seq": seq}
-    given = begin_steps(fast, batch, past) if past else huggingface_inputs(model, shape)
-    whole, native = [], []
-    run = CpuExecutor.run
+@contextmanager
+def native_times() -> Iterator[list[float]]:
+    """Yield a list that gets the microseconds of every native run within the context."""
+    run, native = CpuExecutor.run, list[float]()
 
     def run_timed(*args: Any, **options: Any) -> int:
         begin = time.perf_counter()
@@ -58,7 +56,18 @@ def measure(name: str, batch: int, seq: int, past: int, runs: int) -> dict[str, 
         native.append((time.perf_counter() - begin) * 1e6)
         return failed
 
-    with torch.no_grad(), mock.patch.object(CpuExecutor, "run", run_timed):
+    with mock.patch.object(CpuExecutor, "run", run_timed):
+        yield native
+
+
+def measure(name: str, batch: int, seq: int, past: int, runs: int) -> dict[str, Any]:
+    """Return microseconds of one model at one shape, medians over `runs` calls; with a past, of
+    steps of one token, which lengthen it."""
+    model = Source(MODELS[name]).load({}).model
+    fast, shape = turbotx.optimize(model), {"batch": batch, "seq": seq}
+    given = begin_steps(fast, batch, past) if past else huggingface_inputs(model, shape)
+    whole: list[float] = []
+    with torch.no_grad(), native_times() as native:
         for _ in range(runs + 3):
             begin = time.perf_counter()
             fast(**given)

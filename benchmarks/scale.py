@@ -165,7 +165,7 @@ def measure_long(dtype: str, lengths: list[int]) -> list[dict[str, float]]:
                 times[engine] = best_of(
                     lambda run=run, given=given: run(*given), 1 if length > 8192 else 3
                 )
-        flops = 4 * length * length * 64 * 2
+        flops = 4 * length * length * 64 * 2 + 2 * length * 64 * 3 * 768  # of attention, products
         rows.append(
             {
                 "length": length,
@@ -233,14 +233,16 @@ def measure_waits(engine: str) -> dict[str, float]:
 
 def measure_shapes() -> dict[str, float]:
     """Return the microseconds of a call's own work beside its kernels: of a known and a new shape,
-    for a model whose kernels take next to nothing."""
+    for a model whose kernels take little; `native_us` of `call_known_us` are theirs."""
+    from dispatch import native_times
+
     import turbotx
     from turbotx.engine.optimize import engine_of
 
     fast = turbotx.optimize(make_model("bert", 6), max_shapes=64)
     calls = [tokens(1, 2 + k) for k in range(200)]
     engine = engine_of(fast)
-    with torch.no_grad():
+    with torch.no_grad(), native_times() as native:
         fast(**calls[0])
         known = min(best_of(lambda: engine.check((), calls[0]), 1) for _ in range(2000))
         whole = min(best_of(lambda: fast(**calls[0]), 1) for _ in range(2000))
@@ -248,6 +250,7 @@ def measure_shapes() -> dict[str, float]:
     return {
         "check_known_us": 1e6 * known,
         "call_known_us": 1e6 * whole,
+        "native_us": min(native),
         "check_new_us": 1e6 * new[len(new) // 2],
     }
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
-import operator
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from turbotx.program.executable import Packing, WeightWindow
 from turbotx.runtime.packed_parameter import PackedParameter, restoring
 from turbotx.runtime.packed_sources import packed_before
 from turbotx.runtime.packed_weight import PackedWeight
+from turbotx.runtime.slot_watch import Slot, SlotWatch
 from turbotx.runtime.tensor_watch import Watch, make_watch
 
 log = logging.getLogger("turbotx.memory")
@@ -102,9 +102,7 @@ class Weights:
         self.hoisted = hoisted
         self._copies = copies
         self._slots = {name: self._find(path) for name, path in targets.items()}
-        self._owners = [owner for owner, _ in self._slots.values()]
-        self._leaves = [leaf for _, leaf in self._slots.values()]
-        self.watched: tuple[list[Any], Watch] | None = None
+        self.watched: tuple[SlotWatch, Watch] | None = None
         self.native: ctypes.CDLL | None = None
         self.later: Future[ctypes.CDLL | None] | None = None
         self.settle: Callable[[], object] = lambda: None
@@ -120,7 +118,7 @@ class Weights:
         self.version = 0
         self._lock = threading.Lock()
 
-    def _find(self, path: str) -> tuple[Mapping[str, torch.Tensor | None], str]:
+    def _find(self, path: str) -> Slot:
         """Return the dict that holds a parameter, so that replacing it is detected."""
         if path.startswith("constants."):
             return self._constants, path.removeprefix("constants.")
@@ -197,16 +195,17 @@ class Weights:
                 if name not in self.read:
                     self.tensors.pop(name, None)
 
-    def _new_watch(self) -> tuple[list[Any], Watch]:
-        """Return the parameters and a watch over their current state."""
-        tensors, copied = self._owned(), self._computed_with() | self.packed
+    def _new_watch(self) -> tuple[SlotWatch, Watch]:
+        """Return watches over which parameters there are, and over their current state."""
+        slots, copied = SlotWatch(self.native, [*self._slots.values()]), self._computed_with()
+        copied |= self.packed
         here = [
             (part, name in copied)
-            for tensor, name in zip(tensors, self._slots, strict=True)
+            for tensor, name in zip(slots.tensors, self._slots, strict=True)
             if not isinstance(tensor, PackedParameter)  # nothing can write to it
             for part in (parts_of(tensor) if is_torchao(tensor) else (tensor,))
         ]
-        return tensors, make_watch(self.native, [t for t, _ in here], [c for _, c in here])
+        return slots, make_watch(self.native, [t for t, _ in here], [c for _, c in here])
 
     def _computed_with(self, but: Collection[str] = ()) -> set[str]:
         """Return the parameters that hoisted constants are computed from. but: constants to
@@ -239,7 +238,7 @@ class Weights:
         """
         plainly = self.read_plainly()
         with restoring, self._lock:
-            if self.watched is None or self._have_changed(*self.watched):
+            if self.is_stale():
                 return  # the next call packs and releases the new values
             self.watched = None  # its handles hold the tensors too
             gc.collect()  # reference cycles left by traces hold some
@@ -296,28 +295,23 @@ class Weights:
         with self._lock:
             self.native, self.later, before = native, None, self.watched
             watched = self._new_watch()
-            if before is not None and not self._have_changed(*before):
+            if before is not None and not _have_changed(before):
                 self.watched = watched  # the state it starts from is the one seen before
-
-    def _have_changed(self, tensors: list[Any], watch: Watch) -> bool:
-        """Return whether the module holds other tensors, or these were changed."""
-        try:
-            now = map(operator.getitem, self._owners, self._leaves)
-            return not all(map(operator.is_, now, tensors)) or watch.changed()
-        except KeyError:  # one was removed
-            return True
-
-    def _owned(self) -> list[Any]:
-        return list(map(operator.getitem, self._owners, self._leaves))
 
     def is_stale(self) -> bool:
         """Return whether `refresh` would recompute anything."""
-        return self.watched is None or self._have_changed(*self.watched)
+        watched = self.watched
+        return watched is None or _have_changed(watched)
 
     def window(self, part: WeightWindow) -> torch.Tensor:
         """Return a part of a parameter or hoisted constant as a tensor."""
         base = _floats_of(self.tensors[part.tensor])
         return base.as_strided(part.shape, part.strides, base.storage_offset() + part.offset)
+
+
+def _have_changed(watched: tuple[SlotWatch, Watch]) -> bool:
+    """Return whether the module holds other tensors, or these were changed."""
+    return any(watch.changed() for watch in watched)
 
 
 def _floats_of(parameter: Any) -> torch.Tensor:

@@ -19,11 +19,22 @@ from turbotx.engine.optimize import optimize
 from turbotx.errors import ModelError
 from turbotx.saved.load import SavedModule
 
+
+def _shown(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "turbotx-packed": {"padding": "packed"},
+    "turbotx-int8": {"quantize": "int8"},
+    "turbotx-packed-int8": {"padding": "packed", "quantize": "int8"},
+    "turbotx-unpacked": {"pack_weights": False},
+}
+"""turbotx with options of `turbotx.optimize`, by the engine's name."""
+
 ENGINES = {
     "turbotx": "turbotx.optimize(model)",
-    "turbotx-packed": 'turbotx.optimize(model, padding="packed")',
-    "turbotx-int8": 'turbotx.optimize(model, quantize="int8")',
-    "turbotx-packed-int8": 'turbotx.optimize(model, padding="packed", quantize="int8")',
+    **{name: f"turbotx.optimize(model, {_shown(given)})" for name, given in OPTIONS.items()},
     "floor-mkl": "the GEMMs over weights packed once by MKL, and attention, in the model's order",
     "floor-onednn": "the same with oneDNN",
     "floor-int8": "the same with oneDNN, of int8",
@@ -42,8 +53,8 @@ ENGINES = {
 
 
 ASKED_FOR = (
-    "turbotx-packed", "turbotx-int8", "turbotx-packed-int8", "floor-int8", "onnxruntime-int8",
-    "openvino-int8", "zentorch", "ctranslate2", "ctranslate2-int8",
+    *OPTIONS, "floor-int8", "onnxruntime-int8", "openvino-int8", "zentorch", "ctranslate2",
+    "ctranslate2-int8",
 )  # fmt: skip
 """Engines that are compared only when named: not every model can be packed, int8 computes something
 else, and the others support few models or processors."""
@@ -62,12 +73,8 @@ def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
         return make_peer(name, loaded, folder)
     if name == "turbotx":
         model = model if isinstance(model, SavedModule) else optimize(model, **loaded.options)
-    elif name == "turbotx-packed":
-        model = optimize(model, padding="packed")
-    elif name == "turbotx-int8":
-        model = optimize(model, quantize="int8")
-    elif name == "turbotx-packed-int8":
-        model = optimize(model, padding="packed", quantize="int8")
+    elif name in OPTIONS:
+        model = optimize(model, **OPTIONS[name])
     elif name.startswith("compile"):
         model = compile_frozen(model, dynamic=True if name == "compile-dynamic" else None)
     elif name != "eager":
