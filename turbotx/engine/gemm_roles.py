@@ -31,7 +31,8 @@ class GemmRoles:
     def of(cls, options: Options, target: str, quantized: bool = False) -> GemmRoles:
         """Return what the options allow on a target. quantized: some products are of integers."""
         generated = target != "cpu" and options.backend != "aten" and options.gemms != "cublas"
-        epilogues = options.epilogues and (generated or target == "cpu")
+        # PyTorch runs products whose weights are not packed, and would run their epilogues too.
+        epilogues = options.epilogues and (generated or (target == "cpu" and options.pack_weights))
         # The kernels that normalise rows of int8 products also quantise them.
         rows = generated and epilogues and quantized
         norms = generated and epilogues and options.norms != "store" and not rows

@@ -40,6 +40,8 @@ def why_apart(compiled: Compiled, fused: FusedRegion, kinds: Mapping[fx.Node, st
         return "it reads no matrix product that it could finish"
     if not options.epilogues:
         return "epilogues=False was asked for"
+    if not options.pack_weights and compiled.unbound.target == "cpu":
+        return "pack_weights=False was asked for, and PyTorch runs the matrix products"
     if any(g.is_call(n, quantize_rows) for n in region.nodes):
         many = "" if not _has_other_program(compiled) else (
             "; at this many tokens that is faster than products that quantise what they read"

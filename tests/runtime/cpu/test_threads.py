@@ -22,20 +22,27 @@ pytestmark = needs_compiler
 PART = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_long, ctypes.c_long)
 
 
-def share(parts: int, run: object) -> None:
-    """Call run(part) for every part, shared by threads."""
+def share(parts: int, run: object, with_team: bool = False) -> None:
+    """Call run(part) for every part, shared by turbotx's threads, or by those of PyTorch."""
     call = PART(lambda _, part, count: run(part))  # type: ignore[operator]
-    load_library("runtime")[0].ttx_share(ctypes.c_long(parts), call, None)
+    library = load_library("runtime")[0]
+    library.ttx_share_with_team(with_team)
+    library.ttx_share(ctypes.c_long(parts), call, None)
+    library.ttx_share_with_team(0)
 
 
-def test_every_part_runs_once_for_callers_side_by_side() -> None:
+teams = pytest.mark.parametrize("with_team", [False, True], ids=["own", "PyTorch's"])
+
+
+@teams
+def test_every_part_runs_once_for_callers_side_by_side(with_team: bool) -> None:
     found: dict[int, list[list[int]]] = {}
 
     def call(who: int) -> None:
         found[who] = []
         for parts in (1, 2, 3, 7) * 4:
             done: list[int] = []
-            share(parts, done.append)
+            share(parts, done.append, with_team)
             found[who].append(sorted(done))
 
     callers = [threading.Thread(target=call, args=(who,)) for who in range(3)]
@@ -65,14 +72,15 @@ def test_a_caller_does_not_wait_for_threads_that_are_held_up() -> None:
     holder.join()
 
 
-def test_a_loop_in_a_part_is_done_by_its_thread() -> None:
+@teams
+def test_a_loop_in_a_part_is_done_by_its_thread(with_team: bool) -> None:
     seen: list[tuple[int, int]] = []
 
     def run(part: int) -> None:
         outside = threading.get_ident()
         share(3, lambda inner: seen.append((part, int(threading.get_ident() == outside))))
 
-    share(2, run)
+    share(2, run, with_team)
     assert sorted(seen) == [(0, 1)] * 3 + [(1, 1)] * 3
 
 
@@ -112,10 +120,33 @@ def test_programs_run_in_a_forked_process() -> None:
     assert done.returncode == 0, done.stderr
 
 
-WAITING = """
-import os, torch, turbotx
+FORKED_TEAM = """
+import os, torch
+from tests.runtime.cpu.test_threads import share
 torch.set_num_threads(2)
-fast, x = turbotx.optimize(torch.nn.Linear(8, 8).eval()), torch.randn(3, 8)
+done = []
+share(2, done.append, with_team=True)
+child = os.fork()
+if child == 0:
+    share(2, done.append, with_team=True)
+    os._exit(0 if sorted(done) == [0, 0, 1, 1] else 1)
+assert os.waitpid(child, 0)[1] == 0 and sorted(done) == [0, 1]
+"""
+
+
+def test_a_forked_process_does_not_wait_for_threads_of_pytorch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED_TEAM], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+WAITING = """
+import os, sys, torch, turbotx
+from torch import nn
+torch.set_num_threads(2)
+model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval(), torch.randn(3, 8)
+fast = turbotx.optimize(model, pack_weights=sys.argv[1] == "packed")
 with torch.no_grad():
     fast(x)
     numbers, found = torch.ones(1 << 20), []
@@ -130,18 +161,23 @@ print(found)
 
 @pytest.mark.skipif("libgomp" not in str(find_openmp()), reason="another library of OpenMP")
 @pytest.mark.parametrize(
-    ("said", "ended"),
-    [({}, 1), ({"GOMP_SPINCOUNT": "1000"}, 0), ({"OMP_WAIT_POLICY": "passive"}, 0)],
+    ("said", "weights", "ended"),
+    [
+        ({}, "packed", 1),
+        ({"GOMP_SPINCOUNT": "1000"}, "packed", 0),
+        ({"OMP_WAIT_POLICY": "passive"}, "packed", 0),
+        ({}, "unpacked", 0),
+    ],
 )
 def test_threads_of_pytorch_do_not_look_for_work_beside_a_program(
-    said: dict[str, str], ended: int
+    said: dict[str, str], weights: str, ended: int
 ) -> None:
     """They are ended when a program begins, and begin again with the next op; where somebody has
-    said how they wait, they stay."""
+    said how they wait, they stay, and where a program has ops of PyTorch between its launches."""
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {k: v for k, v in os.environ.items() if k not in names} | said
     done = subprocess.run(
-        [sys.executable, "-c", WAITING], capture_output=True, text=True, check=True, timeout=300,
-        env=environment,
+        [sys.executable, "-c", WAITING, weights], capture_output=True, text=True, check=True,
+        timeout=300, env=environment,
     )  # fmt: skip
     assert done.stdout.strip() == str([ended] * 3)

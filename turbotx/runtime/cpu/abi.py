@@ -4,7 +4,7 @@ In: a loaded library and its name. Out: declared functions and the structs they 
 a compiler nor symbolic sizes::
 
     declare("runtime", library)
-    library.ttx_run(records, 0, 8, table, sizes, None)
+    library.ttx_run(records, 0, 8, table, sizes, None, 0)
 
 Each library is compiled when the first program needs it: most need no quantised products, whose
 kernels take the longest.
@@ -69,7 +69,7 @@ def declare(name: str, library: ctypes.CDLL) -> None:
         library.ttx_run.restype = ctypes.c_int64
         library.ttx_run.argtypes = [
             ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
-            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int,
         ]  # fmt: skip
         declare_watch(library)
     elif name == "experts":

@@ -25,6 +25,10 @@ from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
 from turbotx.runtime.weights import Weights
 
+FEW = 16
+"""Launches between ops of PyTorch up to which its threads do them too. For more of them its threads
+are ended, which else take up the processors of turbotx's own for milliseconds."""
+
 
 class CpuExecutor:
     """Runs launches in order.
@@ -50,7 +54,8 @@ class CpuExecutor:
         weights.quantized = tuple(p for p in self.packings if p.sources)
         weights.read = frozenset(executable.weights)
         self._keep_weights = keep_weights
-        self._segments: Sequence[tuple[int, int]] = executable.cpu.segments
+        segments = executable.cpu.segments
+        self._segments = [(b, e, len(segments) > 1 and e - b <= FEW) for b, e in segments]
         self._records = (LaunchRecord * max(1, len(executable.launches)))()
         self._arrays: list[Any] = []  # keeps alive what the records point to
         self._steps = {}
@@ -123,8 +128,8 @@ class CpuExecutor:
         clock = None if ticks is None else ctypes.addressof(ticks)
         segments = self._segments
         if watches:
-            segments = [(i, i + 1) for begin, end in segments for i in range(begin, end)]
-        for begin, end in segments:
+            segments = [(i, i + 1, t) for begin, end, t in segments for i in range(begin, end)]
+        for begin, end, with_team in segments:
             for watch in watches:
                 watch.before(begin, state)
             step = self._steps.get(begin)
@@ -135,7 +140,9 @@ class CpuExecutor:
                     ticks[2 * begin : 2 * begin + 2] = started, time.perf_counter_ns()
             else:
                 assert self._native is not None
-                failed = self._native.ttx_run(records, begin, end, addresses, values, clock)
+                failed = self._native.ttx_run(
+                    records, begin, end, addresses, values, clock, with_team
+                )
                 if failed:
                     return int(failed)
             for watch in watches:
@@ -148,5 +155,5 @@ class CpuExecutor:
             return False
         pointers = (ctypes.addressof(x) for x in (self._records, table, sizes))
         records, addresses, values = pointers
-        self._native.ttx_run(records, launch, launch + 1, addresses, values, None)
+        self._native.ttx_run(records, launch, launch + 1, addresses, values, None, 0)
         return True

@@ -10,6 +10,7 @@
 
 #include "cache_rows.h"
 
+extern "C" void ttx_share_with_team(int asked);  // threads.cpp
 extern "C" __attribute__((weak)) int omp_pause_resource_all(int kind);
 extern "C" __attribute__((weak)) void kmp_set_blocktime(int ms);  // of LLVM's library
 
@@ -48,15 +49,10 @@ void end_threads() {
   if (may_end_threads) omp_pause_resource_all(kSoft);
 }
 
-}  // namespace
-
-extern "C" {
-
-int64_t ttx_run(const Launch* launches, int64_t begin, int64_t end, void* const* table,
-                const int64_t* sizes, int64_t* ticks) {
+int64_t run_launches(const Launch* launches, int64_t begin, int64_t end, void* const* table,
+                     const int64_t* sizes, int64_t* ticks) {
   void* args[kMaxArgs];
   int64_t values[kMaxArgs];
-  end_threads();
   for (int64_t i = begin; i < end; ++i) {
     const Launch& launch = launches[i];
     for (int k = 0; k < launch.arg_count; ++k) {
@@ -71,6 +67,20 @@ int64_t ttx_run(const Launch* launches, int64_t begin, int64_t end, void* const*
     if (code != 0) return (i + 1) << 32 | static_cast<uint32_t>(code);
   }
   return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+// with_team: these launches are few and lie between ops of PyTorch, whose threads do them too.
+int64_t ttx_run(const Launch* launches, int64_t begin, int64_t end, void* const* table,
+                const int64_t* sizes, int64_t* ticks, int with_team) {
+  if (!with_team) end_threads();
+  ttx_share_with_team(with_team);
+  int64_t failed = run_launches(launches, begin, end, table, sizes, ticks);
+  ttx_share_with_team(0);
+  return failed;
 }
 
 // args: null, new rows, a cache's memory, where blocks begin in it; sizes: batch, heads, rows, bytes of

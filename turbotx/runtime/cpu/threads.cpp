@@ -7,6 +7,9 @@
 // without work looks for some for kPatience and sleeps then; so does a caller whose last parts are
 // with others. (OpenMP's threads look for milliseconds, and a caller waits for each of them.)
 // In a process that was forked the threads start anew.
+//
+// Between ops of PyTorch a few launches are shared with its own OpenMP threads instead, which look
+// for work anyway: ttx_share_with_team(1) asks for that in the calling thread.
 #include <pthread.h>
 
 #include <atomic>
@@ -16,6 +19,10 @@
 #include <mutex>
 
 #include "threads.h"
+
+extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
+extern "C" __attribute__((weak)) int omp_get_thread_num(void);
+extern "C" __attribute__((weak)) int omp_get_num_threads(void);
 
 #ifdef __linux__
 #include <linux/futex.h>
@@ -230,6 +237,25 @@ class Pool {
   std::mutex starting_;
 };
 
+// Whether the calling thread's loops are shared with OpenMP's threads. They are not in the child of
+// a fork, which has none of them.
+thread_local bool is_with_team = false;
+bool has_team = GOMP_parallel != nullptr && omp_get_thread_num != nullptr;
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { has_team = false; });
+
+void share_with_team(long parts, Part run, const void* body) {
+  struct Shared { long parts; Part run; const void* body; } shared{parts, run, body};
+  auto work = [](void* given) {
+    const auto& mine = *static_cast<const Shared*>(given);
+    is_inside = true;
+    for (long part = omp_get_thread_num(); part < mine.parts; part += omp_get_num_threads())
+      mine.run(mine.body, part, mine.parts);
+    is_inside = false;
+  };
+  unsigned count = ttx::usable_threads(1, 1);  // of a loop of more parts each does several
+  GOMP_parallel(work, &shared, parts < count ? parts : count, 0);
+}
+
 std::atomic<Pool*> pool{nullptr};
 
 // Never freed: its threads may look into it until the process ends.
@@ -248,7 +274,10 @@ Pool& find_pool() {
 
 }  // namespace
 
+extern "C" void ttx_share_with_team(int asked) { is_with_team = asked && has_team; }
+
 extern "C" void ttx_share(long parts, Part run, const void* body) {
+  if (!is_inside && is_with_team) return share_with_team(parts, run, body);
   if (!is_inside) return find_pool().share(parts, run, body);
   for (long part = 0; part < parts; ++part) run(body, part, parts);
 }
