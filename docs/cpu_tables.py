@@ -184,15 +184,19 @@ def decode_table(folder: Path) -> str:
     found = read(folder, "decode")
     if not found:
         return NOT_YET
-    engines = [e for e in ENGINES if any(f"{e}_ms" in r for r in found["rows"])]
-    lines = []
-    for what, end in (("A step", "_ms"), ("The prompt, which gives the first token", "_first_ms")):
-        heads = ["model", "dtype", "batch", "past", *(ENGINES[e] for e in engines)]
+    engines = {e: ENGINES[e] for e in ENGINES if any(f"{e}_ms" in r for r in found["rows"])}
+    by = lambda r: (r["model"], r["dtype"] != "float32", r["batch"], r["past"])  # noqa: E731
+    rows, lines = sorted(found["rows"], key=by), list[str]()
+    for what, end, shown in (
+        ("A step", "_ms", {**engines, "floor": "the weights read once"}),
+        ("The prompt, which gives the first token", "_first_ms", engines),
+    ):
+        heads = ["model", "dtype", "batch", "past", *shown.values()]
         lines += ["", f"{what}, processor ms:", "", line(heads),
                   line(["---"] * 2 + ["---:"] * (len(heads) - 2))]  # fmt: skip
-        for row in found["rows"]:
+        for row in rows:
             place = [str(row[k]) for k in ("model", "dtype", "batch", "past")]
-            times = (row.get(f"{e}{end}") for e in engines)
+            times = (row.get(f"{e}{end}") for e in shown)
             lines.append(line([*place, *("-" if ms is None else f"{ms:.1f}" for ms in times)]))
     return "\n".join([_caption(found), *lines])
 
