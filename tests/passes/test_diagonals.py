@@ -77,7 +77,7 @@ OTHERS: dict[str, Bias] = {
     "by blocks": lambda q, k: 0.1 * (k // 4 - q // 4)[None, None],
     "squared first": lambda q, k: 0.01 * (k * k - q * q)[None, None],
 }
-LENGTHS = (6, 1, 2, 33, 300)
+LENGTHS = (6, 1, 2, 33, 300, 0)
 
 
 @torch.no_grad()
