@@ -4,6 +4,9 @@ In: names of architectures and numbers of layers. Out: for each how long its pla
 how far it is above the lower bound at the worst of some shapes::
 
     plan_architectures(["bloom"], [48])  ->  {"model": "bloom", "solve_s": 0.14, "worst": 1.0, ...}
+
+Also the bytes of a call of one text of 2,048 tokens, and those of its largest buffer for pairs of
+tokens, which grows more than 3 times where the length doubles; 0 if there is none.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from turbotx.program import link
 
 SHAPES = ((1, 1), (2, 17), (7, 2), (3, 40), (1, 384), (16, 64))
 LAYERS = (2, 12, 24, 48)
+LONG = 2048
 
 
 def plan_architectures(
@@ -50,9 +54,19 @@ def _plan(name: str, layers: int) -> dict[str, Any]:
         program, worst = engine.compile(captured).program, 0.0
     finally:
         link.find_orientations = solve
-    for batch, seq in SHAPES:
+
+    def dims_at(batch: int, seq: int) -> list[int]:
         given = {"batch": batch, "seq": seq}
         named = zip(captured.dims, captured.example_dims, strict=True)
-        plan = program.plan([given.get(dim, value) for dim, value in named])
+        return [given.get(dim, value) for dim, value in named]
+
+    for batch, seq in SHAPES:
+        plan = program.plan(dims_at(batch, seq))
         worst = max(worst, plan.peak_nbytes / max(1, plan.lower_bound_nbytes))
-    return {"buffers": len(program.liveness.names), "solve_s": sum(taken), "worst": worst}
+    half, whole = (program.sizes_at(dims_at(1, n)) for n in (LONG // 2, LONG))
+    pairs = [n for name, n in whole.items() if n > 3 * half[name]]
+    return {
+        "buffers": len(program.liveness.names), "solve_s": sum(taken), "worst": worst,
+        "long_nbytes": program.plan(dims_at(1, LONG)).peak_nbytes,
+        "largest_of_pairs_nbytes": max(pairs, default=0),
+    }  # fmt: skip

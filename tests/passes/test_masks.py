@@ -111,3 +111,68 @@ def test_slopes_beside_a_mask_take_no_square(first: str) -> None:
     program = engine_of(fast).variants()[0].program
     few, more = (program.sizes_at([2, n]) for n in (64, 128))
     assert all(more[name] <= 2 * few[name] for name in few)
+
+
+class Buffered(torch.nn.Module):
+    """Attention whose mask is a part of a buffer, and of keys beside it, as GPT-Neo's."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        band = torch.ones(64, 64, dtype=torch.bool).tril()
+        self.register_buffer("band", (band ^ band.tril(-3))[None, None])
+        self.dtype = dtype
+
+    def forward(self, q, k, v, keys=None):
+        n, least = q.shape[2], torch.finfo(torch.float32).min
+        scores = q.float() @ k.float().transpose(-1, -2)
+        scores = torch.where(self.band[:, :, :n, :n], scores, least)
+        if keys is not None:
+            rows, columns = positions(n)[:, None], positions(n)[None, :]
+            shown = (columns <= rows) & keys[:, None, None, :]
+            nothing = torch.zeros((), dtype=self.dtype)
+            scores = scores + torch.where(shown, nothing, torch.finfo(self.dtype).min)
+        return scores.softmax(-1).to(q.dtype) @ v
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_buffer_is_read_where_it_is(padded: bool, dtype: torch.dtype) -> None:
+    module = Attend(Buffered(dtype)).to(dtype).eval()
+    fast = turbotx.optimize(module)
+    for length in (5, 1, 40):
+        x = torch.randn(3, length, 16, dtype=dtype)
+        keys = torch.arange(length)[None] < torch.tensor([length, 1, length // 2])[:, None]
+        given = (x, keys) if padded else (x,)
+        near = 1e-4 if dtype is torch.float32 else 2e-2
+        ours, theirs = fast(*given), module(*given)
+        # A query of padding may see no key, and gets a mean that nobody reads.
+        shown = (keys if padded else torch.ones_like(keys))[:, None].expand(ours.shape[:3])
+        torch.testing.assert_close(ours[shown], theirs[shown], rtol=near, atol=near)
+    program = engine_of(fast).variants()[0].program
+    few, more = (program.sizes_at([2, n]) for n in (32, 64))
+    assert all(more[name] <= 2 * few[name] for name in few)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("way", [{}, {"attention": "fused-softmax"}, {"backend": "aten"}], ids=str)
+def test_a_query_from_which_a_boolean_hides_all_keys_gets_their_mean(
+    biased: bool, way: dict[str, str]
+) -> None:
+    table = torch.randn(4, 40, 40)
+
+    def inner(q, k, v, shown, keys):
+        n, least = q.shape[2], torch.finfo(q.dtype).min
+        bias = table[None, :, :n, :n] if biased else torch.zeros(())
+        seen = shown[None, None] & keys[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, torch.where(seen, bias, least))
+
+    module = Attend(inner).eval()
+    fast = turbotx.optimize(module, **way)
+    for length in (5, 1, 40):
+        x, shown = torch.randn(2, length, 16), torch.rand(length, length) > 0.5
+        shown[length // 2] = False
+        keys = torch.rand(2, length) > 0.2
+        given = (x, shown, keys)
+        torch.testing.assert_close(fast(*given), module(*given), rtol=2e-5, atol=2e-6)

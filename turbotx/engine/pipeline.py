@@ -34,6 +34,7 @@ from turbotx.options import Options
 from turbotx.passes.attention import recognize_attention
 from turbotx.passes.cache import store_in_place
 from turbotx.passes.canonicalize import canonicalize
+from turbotx.passes.diagonals import use_diagonals
 from turbotx.passes.experts import use_experts
 from turbotx.passes.known import require_known_sizes
 from turbotx.passes.linear import (
@@ -115,6 +116,7 @@ def rewrite(
     use_experts(graph)
     pack_linears(graph, None if quantization is None else quantization.kind_of)
     recognize_attention(graph, attention)
+    use_diagonals(graph)
     use_products(graph)
     canonicalize(graph)
     store_in_place(graph)

@@ -10,6 +10,8 @@ so that no transpose remains. One op, or two around a softmax kernel::
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -50,19 +52,21 @@ def attention(
     sinks: float32 (heads,), one more score per query whose weight goes to no value. A query that
     sees no key then gets zeros, unless the sink is -inf.
     """
-    visible = _visible(q, k, keys, causal, window, late)
-    mask, plainly_causal = bias, False
-    if blind_mean and visible is not None:
+    visible, mask, plainly_causal = _visible(q, k, keys, causal, window, late), bias, False
+    if bias is not None and bias.dtype is torch.bool:
+        visible, mask = bias if visible is None else bias & visible, None
+    if blind_mean and (visible is not None or mask is not None):
+        least = torch.finfo(q.dtype).min
         mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask.to(q.dtype)
-        mask = torch.where(visible, mask, torch.finfo(q.dtype).min)
-    elif mask is None:
-        plainly_causal = causal and keys is None and tuple(window) == NO_WINDOW and not late
-        mask = None if plainly_causal else visible
-    elif visible is not None:
-        boolean = mask.dtype is torch.bool
-        mask = mask & visible if boolean else mask.masked_fill(~visible, float("-inf"))
-    if mask is not None and mask.dtype is not torch.bool:
+        mask = mask.clamp(min=least)
+        mask = mask if visible is None else torch.where(visible, mask, least)
+    elif mask is not None:
+        mask = mask if visible is None else mask.masked_fill(~visible, float("-inf"))
         mask = mask.to(q.dtype)
+    elif visible is not None:
+        plain = bias is None and keys is None and tuple(window) == NO_WINDOW and not late
+        plainly_causal = causal and plain
+        mask = None if plainly_causal else visible
     grouped = _may_differ(q.shape[1], k.shape[1])
     if softcap or sinks is not None:
         if plainly_causal:
@@ -75,6 +79,20 @@ def attention(
     if blind_nan and mask is not None and k.shape[2] != 0:
         out = out.masked_fill(~_sees(mask, sinks), float("nan"))
     return out.permute(0, 2, 1, 3).contiguous()
+
+
+def along_diagonals(line: torch.Tensor, rows: Any, columns: Any) -> torch.Tensor:
+    """Return (..., rows, columns) whose element (i, j) is that of its diagonal, j - i + rows - 1 of
+    `line`, (..., 1, rows + columns - 1).
+
+    In a graph it is a view, with a negative stride along rows, which PyTorch has not: it gets a
+    copy.
+    """
+    shape = (*line.shape[:-2], rows, columns)
+    if isinstance(line, FakeTensor):
+        return line.new_empty(shape)
+    row, column = (torch.arange(n, device=line.device) for n in (rows, columns))
+    return line[..., 0, :][..., column - row[:, None] + (rows - 1)]
 
 
 def _sees(mask: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:

@@ -213,11 +213,11 @@ def emit(like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -
     """Append `target(*args, **kwargs)` at the insertion point, with its fake value computed.
 
     like: the call that it replaces, whose source location the new node inherits. Raises TypeError
-    if no argument is a tensor.
+    if neither that nor any argument is a tensor.
     """
     name = getattr(getattr(target, "overloadpacket", target), "__name__", None)
     node = like.graph.create_node("call_function", target, args, kwargs, name=name)
-    sources = [n for n in node.all_input_nodes if is_tensor(n)]
+    sources = [n for n in (*node.all_input_nodes, like) if is_tensor(n)]
     if not sources:
         raise TypeError(f"{target} has no tensor argument")
     mode = sources[0].meta["val"].fake_mode

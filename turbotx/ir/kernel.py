@@ -201,6 +201,15 @@ def axes_of(value: Expr, varies: Mapping[str, frozenset[str]]) -> frozenset[str]
     return axes_in(value).union(*(varies[v] for v in values_in(value)))
 
 
+def expressions_of(s: Statement) -> list[Expr]:
+    """Return the positions and sizes in a statement."""
+    if isinstance(s, (Load, Store)):
+        return [s.access.offset]
+    if isinstance(s, Index):
+        return [s.value]
+    return [s.limit] if isinstance(s, Check) else []
+
+
 def phase_of(s: Statement, phases: Mapping[str, int]) -> int:
     """Return the first phase in which all inputs of a statement are known; see `Kernel.phases`."""
     return max((phases[a] for a in needs_of(s)), default=0)

@@ -34,23 +34,23 @@ def packed_attention(
 
     q, k, v: (1, heads or kv_heads, tokens, head_dim).
     keys: bool (1, 1, 1, tokens), or None for all of a sequence's keys.
-    bias: shared by all sequences, (1, heads or 1, columns, columns), indexed by the columns of
-    query and key. A sequence's first token has column starts[n], int64 (sequences,), the following
-    ones the next columns.
+    bias: shared by all sequences, (1, heads or 1, columns or 1, columns or 1), indexed by the
+    columns of query and key. A sequence's first token has column starts[n], int64 (sequences,),
+    the following ones the next columns.
     said: keyword arguments of `attention`.
     """
     if isinstance(q, FakeTensor):  # bounds are unknown while tracing
         return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
     out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
     columns = starts.tolist()
-    if bias is not None:
-        width = max(bias.shape[2:])
-        bias = bias.expand(*bias.shape[:2], width, width)
     for n, (begin, end) in enumerate(_ranges(bounds)):
         shown = None if keys is None else keys[..., begin:end]
         first = columns[n]
         last = first + end - begin
-        added = None if bias is None else bias[:, :, first:last, first:last]
+        added = bias
+        if bias is not None:
+            rows, places = (slice(first, last) if n > 1 else slice(None) for n in bias.shape[2:])
+            added = bias[:, :, rows, places]
         out[:, begin:end] = attention(
             q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], shown, added, sinks, **said
         )

@@ -154,7 +154,7 @@ def _check_statement(
         param = params.get(s.access.param)
         if param is None or param.role != role:
             raise VerifyError(f"{kernel.name}: {s.access.param!r} is no {role} param")
-    for value in _expressions(s):
+    for value in ir.expressions_of(s):
         for symbol in value.free_symbols:
             if symbol.name[0] == "@" and symbol.name[1:] not in axes:
                 raise VerifyError(f"{kernel.name}: no axis is called {symbol.name[1:]!r}")
@@ -168,14 +168,6 @@ def _check_statement(
         raise VerifyError(f"{kernel.name}: no reduction is called {s.op!r}")
     if isinstance(s, ir.Scan) and s.op not in SCANS:
         raise VerifyError(f"{kernel.name}: no scan is called {s.op!r}")
-
-
-def _expressions(s: ir.Statement) -> list[Expr]:
-    if isinstance(s, (ir.Load, ir.Store)):
-        return [s.access.offset]
-    if isinstance(s, ir.Index):
-        return [s.value]
-    return [s.limit] if isinstance(s, ir.Check) else []
 
 
 def _check_reductions(kernel: ir.Kernel) -> None:

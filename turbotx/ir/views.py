@@ -1,4 +1,4 @@
-"""Views: ATen ops that move no data, each as a map from its own index to its input's.
+"""Views: ops that move no data, each as a map from its own index to its input's.
 
 In: a view node and an index (one expression per dim). Out: the index of the input that holds that
 element. Used by layouts, lowering and the op table, for example::
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from turbotx.ir import fx_nodes as g
+from turbotx.ir.attention_ops import along_diagonals
 from turbotx.ir.expr import ONE, ZERO, Expr, divide, expr, product
 
 aten = torch.ops.aten
@@ -110,6 +111,11 @@ def _unfold(node: fx.Node, index: IndexTuple) -> IndexTuple:
     return tuple(inner)
 
 
+def _along_diagonals(node: fx.Node, index: IndexTuple) -> IndexTuple:
+    *leading, row, column = index
+    return (*leading, ZERO, (column - row + g.shape(node)[-2] - 1).expand())
+
+
 def _getitem(node: fx.Node, index: IndexTuple) -> IndexTuple:
     """One piece of a split, chunk or unbind."""
     split, piece = node.args
@@ -152,6 +158,7 @@ _MAPS: dict[Any, IndexMap] = {
     aten.detach.default: _same,
     aten.diagonal.default: _diagonal,
     aten.unfold.default: _unfold,
+    along_diagonals: _along_diagonals,
     g.GETITEM: _getitem,
     aten.view.default: _reshape,
     aten.reshape.default: _reshape,

@@ -23,7 +23,7 @@ from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import NO_WINDOW, attention, attention_scores, attention_values
 from turbotx.passes.chains import PRODUCTS, read_chain
 from turbotx.passes.masks import Mask, understand_mask
-from turbotx.passes.operands import share_heads, take_hidden, take_scale
+from turbotx.passes.operands import share_heads, take_hidden, take_narrow, take_scale
 from turbotx.passes.scores import AttentionPattern, hide_in_bias
 
 aten = torch.ops.aten
@@ -48,13 +48,14 @@ def recognize_attention(graph: fx.Graph, way: str = "auto") -> None:
             continue
         if found is None:
             continue
+        found = _take_conversions(node, found)
         k, v = share_heads(found.k), share_heads(found.v)
         if g.shape(k)[:2] == g.shape(v)[:2]:
             found = replace(found, k=k, v=v)
         write = _choose(node, found, way)
         if write is not None:
             with graph.inserting_before(node):
-                found = _take_scales(_part_mask(node, found))
+                found = _take_scales(_part_mask(found))
                 new = write(node, found)
                 if found.show is not None:
                     new = found.show(new)
@@ -120,6 +121,17 @@ def _why_not_flash(found: AttentionPattern) -> str:
     return f"its head_dim {width} is above {WIDEST_HEAD}" if width > WIDEST_HEAD else ""
 
 
+def _take_conversions(node: fx.Node, found: AttentionPattern) -> AttentionPattern:
+    """Leave out conversions of q and k from v's dtype to float32, in which kernels compute scores
+    anyway (GPT-Neo)."""
+    dtype = g.dtype(found.v)
+    if dtype is torch.float32 or {g.dtype(found.q), g.dtype(found.k)} != {torch.float32}:
+        return found
+    with node.graph.inserting_before(node):
+        q, k = (take_narrow(n, dtype) for n in (found.q, found.k))
+    return found if q is None or k is None else replace(found, q=q, k=k)
+
+
 def _take_scales(found: AttentionPattern) -> AttentionPattern:
     """Fold multiplications of q and k by numbers into the scale; k's is kept if v shares it."""
     if found.q in (found.k, found.v):
@@ -132,27 +144,22 @@ def _take_scales(found: AttentionPattern) -> AttentionPattern:
     return replace(found, k=k, scale=found.scale * factor)
 
 
-def _part_mask(node: fx.Node, found: AttentionPattern) -> AttentionPattern:
+def _part_mask(found: AttentionPattern) -> AttentionPattern:
     """Split a mask whose masked scores are the most negative float: the kernel masks keys by
-    sequence and position, and the bias keeps its small shape (T5's has no batch dim). If that is
-    not possible, everything becomes bias."""
+    sequence and position, or by a boolean that it reads where it is (GPT-Neo's buffer), and the
+    bias keeps its small shape (T5's has no batch dim)."""
     parts = (found.mask, found.bias) if found.blind_mean else take_hidden(found.mask)
-    if parts is None:
+    if parts is None or found.causal:
         return found
     visible, bias = parts
     said = Mask()
     assert visible is not None, "it hides nothing"
     understand_mask(visible, found.q, found.k, said)
     own = said.late or g.shape(found.q)[2] == g.shape(found.k)[2]
-    if not said.rest and not found.causal:
-        # In a band, every query sees at least its own position, beside which masked keys have no
-        # weight.
-        blind = bool(said.keys) or not own
-        return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=blind)
-    if not found.blind_mean:
-        return found
-    whole = hide_in_bias(node, visible, bias, torch.finfo(torch.float32).min)
-    return replace(found, mask=whole, bias=None, blind_mean=False)
+    # In a band, every query sees at least its own position, beside which masked keys have no
+    # weight.
+    blind = bool(said.keys or said.rest) or not own
+    return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=blind)
 
 
 def _split(found: AttentionPattern, late: bool | None = None) -> Mask:

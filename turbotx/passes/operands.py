@@ -37,6 +37,21 @@ def share_heads(node: Any) -> Any:
     return thin.args[0] if g.shape(node) == grouped else node
 
 
+def take_narrow(node: Any, dtype: torch.dtype) -> Any:
+    """Return a float32 tensor as it was before its conversion from `dtype`, which views may show;
+    None if there was none. Emits the views anew."""
+    if g.dtype(node) is dtype:
+        return node
+    if not node.args or g.dtype(node) is not torch.float32:
+        return None
+    if g.is_call(node, aten._to_copy.default):
+        return take_narrow(node.args[0], dtype) if g.dtype(node.args[0]) is dtype else None
+    if not is_view(node) or node.args[0].target in SPLITS:
+        return None
+    inner = take_narrow(node.args[0], dtype)
+    return None if inner is None else g.emit(node, node.target, inner, *node.args[1:])
+
+
 def take_hidden(mask: Any) -> tuple[fx.Node, fx.Node | None] | None:
     """Return (visible, bias) of a float mask where(visible, bias, most negative float), or None.
 

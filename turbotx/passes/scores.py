@@ -106,7 +106,8 @@ class _Scores:
         if step.kind == "scale":
             return self._scale(step)
         if step.kind == "hide":
-            self._hide(step)
+            visible = step.operand if step.negated else negated(step.operand)
+            self._hide(visible, step.number)
         elif step.kind == "floor":
             self._raise(step.number)
         else:
@@ -175,9 +176,8 @@ class _Scores:
         if self.bias is not None and (self.folded or take_hidden(self.bias) is None):
             self.bias = self._emit(aten.clamp.default, self.bias, least)
 
-    def _hide(self, step: Step) -> None:
-        visible = step.operand if step.negated else negated(step.operand)
-        self.hides.append((visible, step.number))
+    def _hide(self, visible: Any, number: float) -> None:
+        self.hides.append((visible, number))
         if len({number for _, number in self.hides}) > 1 or self.folded:
             self._fold_hides()
 
@@ -185,6 +185,12 @@ class _Scores:
         self._scale_bias()
         added = step.operand if step.kind == "add" else self._emit(aten.neg.default, step.operand)
         if self._keeps_finite() and not self.folded:
+            parts = take_hidden(added)
+            half = isinstance(added, fx.Node) and g.dtype(added) is torch.float16
+            if parts is not None and parts[1] is None and not half:
+                # A second mask hides keys as the first does (GPT-Neo's buffer, and its padding).
+                self._hide(parts[0], self.hides[0][1])
+                return
             self._fold_hides()
         self.bias = added if self.bias is None else self._sum(self.bias, added)
 

@@ -18,7 +18,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from turbotx import ir
 from turbotx.ir import fx_nodes as g
+from turbotx.ir.attention_ops import along_diagonals
 from turbotx.ir.expr import Expr, dim, product
 from turbotx.ir.packed_ops import (
     packed_attention,
@@ -33,8 +35,10 @@ from turbotx.ir.quantized_ops import (
     row_scale,
     weight_only_linear,
 )
-from turbotx.ir.views import VIEWS
+from turbotx.ir.views import VIEWS, is_view
 from turbotx.ops import OPS
+from turbotx.ops.loop_nest import FusionConflict, LoopNest, NeedsAxisSplit
+from turbotx.ops.scalarizer import Scalarizer
 
 aten = torch.ops.aten
 OWN_INPUTS = ("bounds", "starts", "columns", "positions", "sequence_of")
@@ -72,7 +76,8 @@ class _Room:
         self.symbol = symbol
 
     def is_spare(self, graph: fx.Graph) -> bool:
-        return all(self._node(node) for node in graph.nodes)
+        lines = _find_lines(graph)
+        return all(self._node(node) for node in graph.nodes if node not in lines)
 
     def _varies(self, extent: Expr) -> bool:
         return self.symbol in extent.free_symbols
@@ -112,6 +117,8 @@ class _Room:
             return not any(self._varies(g.size(n)) for n in self._sizes(rest))
         if target is aten.arange.start_step:
             return all(isinstance(g.argument(node, n, 0), int) for n in ("start", "step"))
+        if target is along_diagonals:
+            return self._is_by_place(node)
         if VIEWS.get(target) == "reshape":
             return self._keeps_place(g.operand(node, 0), node)
         if target in (aten.expand.default, aten.permute.default, aten.transpose.int,
@@ -139,6 +146,21 @@ class _Room:
             aten.embedding.default: self._looks_up, quantize_rows: self._has_scaled_rows,
             quantized_linear: self._has_scaled_rows,
         }.get(target)  # fmt: skip
+
+    def _is_by_place(self, node: fx.Node) -> bool:
+        """Return whether an element, computed from parameters, is the same of any number of rows,
+        by the op table: a line over the diagonals begins at another for each number."""
+        loops = LoopNest({})
+        scalarizer = Scalarizer(lambda n: n.op in ("placeholder", "get_attr"), loops)
+        try:
+            scalarizer.element(
+                node, tuple(loops.make(e, f"a{d}") for d, e in enumerate(g.shape(node)))
+            )
+        except (FusionConflict, NeedsAxisSplit):
+            return False
+        numbers = [e for s in scalarizer.body for e in ir.expressions_of(s)]
+        is_fixed = not any(self.places(n) for n in scalarizer.params)
+        return is_fixed and not loops.rows and not any(map(self._varies, numbers))
 
     def _keeps_place(self, source: fx.Node, node: fx.Node) -> bool:
         """Return whether a reshape keeps the dim whole, with the same number of elements before
@@ -187,3 +209,15 @@ class _Room:
             return True
         others = [n for n in node.all_input_nodes if n is not node.args[0]]
         return all(n.name in PLACES and n.op == "placeholder" for n in others)
+
+
+def _find_lines(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes of which kernels make no more than elements that are read along diagonals,
+    and that the op table defines element by element."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        read = [u in found or u.target is along_diagonals for u in node.users]
+        row = OPS.get(node.target)
+        if read and all(read) and (is_view(node) or (row is not None and not row.reduces)):
+            found.add(node)
+    return found

@@ -101,8 +101,15 @@ def _least(a: Expr, b: Expr) -> Expr:
 
 
 def _operand_nbytes(operand: ir.Operand) -> Expr:
-    """Return the bytes that a window covers, an axis of stride 0 counted once."""
-    extents = [e for e, s in zip(operand.shape, operand.strides, strict=True) if s != 0]
+    """Return the bytes that a window covers, an axis of stride 0 counted once, and of two axes of
+    opposite strides each diagonal."""
+    extents: list[Expr] = []
+    steps: list[Expr] = []
+    for extent, stride in zip(operand.shape, operand.strides, strict=True):
+        if stride != 0 and -stride in steps:
+            extents[steps.index(-stride)] += extent - 1
+        elif stride != 0:
+            extents, steps = [*extents, extent], [*steps, stride]
     return product(extents) * operand.dtype.itemsize
 
 

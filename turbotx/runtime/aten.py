@@ -82,15 +82,21 @@ def make_leaf(leaf: Any, dims: Sequence[str]) -> Maker:
 
 
 def make_window(window: Window, dims: Sequence[str]) -> Callable[[RunState], torch.Tensor]:
-    """Return a function from the run's state to the tensor that a window shows."""
+    """Return a function from the run's state to the tensor that a window shows; with a negative
+    stride, which PyTorch's tensors have not, a copy of it."""
     name, dtype, rank = window.tensor, window.dtype, len(window.shape.texts)
     texts = (window.shape.texts, window.strides.texts, window.offset.texts)
     evaluate = Sizes(tuple(text for part in texts for text in part)).compile(dims)
 
     def look(state: RunState) -> torch.Tensor:
         base, numbers = state.whole(name, dtype), evaluate(*state.dims)
+        shape, strides = numbers[:rank], numbers[rank:-1]
         start = base.storage_offset() + numbers[-1]
-        return base.as_strided(numbers[:rank], numbers[rank:-1], start)
+        if min(strides, default=0) >= 0:
+            return base.as_strided(shape, strides, start)
+        back = [d for d, stride in enumerate(strides) if stride < 0]
+        start += sum(strides[d] * (shape[d] - 1) for d in back)
+        return base.as_strided(shape, [abs(s) for s in strides], start).flip(back)
 
     return look
 

@@ -23,7 +23,12 @@ from turbotx.capture.shape_matcher import InputSize, SizeGuard, SizeRules
 from turbotx.capture.traced_float import FloatInput
 from turbotx.errors import SavedFileError, SaveError
 from turbotx.ir import cache_ops, packed_ops, quantized_ops
-from turbotx.ir.attention_ops import attention, attention_scores, attention_values
+from turbotx.ir.attention_ops import (
+    along_diagonals,
+    attention,
+    attention_scores,
+    attention_values,
+)
 from turbotx.ir.expert_ops import grouped_linear, route
 from turbotx.ir.sizes import Sizes
 from turbotx.memory.liveness import Liveness
@@ -45,7 +50,7 @@ assert cache_ops and packed_ops and quantized_ops  # imported to register ops
 
 # The functions in graphs that are not PyTorch ops.
 OWN: dict[str, Callable[..., Any]] = {
-    "getitem": operator.getitem, "attention": attention,
+    "getitem": operator.getitem, "attention": attention, "along_diagonals": along_diagonals,
     "attention_scores": attention_scores, "attention_values": attention_values,
     "grouped_linear": grouped_linear, "route": route,
     "fold_weight": fold_weight, "fold_scales": fold_scales, "fold_sums": fold_sums,

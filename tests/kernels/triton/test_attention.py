@@ -137,13 +137,16 @@ def test_a_query_that_sees_nothing_is_nan_where_softmax_gives_that() -> None:
     assert (nothing == 0).all()  # no keys at all: a sum of nothing
 
 
-@pytest.mark.parametrize("bias", ["none", "float32"])
+@pytest.mark.parametrize("bias", ["none", "float32", "boolean"])
 def test_hidden_keys_of_a_blind_row_weigh_the_same(bias: str) -> None:
-    """As where hidden scores are the most negative float: T5's padding, beside its bias."""
+    """As where hidden scores are the most negative float: T5's padding, beside its bias, and
+    GPT-Neo's, beside its buffer."""
     q, k, v = operands(3, 2, 2, 5, 19, 16)
     visible = torch.arange(19)[None, :] < torch.tensor([[19], [3], [0]])
     case = kernel(16, bias=bias, blind_mean=True)
-    added = torch.randn(1, 2, 5, 19) if bias == "float32" else None
+    added = torch.randn(1, 2, 5, 19) if bias != "none" else None
+    if bias == "boolean":
+        added = (added > 0) & (torch.arange(5)[:, None] != 3)  # query 3 sees no key at all
     out = run(case, q, k, v, visible, added)
     check(out, q, k, v, visible, added, scale=case.scale, blind_mean=True)
     mean = v[2].mean(1).expand(5, 2, 16)
