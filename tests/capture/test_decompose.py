@@ -115,6 +115,25 @@ def test_a_second_time_changes_nothing() -> None:
     assert str(program.graph) == before
 
 
+class AsksHowClose(nn.Module):
+    """PyTorch's isclose adds conditions in place, to a tensor that it has made."""
+
+    def forward(self, x):
+        y = x * 1.001
+        near = torch.isclose(x, y), torch.isclose(x, y.flip(1), rtol=0.3, atol=0.1, equal_nan=True)
+        exact = torch.isclose(x.long(), y.long(), rtol=0.0, atol=0.0)
+        return *near, exact, x + 1 if torch.allclose(x, y) else x - 1
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8), (1, 1, 8), (3, 4, 8)])
+def test_what_changes_a_tensor_of_its_own_is_decomposed(shape, monkeypatch) -> None:
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", None)
+    fast, plain = turbotx.optimize(AsksHowClose().eval()), AsksHowClose()
+    for factor in (1e-3, 1.0, float("nan")):
+        x = torch.randn(shape) * factor
+        torch.testing.assert_close(fast(x), plain(x), equal_nan=True)
+
+
 def test_a_change_in_place_needs_the_whole_trace() -> None:
     with pytest.raises(NotNodeByNode, match="add_"):
         decompose_nodes(exported(AddsInPlace()).graph_module, KEPT_WHOLE)

@@ -224,3 +224,20 @@ def test_a_pool_that_drops_the_dim_it_added_is_taken_apart_node_by_node(monkeypa
     values = [n.meta["val"] for n in graph.nodes if n.op == "call_function"]
     shapes = [tuple(v.shape[1:]) for v in values if isinstance(v, torch.Tensor)]
     assert shapes[-1] == (4, 1) and (4, 1, 1) in shapes
+
+
+def test_what_draws_in_place_draws_the_same(monkeypatch) -> None:
+    def draws(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = torch.empty_like(x).uniform_(-1, 2)
+        z = (x * 2).normal_(1.0, 0.5).add_(y)
+        return y, z, torch.zeros(3).exponential_()
+
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", None)
+    fast = turbotx.optimize(draws)
+    for shape in ((2, 4, 4), (1, 2, 40), (3, 7, 4)):
+        x = torch.randn(shape)
+        torch.manual_seed(3)
+        right = draws(x), draws(x)
+        torch.manual_seed(3)
+        torch.testing.assert_close((fast(x), fast(x)), right)
+    assert not torch.equal(fast(x)[0], fast(x)[0])

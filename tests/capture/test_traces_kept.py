@@ -61,3 +61,28 @@ def test_a_trace_that_failed_is_freed() -> None:
         call(model, {"x": torch.randn(2, 3, 8)}, backend="aten")
     del model
     assert of_traces() <= before and memory() is None
+
+
+class Bounded(nn.Module):
+    """Branches on numbers that tensors hold, as XLM does on its lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert torch.isfinite(x).all()
+        y = self.layer(x) if x.abs().max().item() < 50 else x
+        return y if y.shape[1] > 2 and y.sum().item() < 1e4 else y * 2
+
+
+def test_a_model_that_asks_for_values_is_freed() -> None:
+    before = of_traces()
+    model = Bounded().eval()
+    left, fast = weakref.ref(model), turbotx.optimize(model)
+    for factor in (1.0, 1e3):
+        fast(torch.randn(2, 5, 8) * factor)
+    assert fast.stats()["captures"] == 2
+    del model, fast
+    assert of_traces() == before
+    assert left() is None

@@ -1,12 +1,18 @@
-"""Several threads: captures one at a time, and eager calls beside them unharmed."""
+"""Several threads: captures one at a time, and eager calls and PyTorch's own traces beside them
+unharmed."""
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from torch import nn
+from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import turbotx
 from turbotx.capture.tracing import tracing
@@ -124,3 +130,100 @@ def test_pytorch_is_as_it_was_afterwards() -> None:
     call_of, flag = nn.Module.__call__, torch.compiler._is_compiling_flag
     turbotx.optimize(model())(X)
     assert nn.Module.__call__ is call_of and torch.compiler._is_compiling_flag is flag
+
+
+class AsksSizes(nn.Module):
+    """Asks the same of its sizes before and after `meanwhile`, and keeps a tensor of the trace."""
+
+    def __init__(self, keep: Callable[[torch.Tensor], object] = id) -> None:
+        super().__init__()
+        self.layer, self.meanwhile, self.keep = nn.Linear(8, 8), lambda: None, keep
+
+    def forward(self, x):
+        for _ in range(2):
+            x = x.reshape(-1, x.shape[1] * 8).view(x.shape[0], -1, 8)
+            x = x + 1 if x.shape[1] % 2 == 1 and x.shape[0] * 3 < 100 else x - 1
+            torch._check(x.shape[0] + x.shape[1] <= 300)
+            x = self.layer(x[:, : x.shape[1] - 1])
+            self.keep(x)
+            self.meanwhile()
+        return x
+
+
+def in_another_thread(action: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(action).result()
+
+
+def capture_another() -> None:
+    """Capture a model that does the same whether or not it is traced: PyTorch tells every thread
+    that one is tracing."""
+    plain = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    call(turbotx.optimize(plain), plain)()
+
+
+def export(asks: AsksSizes) -> str:
+    """Everything that an export tells, what it says of tensors that are left included."""
+    sizes = ({0: Dim.AUTO, 1: Dim.AUTO},)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        made = torch.export.export(asks, (torch.randn(2, 7, 8),), dynamic_shapes=sizes)
+    left = [x for w in said if "still alive" in str(w.message) for x in str(w.message).split("\n")]
+    return "\n".join([made.graph_module.code, str(made.range_constraints), *sorted(left)])
+
+
+def compile_by_dynamo(asks: AsksSizes) -> str:
+    graphs: list[str] = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        asks.meanwhile()
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(nn.Linear(8, 8), backend=keep, dynamic=True)
+    for shape in ((2, 5, 8), (3, 6, 8), (2, 9, 8)):
+        compiled(torch.randn(shape))
+    return "\n".join(graphs)
+
+
+def make_symbolic(asks: AsksSizes) -> str:
+    made = make_fx(asks, tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    return str(made(torch.randn(2, 7, 8)).code)
+
+
+@pytest.mark.parametrize("trace", [export, compile_by_dynamo, make_symbolic])
+@torch._export.config.patch(detect_non_strict_fake_tensor_leaks=True)
+def test_a_trace_of_pytorch_in_another_thread_is_unharmed(trace) -> None:
+    left: list[torch.Tensor] = []
+    asks = AsksSizes(left.append)
+    alone = trace(asks)
+    left.clear()
+    captures = []
+
+    def capture_meanwhile() -> None:
+        in_another_thread(capture_another)
+        captures.append(None)
+
+    asks.meanwhile = capture_meanwhile
+    assert trace(asks) == alone and captures
+    if trace is export:
+        assert "still alive" in alone and "no proxy mapping" not in alone
+
+
+class Exports(Layer):
+    """Exports a model in another thread whenever it runs."""
+
+    def forward(self, x):
+        in_another_thread(lambda: self.made.append(export(AsksSizes())))
+        return super().forward(x)
+
+
+def test_a_capture_during_which_another_thread_exports_is_unharmed() -> None:
+    plain = Exports().eval()
+    plain.made = []
+    fast = turbotx.optimize(plain)
+    with torch.no_grad():
+        came = fast(X)
+        torch.testing.assert_close(came, Layer.forward(plain, X))
+    assert set(plain.made) == {export(AsksSizes())}

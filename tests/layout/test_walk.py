@@ -12,6 +12,7 @@ HOOKS = {
     ("capture", "module_state/attribute_methods.py"),  # reads of attributes by that one
     ("capture", "size_operators.py"),  # Python's: `isinstance` of a symbolic size
     ("capture", "module_state/values.py"),
+    ("capture", "tracing.py"),  # PyTorch's, for the modes of an export
 }
 """Entered from below, though nothing there calls it: PyTorch or Python do, during a trace."""
 

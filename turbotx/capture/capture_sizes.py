@@ -94,13 +94,17 @@ def _capture_any(
     if matcher.match(shapes) is None:
         decide = matcher.find_deciding(shapes) & ones
         tries += [(2, decide), (2, ones), (2, set(every))]
+    failed: CaptureError | None = None
     for k, (least, fixed) in enumerate(tries):
         if (least, fixed) in tries[:k] or (least, fixed) == (2, set()):
             continue
         try:
             found = capture(model, args, kwargs, least, fixed, outcomes)
-        except CaptureError:
+        except CaptureError as error:
+            failed = failed or error
             continue
         if found.matcher.match(shapes) is not None:
             return found
+    if failed is not None and matcher.match(shapes) is None:
+        raise failed
     return captured

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, cast
@@ -26,6 +27,8 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from turbotx.capture.casts import inside
+from turbotx.capture.inplace_ops import find_out_of_place
+from turbotx.capture.layout_questions import memory_of
 from turbotx.ir.expr import expr
 from turbotx.ir.fake_results import UnknownError, describe
 from turbotx.ir.fx_nodes import GETITEM, draws, freeze, is_random, is_tensor
@@ -232,13 +235,30 @@ class _Recorder(TorchDispatchMode):
             self.alive.append(result)
             return result
         if func._schema.is_mutable:
-            raise NotNodeByNode(f"{self.node.format_node()} calls {func}")
+            return self._write(func, args, kwargs)
         result = func(*args, **kwargs)
         if not isinstance(result, (torch.Tensor, tuple, list)):
             return result  # a device or a size: its users find its value in the arguments
         given, named = pytree.tree_map(self._argument, (args, kwargs))
         self._record(self._append(func, given, named, result), result)
         return result
+
+    def _write(self, func: OpOverload, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Record an in-place op on a tensor that the decomposition has made as the op that makes a
+        new one: isclose adds conditions so. The tensor itself stands for the new one from then
+        on."""
+        changed, op = args[0], find_out_of_place(func)
+        given = [n.meta["val"] for n in self.node.all_input_nodes]
+        held = [t for t in (*self.alive, *given) if isinstance(t, torch.Tensor)]
+        shared = [t for t in held if memory_of(t) == memory_of(changed)]
+        own = len(shared) == 1 and any(changed is t for t in self.alive)
+        if op is not None and own and not draws(func, args, kwargs):
+            made = self.__torch_dispatch__(op, (), args, kwargs)
+            with suppress(UnknownError):
+                if describe(made) == describe(changed):
+                    self.known[id(changed)] = self._argument(made)
+                    return changed
+        raise NotNodeByNode(f"{self.node.format_node()} calls {func}")
 
     def _turn(self, func: OpOverload, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Record an in-place view change, to fewer dims: a pool removes the dim that it added. The

@@ -36,7 +36,8 @@ ORDER = "order"
 """In an input's meta: the memory order of the caller's dims, None if it is the input's own;
 otherwise a `permute` restores the caller's dims."""
 ASKED = "layout_asked"
-"""In an input's meta: whether the model's code queried its memory layout."""
+"""In an input's meta: None, or what the model's code queried of its memory layout: False whether it
+is dense, True its strides."""
 READS = "reads"
 """In the meta of an op that may read raw memory: its tensor arguments' strides, in order."""
 

@@ -98,7 +98,8 @@ class FlatCall(nn.Module):
     def _look_around(self) -> tuple[Any, Any]:
         """Return what the model's code may leave behind, as it is now, and what keeps it alive."""
         written, kept = self.seen.look_around()
-        return (written, set(self.layouts.asked), self.values.count), kept
+        asked = dict(self.layouts.asked), set(self.layouts.sizes)
+        return (written, asked, self.values.count), kept
 
     def describe_floats(self) -> tuple[FloatInput, ...]:
         """Return every float of the call, with what the trace assumed of it."""

@@ -182,6 +182,16 @@ def guard_squeezed(
     return tuple(Guard(sympy.Ne(s, 1), f"{s} != 1") for s in sizes)
 
 
+def guard_asked(asked: set[Expr], symbols: Mapping[sympy.Symbol, sympy.Basic]) -> tuple[Guard, ...]:
+    """Return guards that no size of a tensor whose layout was queried is 1, which lies in any order
+    in memory, or 0, where any layout counts as dense. asked: sizes and strides."""
+    known = (s.xreplace(dict(symbols)) for s in asked)
+    factors = {f for s in known for f in (s.args if s.is_Mul else (s,)) if f.free_symbols}
+    kept = sorted(factors, key=str)
+    guards = [Guard(sympy.Ne(f, 0), f"{f} != 0") for f in kept if not f.is_positive]
+    return tuple(guards) + tuple(Guard(sympy.Ne(f, 1), f"{f} != 1") for f in kept)
+
+
 def find_equals(shape_env: Any) -> dict[sympy.Symbol, sympy.Symbol]:
     """Return the symbols that a guard makes equal to an earlier symbol.
 

@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 
 from turbotx.capture.casts import inside
 from turbotx.ir.expr import Expr, expr
-from turbotx.ir.fx_nodes import GETITEM
+from turbotx.ir.fx_nodes import GETITEM, is_random
 
 aten = torch.ops.aten
 _NEW = frozenset(("aten.linear.default", "aten.matmul.default", "aten.layer_norm.default",
@@ -47,9 +47,10 @@ def write_out_of_place(graph: fx.Graph) -> None:
     no input, no parameter, and no earlier result that may be a view or a copy."""
     place = {node: k for k, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        op = _find_other(node)
+        op = find_out_of_place(node.target)
         views = _find_views(node.args[0]) if op is not None else []
-        if op is None or not views:
+        # What draws into a part draws by how the part lies in memory.
+        if op is None or not views or (len(views) > 1 and is_random(node)):
             continue
         write = _Write(node, place)
         if any(x.alias_info is not None for x in op._schema.returns):
@@ -162,16 +163,19 @@ def _layout(node: fx.Node) -> list[Expr]:
     return list(map(expr, (*value.shape, *value.stride())))
 
 
-def _find_other(node: fx.Node) -> OpOverload | None:
-    """Return the out-of-place variant of an in-place op."""
-    target: Any = node.target
-    if node.op != "call_function" or not isinstance(target, OpOverload):
+def find_out_of_place(target: Any) -> OpOverload | None:
+    """Return the out-of-place variant of an in-place op; None for other ops."""
+    if not isinstance(target, OpOverload):
         return None
     name, changes = target._opname, [a for a in target._schema.arguments if a.is_write]
     in_place = name.endswith("_") and not name.endswith("__") and target.namespace == "aten"
-    if not in_place or len(changes) != 1 or torch.Tag.nondeterministic_seeded in target.tags:
+    if not in_place or len(changes) != 1:
         return None
-    return getattr(getattr(aten, name[:-1], None), target._overloadname, None)
+    other = "normal_functional" if name == "normal_" else name[:-1]
+    found = getattr(getattr(aten, other, None), target._overloadname, None)
+    draws = torch.Tag.nondeterministic_seeded in target.tags
+    # uniform draws what uniform_ does; dropout is several ops.
+    return None if draws and found is not None and found._can_decompose() else found
 
 
 def _makes_new(node: Any) -> bool:

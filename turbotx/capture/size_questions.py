@@ -56,7 +56,7 @@ class SizesFromOne(ShapeEnv):
     def __init__(self, answer: Answer, *args: Any, **kwargs: Any) -> None:
         """Create the environment. answer: returns the assumed outcome of a condition on values."""
         super().__init__(*args, **kwargs)
-        self._answer = answer
+        self.answer = answer
         self._settled: dict[sympy.Basic, sympy.Basic] = {}
 
     def _default_value_range(self, do_not_specialize_zero_one: bool = False) -> ValueRanges[Any]:
@@ -72,7 +72,7 @@ class SizesFromOne(ShapeEnv):
         """
         answer, question = sym_node.hint, sym_node.expr
         if not isinstance(answer, bool):
-            assumed = self._answer(question) if fallback_value is None else None
+            assumed = self.answer(question) if fallback_value is None else None
             if assumed is not None:
                 return sympy.true if assumed else sympy.false
             return super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
@@ -94,7 +94,7 @@ class SizesFromOne(ShapeEnv):
         self, orig_expr: Any, msg: str, fx_node: fx.Node | None = None
     ) -> bool:
         """Return whether a condition of `torch._check` holds, or record that it must."""
-        assumed = self._answer(orig_expr, True)
+        assumed = self.answer(orig_expr, True)
         if assumed is not None:
             return assumed
         return super().guard_or_defer_runtime_assert(orig_expr, msg, fx_node)
@@ -194,6 +194,10 @@ def _find_asker() -> FrameType:
     return frame
 
 
+def _answer_nothing(*question: Any) -> None:
+    """Stand for `ValueQuestions.answer` after the run of the model's code."""
+
+
 @contextmanager
 def sizes_from_one(answer: Answer) -> Iterator[None]:
     """Context manager: keep sizes of 1 symbolic in this thread's exports.
@@ -214,3 +218,5 @@ def sizes_from_one(answer: Answer) -> Iterator[None]:
             # A fake tensor refers to the environment from C++, by its sizes: together they would be
             # a cycle that Python's collector does not see.
             shape_env.tracked_fakes = None
+            # What answers holds the values that were asked for, fake tensors too.
+            shape_env.answer = _answer_nothing

@@ -48,6 +48,7 @@ from turbotx.capture.guards import (
     find_replaced,
     find_squeezed,
     find_written,
+    guard_asked,
     guard_sizes,
     guard_squeezed,
     guard_written,
@@ -369,7 +370,7 @@ def _describe(
     fakes = [node.meta["val"] for node in inputs]
     shapes = [by_order(f.shape, inverse(o)) for f, o in zip(fakes, flat.orders, strict=True)]
     for k, (node, order) in enumerate(zip(inputs, flat.orders, strict=True)):
-        node.meta |= {ORDER: order, ASKED: k in flat.layouts.asked}
+        node.meta |= {ORDER: order, ASKED: flat.layouts.asked.get(k)}
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
     said: Mapping[str, str] = getattr(model, "turbotx_dim_names", {})
     symbols = name_dims(shapes, names, find_equals(shape_env), said)
@@ -378,9 +379,9 @@ def _describe(
     expanded = replace(flat.expanded, decisive=find_decisive(graph_module.graph))
     squeezed = exported.graph_module.meta[SQUEEZED]
     guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
-    # A dim of size 1 lies in any order, so that it decides what a layout question is answered.
-    asked_sizes = {expr(s) for k in flat.layouts.asked for s in shapes[k]}
-    guards += guard_squeezed(squeezed | {s for s in asked_sizes if s.free_symbols}, symbols)
+    guards += guard_squeezed(squeezed, symbols) + guard_asked(
+        flat.layouts.sizes, find_replaced(shape_env, symbols) | symbols
+    )
     guards += guard_written(exported.graph_module.meta[WRITTEN], symbols)
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in shape) for shape in shapes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))

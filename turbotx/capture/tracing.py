@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -43,6 +43,7 @@ def tracing() -> Iterator[None]:
             # affect other threads.
             tracer: Any = import_module("torch.fx._symbolic_trace")
             export: Any = import_module("torch.export._trace")
+            proxies: Any = import_module("torch.fx.experimental.proxy_tensor")
             with ExitStack() as stack:
                 if hasattr(tracer, "_Patcher"):
                     stack.enter_context(_replaced(tracer._Patcher, "patch_method", _limit_patches))
@@ -50,6 +51,12 @@ def tracing() -> Iterator[None]:
                     stack.enter_context(
                         _replaced(export, "_compiling_state_context", _limit_context)
                     )
+                stack.enter_context(_keep_hierarchy(export))
+                if hasattr(torch._ops, _MODES):
+                    own: Any = type(getattr(torch._ops, _MODES)())()
+                    stack.enter_context(replaced_in_thread(torch._ops, _MODES, lambda: own))
+                if hasattr(proxies, _LAST_TRACE):
+                    stack.enter_context(_replaced(proxies, _LAST_TRACE, _TableByThread))
                 yield
         finally:
             _active.inside = False
@@ -57,15 +64,78 @@ def tracing() -> Iterator[None]:
 
 
 def _forget_traces() -> None:
-    """Empty the process-wide tables of traces: of results, and PyTorch's of the nodes of the last
-    export, which hold the model and its parameters, and of what shape environments answered."""
+    """Empty the process-wide tables of traces: of results, and PyTorch's of what shape environments
+    answered.
+
+    Another thread may trace with PyTorch meanwhile. It then evaluates again what it asks again:
+    PyTorch itself empties these tables whenever another environment asks, or drops what was asked
+    256 questions before, so that every answer may be evaluated twice.
+    """
     forget_results()
-    tracer: Any = import_module("torch.fx.experimental.proxy_tensor")
     shapes: Any = import_module("torch.fx.experimental.symbolic_shapes")
-    getattr(tracer, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()  # private
     for method in vars(shapes.ShapeEnv).values():
         if hasattr(method, "cache_clear"):
             method.cache_clear()
+
+
+_MODES = "mode_stack_state_for_pre_dispatch"
+"""PyTorch's function that gives the modes of an export, which two threads must not share."""
+_LAST_TRACE = "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT"
+"""PyTorch's table of the nodes of the last trace, by which it names fake tensors that are left: it
+holds the model and its parameters."""
+
+
+_HIERARCHY = "_EXPORT_MODULE_HIERARCHY"
+_READS_HIERARCHY = "_get_module_call_graph"
+
+
+@contextmanager
+def _keep_hierarchy(export: Any) -> Iterator[None]:
+    """Context manager: where PyTorch exports in another thread, its table of the exported model's
+    modules, which every export sets and empties, is what it was; this thread's need not be."""
+    before, names = getattr(export, _HIERARCHY, None), vars(export)
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        if names.get(_HIERARCHY) is None:
+            names[_HIERARCHY] = {"": ""}
+        return plain(*args, **kwargs)
+
+    plain = names.get(_READS_HIERARCHY)
+    try:
+        with replaced_in_thread(export, _READS_HIERARCHY, read) if plain else nullcontext():
+            yield
+    finally:
+        if before is not None:
+            names[_HIERARCHY] = before
+
+
+class _TableByThread(MutableMapping[int, Any]):
+    """A table of this thread's own, empty at first, which for other threads is the given one."""
+
+    def __init__(self, others: MutableMapping[int, Any]) -> None:
+        self._owner, self._own, self._others = threading.get_ident(), dict[int, Any](), others
+
+    @property
+    def _table(self) -> MutableMapping[int, Any]:
+        return self._own if threading.get_ident() == self._owner else self._others
+
+    def __getitem__(self, key: int) -> Any:
+        return self._table[key]
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        self._table[key] = value
+
+    def __delitem__(self, key: int) -> None:
+        del self._table[key]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def clear(self) -> None:
+        self._table.clear()
 
 
 def limit_flags() -> None:

@@ -37,6 +37,17 @@ def expanded_dims(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(d for d, (n, stride) in enumerate(sizes) if n > 1 and not stride)
 
 
+def has_dense_strides(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's strides are those of a dense one, also in dims of size 1, whose
+    stride decides nothing."""
+    step = 1
+    for n, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if stride != step:
+            return False
+        step *= max(n, 1)
+    return True
+
+
 def by_order(values: Sequence[T], order: Sequence[int] | None) -> tuple[T, ...]:
     """Return one value per dim, reordered by `order`."""
     return tuple(values) if order is None else tuple(values[d] for d in order)
@@ -62,7 +73,7 @@ def key_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 def make_dense(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
     """Return a tensor in memory order, dense and at offset 0; the tensor itself if it already
     is."""
-    if order is None and tensor.is_contiguous() and tensor.storage_offset() == 0:
+    if order is None and has_dense_strides(tensor) and tensor.storage_offset() == 0:
         return tensor
     return in_memory(tensor.detach(), order).clone(memory_format=torch.contiguous_format)
 

@@ -96,7 +96,8 @@ class _Assembler:
                 self._tensor(node, kind)
                 if kind == "input":
                     self.out.orders[node.name] = node.meta.get(ORDER)
-                    self.out.raw += [node.name] if node.meta.get(ASKED) else []
+                    if (strides := node.meta.get(ASKED)) is not None:
+                        self.out.raw[node.name] = strides
                 if kind == "hoisted":
                     self.out.hoisted[node.name] = node
         for node in self.graph.nodes:
@@ -326,7 +327,7 @@ class _Assembler:
         window, rest = show_by_strides(node, given, source)
         self.out.requirements.append((rest, f"{node.name} within the memory of {given.name}"))
         if self.kinds[given] == "input":
-            self.out.raw.append(given.name)
+            self.out.raw.setdefault(given.name, False)
         self._aten(node, aten.clone.default, (window,), {}, (self._tensor(node),))
         self.out.externs.append((str(node.target), "reads memory by strides of the call's own"))
 

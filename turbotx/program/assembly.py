@@ -29,7 +29,8 @@ class Assembly:
     outputs: for each leaf of the model's output an Operand, an `Alias` of an input or parameter, a
     constant or a size expression.
     externs: ops that run through ATen, with the reason.
-    raw: inputs read through explicit strides, which must be dense.
+    raw: inputs that must be dense, since their layout is queried or read through explicit strides;
+    and whether the strides of their dims of size 1 must be those of a dense tensor too.
     orders: by input, the order in which its dims lie in memory, None for contiguous.
     """
 
@@ -39,7 +40,7 @@ class Assembly:
     requirements: list[tuple[Expr, str]] = field(default_factory=list)
     hoisted: dict[str, fx.Node] = field(default_factory=dict)
     externs: list[tuple[str, str]] = field(default_factory=list)
-    raw: list[str] = field(default_factory=list)
+    raw: dict[str, bool] = field(default_factory=dict)
     orders: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
 
     @property

@@ -129,7 +129,7 @@ class InputTensor:
     """A tensor argument of a call.
 
     order: the order of its dims in memory, None if contiguous.
-    raw: it must be dense.
+    raw: it must be dense. exact: so must the strides of its dims of size 1.
     """
 
     name: str
@@ -137,6 +137,7 @@ class InputTensor:
     shape: Sizes
     order: tuple[int, ...] | None = None
     raw: bool = False
+    exact: bool = False
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def link(assembly: Assembly, dims: Sequence[str], planner: str, layout: LaunchLa
         inputs=tuple(
             InputTensor(
                 t.name, t.dtype, sizes_of(t.shape), assembly.orders.get(t.name),
-                t.name in assembly.raw,
+                t.name in assembly.raw, assembly.raw.get(t.name, False),
             )
             for t in tensors if t.kind == "input"
         ),

@@ -24,7 +24,7 @@ import torch
 
 from turbotx.capture.ambient import without_autocast
 from turbotx.errors import IndexOutOfRangeError, InputError
-from turbotx.ir.memory_order import in_memory
+from turbotx.ir.memory_order import has_dense_strides, in_memory
 from turbotx.ir.sizes import Evaluate, Sizes
 from turbotx.memory.liveness import Liveness
 from turbotx.memory.planner.plan import Plan, align
@@ -81,7 +81,7 @@ class Program:
         self._requirements = x.requirements.compile(self.dims)
         self._inputs = [(t.name, x.slots[t.name]) for t in x.inputs]
         self._orders = [t.order for t in x.inputs]
-        self._raw = {t.name for t in x.inputs if t.raw}
+        self._raw = {k: t for k, t in enumerate(x.inputs) if t.raw}
         self._outputs = [(t, x.slots[t.name], t.shape.compile(self.dims)) for t in x.outputs]
         self._names = [*(t.name for t in x.inputs), *(t.name for t in x.outputs)]
         place = {root: k for k, root in enumerate(found.names)}
@@ -228,7 +228,8 @@ class Program:
     def in_memory(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Return the inputs permuted to the memory order for which the call was captured.
 
-        Raises InputError if an input is not dense though the model reads its memory by strides.
+        Raises InputError if an input is not dense though the model reads its memory by strides, or
+        has a stride that the trace did not see though the model asks for it.
         """
         if self._is_ordered:
             tensors = list(map(in_memory, tensors, self._orders))
@@ -237,13 +238,20 @@ class Program:
         return tensors
 
     def _refuse_slices(self, tensors: Sequence[torch.Tensor]) -> None:
-        for (name, _), tensor in zip(self._inputs, tensors, strict=True):
-            dense = tensor.is_contiguous() and tensor.storage_offset() == 0
-            if name in self._raw and not dense:
+        for k, given in self._raw.items():
+            name, tensor = given.name, tensors[k]
+            if not (tensor.is_contiguous() and tensor.storage_offset() == 0):
                 raise InputError(
                     f"the model reads the memory of {name!r} by strides of its own (as_strided) "
                     "or asks how it lies (is_contiguous, stride, storage_offset), and this one "
                     f"is a part of a larger tensor: pass {name}.clone()"
+                )
+            if given.exact and not has_dense_strides(tensor):
+                raise InputError(
+                    f"the model asks for the strides of {name!r}, and this one, of size "
+                    f"{list(tensor.shape)}, has the strides {list(tensor.stride())}: those of dims "
+                    "of size 1 tell only what it is a part of. Pass "
+                    f"{name}.clone(memory_format=torch.contiguous_format)"
                 )
 
     def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
