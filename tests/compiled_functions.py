@@ -22,7 +22,7 @@ from torch import fx
 from tests.kernel_interpreter import CheckFailed, interpret
 from turbotx import ir
 from turbotx.capture.callables import FunctionModule
-from turbotx.capture.eager import ORDER
+from turbotx.capture.result_layouts import ORDER
 from turbotx.capture.trace import Captured, capture
 from turbotx.engine.pipeline import rewrite
 from turbotx.ir.memory_order import in_memory

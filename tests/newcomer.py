@@ -68,7 +68,6 @@ class Newcomer:
             **kept, "PATH": f"{self.bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
             "TURBOTX_CACHE_DIR": str(self.folder / "cache"),
         }  # fmt: skip
-        self.ran: list[list[str]] = []
 
     @cached_property
     def forks(self) -> ForkServer:

@@ -41,8 +41,10 @@ def call(model: nn.Module, inputs: dict[str, Any], **options: Any) -> None:
         fast(**inputs)
 
 
-@pytest.mark.parametrize("options", [{}, {"keep_weights": False}, {"backend": "aten"}], ids=str)
-@pytest.mark.parametrize("architecture", ["bert", "llama"])
+GIVEN_UP = [("bert", {}), ("bert", {"keep_weights": False}), ("llama", {"backend": "aten"})]
+
+
+@pytest.mark.parametrize(("architecture", "options"), GIVEN_UP, ids=str)
 def test_a_model_that_is_given_up_is_freed(architecture: str, options: dict[str, Any]) -> None:
     before = of_traces()
     model = small_model(architecture)

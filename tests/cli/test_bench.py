@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 from torch.utils._pytree import tree_leaves
 
 from turbotx.cli import main
-from turbotx.cli.bench.engines import make_engine
+from turbotx.cli.bench.engines import ENGINES, make_engine
 from turbotx.cli.bench.gemms_only import make_gemms_only
 from turbotx.cli.bench.peers import check_answer
 from turbotx.cli.bench.runner import CallPattern, EngineFailed, Runner, Turn, Worker, summarize
@@ -71,13 +72,21 @@ def make():
 """
 
 
-@pytest.mark.parametrize("engine", ["openvino", "openvino-int8", "ctranslate2", "ctranslate2-int8"])
+RIVALS = {
+    "openvino": "openvino", "openvino-int8": "openvino", "ctranslate2": "ctranslate2",
+    "ctranslate2-int8": "ctranslate2", "onnxruntime": "onnxruntime",
+    "onnxruntime-optimized": "onnxruntime", "compile": "torch", "compile-dynamic": "torch",
+}  # fmt: skip
+"""Engines, with the package that each needs."""
+
+
+@pytest.mark.parametrize("engine", RIVALS)
 def test_a_peer_gives_the_models_answers(engine: str, tmp_path: Path) -> None:
-    pytest.importorskip(engine.partition("-")[0])
+    pytest.importorskip(RIVALS[engine])
     path = tmp_path / "encoder.py"
     path.write_text(ENCODER)
     loaded = Source(f"{path}:make").load({})
-    with torch.no_grad():
+    with torch.no_grad(), inductor.patch(freezing=False):  # which an engine sets for its process
         run = make_engine(engine, loaded, tmp_path)  # compares with the model
         ids = torch.tensor([[7, 3, 1]])
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -114,6 +123,17 @@ def test_command(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert ended.value.code == 0 and found["rows"][0]["dims"]["batch"] == 3
     assert set(found["rows"][0]["engines"]) == {"eager"} and not found["failed"]
+
+
+def test_those_that_are_not_to_be_asked_for_are_compared(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = tuple(name for name in ENGINES if name != "eager")
+    monkeypatch.setattr("turbotx.cli.bench.command.ASKED_FOR", others)
+    with pytest.raises(SystemExit):
+        main(["bench", model, "--rounds", "1", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["rows"][0]["engines"]) == {"eager"}
 
 
 def test_an_unknown_engine_is_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:

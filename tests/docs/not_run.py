@@ -12,6 +12,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "pip install ."): "downloads the dependencies; the wheel is installed instead",
     ("README.md", "make demo"): "downloads PyTorch; tests/test_examples.py runs the demo",
     ("README.md", "make test"): OF_THE_CHECKOUT,
+    ("README.md", "turbotx bench minilm"): "tests/cli/test_bench.py runs each engine on less",
     ("docs/adding-an-op.md", "python -m tests.ops.sweep"): OF_THE_CHECKOUT,
     ("docs/command_line.md", "turbotx COMMAND"): "the form of a command, not one",
     ("docs/development.md", "make test"): OF_THE_CHECKOUT,

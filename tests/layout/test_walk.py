@@ -8,13 +8,11 @@ import turbotx
 from tests.layout.walk import as_tree, block, entered_again, ways_down
 
 HOOKS = {
-    ("engine", "drop_in.py"),  # PyTorch's, for every module that is made part of another
-    ("capture", "module_state/attribute_methods.py"),  # reads of attributes by that one
     ("capture", "size_operators.py"),  # Python's: `isinstance` of a symbolic size
     ("capture", "module_state/values.py"),
     ("capture", "tracing.py"),  # PyTorch's, for the modes of an export
 }
-"""Entered from below, though nothing there calls it: PyTorch or Python do, during a trace."""
+"""Entered from below, though nothing there calls it: Python does, during a trace."""
 
 
 def test_a_call_goes_through_few_folders() -> None:

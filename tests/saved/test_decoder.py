@@ -35,8 +35,8 @@ def saved(family: str, path, **options):
     model = make(family)
     fast = turbotx.optimize(model, **options)
     count = {"max_new_tokens": 6, "min_new_tokens": 6}
-    shapes = ((2, 6), (1, 1))
-    calls = [{**prompt(family, *s), **w, **count} for s in shapes for w in WAYS]
+    shapes = ((2, 6), (1, 1))  # sampled, and by beams
+    calls = [{**prompt(family, *s), **w, **count} for s, w in zip(shapes, WAYS, strict=True)]
     want = [generate(fast, call) for call in calls]
     turbotx.save(fast, path)
     return model, calls, want

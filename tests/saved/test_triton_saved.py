@@ -67,7 +67,7 @@ def assert_near(ours: Any, expected: Any) -> None:
     assert ours["rest"][1:] == expected["rest"][1:]
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_a_model_saved_on_a_cpu_runs_on_a_gpu(
     name: str, cubins: Cubins, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

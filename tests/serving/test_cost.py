@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 
     table = CostTable([1, 8], [1, 2], [[1, 2], [2, 3]])
     table.save(tmp_path / "costs.json")
-    monkeypatch.setattr("turbotx.serving.cost.os.replace", refuse)
+    monkeypatch.setattr("turbotx.kernels.build.os.replace", refuse)
     with pytest.raises(OSError, match="No space"):
         table.save(tmp_path / "costs.json")
     assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]

@@ -39,7 +39,7 @@ def test_bodies_from_the_description(server, path, mode):
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     operation = schema[path]["POST"]
 
-    @fuzz(200 if mode is GenerationMode.NEGATIVE else 40)
+    @fuzz(100 if mode is GenerationMode.NEGATIVE else 40)
     @given(operation.as_strategy(generation_mode=mode))
     def send(case):
         assert case.call().status_code in EXPECTED

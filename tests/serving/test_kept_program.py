@@ -90,9 +90,11 @@ def test_a_model_that_does_not_pack_is_served_padded_and_says_why(tmp_path, monk
 @pytest.mark.parametrize("pooling", ["mean", "cls+max", "weightedmean", "lasttoken", "none"])
 def test_packed_answers_are_the_padded_ones(tmp_path, pooling):
     folder = save(tmp_path / "model", bert())
-    engines = [
-        load_model(str(folder), pooling=pooling, padding=p).engine for p in ("packed", "padded")
-    ]
+    backend = (
+        "turbotx" if pooling == "mean" else "eager"
+    )  # which is as padded, and compiles nothing
+    ways = ({"padding": "packed"}, {"padding": "padded", "backend": backend})
+    engines = [load_model(str(folder), pooling=pooling, **way).engine for way in ways]
     rows = [*ROWS, TokenRow((2, 9, 8, 7, 6, 3), (0, 0, 0, 1, 1, 1)), TokenRow((2,))]
     for packed, padded in zip(*(engine.run(rows) for engine in engines), strict=True):
         np.testing.assert_allclose(packed, padded, rtol=1e-5, atol=2e-6)

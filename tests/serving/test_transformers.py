@@ -83,7 +83,7 @@ def test_decoders_pool_the_last_token_on_whichever_side_they_pad(name, side, tmp
     assert np.abs(found - encode(folder)).max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mpnet", "deberta-v2", "t5", "modernbert", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["mpnet", "deberta-v2", "qwen3"])
 def test_compiled(name, tmp_path):
     pooling = "lasttoken" if name in DECODERS else "mean"
     folder = chain_of(tmp_path, models.Pooling(32, pooling), model={**ENCODERS, **DECODERS}[name]())

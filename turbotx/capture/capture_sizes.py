@@ -16,7 +16,7 @@ from torch import fx, nn
 from turbotx.capture.ambient import without_autocast
 from turbotx.capture.arguments import tensors_of
 from turbotx.capture.decisions import Outcomes
-from turbotx.capture.eager import ORDER
+from turbotx.capture.result_layouts import ORDER
 from turbotx.capture.size_operators import wants_number
 from turbotx.capture.trace import Captured, capture
 from turbotx.errors import CaptureError

@@ -1,7 +1,8 @@
 """Composition: detects that an optimized model is being traced, and leaves the call to PyTorch.
 
 In: the modes active in this thread, and a call's arguments. Out: whether to run the original model,
-as within another capture, `torch.compile`, `torch.export`, `make_fx` or `torch.func.vmap`::
+as within another capture, `torch.compile`, `torch.export`, `make_fx` or `torch.func.vmap`; and a
+property of a module follows where an optimized model takes the place of what it returns::
 
     with FakeTensorMode(): left_to_pytorch()  ->  True
 """
@@ -93,3 +94,20 @@ def calls_forward(model: nn.Module) -> bool:
         for c in type(model).__mro__
         if c is not nn.Module
     )
+
+
+def follow_property(module: nn.Module, name: str, value: Any) -> None:
+    """Make `holder.auto_model = optimize(holder.auto_model)` work if `auto_model` is a property
+    that returns another submodule. Otherwise PyTorch would register a new module that is never
+    read.
+
+    A hook of PyTorch's for every module that is made part of another, also by a trace: it stands
+    here, so that no trace enters the engine again.
+    """
+    engine = getattr(type(value), "_turbotx_engine", None)
+    if engine is None or not isinstance(getattr(type(module), name, None), property):
+        return
+    original = value._turbotx_engine.model
+    for other, held in list(module._modules.items()):
+        if held is original and getattr(module, name) is original:
+            module._modules[other] = value

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from turbotx.capture.eager import RETURNS, Fresh, owner_of
+from turbotx.capture.result_layouts import RETURNS, Fresh, owner_of
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.memory_order import expanded_dims
 

@@ -34,8 +34,6 @@ from turbotx.capture.attention_kernels import attention_kernels
 from turbotx.capture.casts import write_casts
 from turbotx.capture.decisions import Decisions, Outcomes
 from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_without
-from turbotx.capture.eager import ASKED, ORDER, find_shown, note_layouts
-from turbotx.capture.eager_layouts import eager_layouts
 from turbotx.capture.encoder_padding import padding_as_eager
 from turbotx.capture.equal_layers.layers import LayerCalls, copying_layers
 from turbotx.capture.expanded_inputs import ExpandedInputs, find_decisive
@@ -71,6 +69,7 @@ from turbotx.capture.module_state.unfollowed import Unfollowed
 from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.recurrent_layers import recurrent_layers_whole, recurrent_ops
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
+from turbotx.capture.result_layouts import ASKED, ORDER, find_shown, note_layouts
 from turbotx.capture.returned import put_constants
 from turbotx.capture.sandbox.effects import Effect
 from turbotx.capture.shape_matcher import ShapeMatcher
@@ -78,6 +77,7 @@ from turbotx.capture.size_operators import python_operators, relations_answered,
 from turbotx.capture.size_questions import sizes_from_one
 from turbotx.capture.size_rules import find_size_rules
 from turbotx.capture.stack_traces import remembered_stack_traces
+from turbotx.capture.stride_corrections import corrected_strides
 from turbotx.capture.symint_tensors import SizeTensors
 from turbotx.capture.trace_errors import (
     Stopped,
@@ -323,10 +323,10 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
     with torch.no_grad(), warnings.catch_warnings(), fakes, places:
         warnings.simplefilter("ignore")
         sizes, light = sizes_from_one(flat.values.answer), light_export()
-        layouts, padding, copies = eager_layouts(), padding_as_eager(), copying_layers(flat.layers)
+        strides, copies = corrected_strides(), copying_layers(flat.layers)
         with (
-            SizeTensors(), IdleDropout(), layouts, padding, sizes, python_operators(), light,
-            copies, recurrent_layers_whole(),
+            SizeTensors(), IdleDropout(), strides, padding_as_eager(), sizes,
+            python_operators(), light, copies, recurrent_layers_whole(),
         ):  # fmt: skip
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False

@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules import module as nn_module
 
-from turbotx.capture.composition import LeftToPyTorch, left_to_pytorch
+from turbotx.capture.composition import LeftToPyTorch, follow_property, left_to_pytorch
 from turbotx.engine.engine import Engine
 from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
 from turbotx.runtime.packed_parameter import PackedParameter
@@ -248,13 +248,10 @@ def _falls_back(engine: Engine, error: Exception) -> bool:
     return True
 
 
-def tolerate(engine: Engine, always: bool = False) -> None:
-    """Set whether an engine's refused calls may run in PyTorch.
-
-    always: also when no method of the model is running.
-    """
+def tolerate(engine: Engine) -> None:
+    """Let an engine's refused calls run in PyTorch while a method of the model is running."""
     state, package = engine.model.__dict__, type(engine.model).__module__.partition(".")[0]
-    engine.tolerates = lambda: always or _is_called_by_a_method(state, package)
+    engine.tolerates = lambda: _is_called_by_a_method(state, package)
 
 
 def _is_called_by_a_method(state: dict[str, Any], package: str) -> bool:
@@ -282,18 +279,4 @@ def _every_module_has_hooks() -> bool:
     return bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
 
 
-def _follow_property(module: nn.Module, name: str, value: Any) -> None:
-    """Make `holder.auto_model = optimize(holder.auto_model)` work if `auto_model` is a property
-    that returns another submodule. Otherwise PyTorch would register a new module that is never
-    read."""
-    if not isinstance(value, OptimizedModule) or not isinstance(
-        getattr(type(module), name, None), property
-    ):
-        return
-    original = original_of(value)
-    for other, held in list(module._modules.items()):
-        if held is original and getattr(module, name) is original:
-            module._modules[other] = value
-
-
-nn_module.register_module_module_registration_hook(_follow_property)
+nn_module.register_module_module_registration_hook(follow_property)

@@ -29,7 +29,7 @@ def make_fused_graph(compiled: Compiled) -> fx.GraphModule:
     builder = _Builder(compiled)
     for node in graph.nodes:
         builder.ensure(node)
-    _drop_unused(builder.graph)
+    builder.graph.eliminate_dead_code(lambda node: node.op in ("output", "placeholder"))
     return fx.GraphModule(builder.root, builder.graph, class_name=compiled.captured.name)
 
 
@@ -87,12 +87,6 @@ class _Builder:
             self.made[output] = piece
         for node in region.nodes:
             self.made.setdefault(node, call)
-
-
-def _drop_unused(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node.op not in ("output", "placeholder"):
-            graph.erase_node(node)
 
 
 def readable(graph: fx.Graph) -> str:

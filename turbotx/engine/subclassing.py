@@ -15,7 +15,7 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -278,10 +278,15 @@ def _twin_of_part(self: Any, name: str, part: Any) -> Any:
         return part
     if isinstance(part, OptimizedModule) or left_to_pytorch():
         return part
+    return _kept_twin(engine, name, part, lambda: True)
+
+
+def _kept_twin(engine: Engine, name: str, part: nn.Module, tolerates: Callable[[], bool]) -> Any:
+    """Return a submodule optimized, among the engine's parts. tolerates: see `Engine`."""
     known = engine.parts.get(name)
     if known is None or known.__dict__ is not part.__dict__:
         known = engine.parts[name] = make_twin(part, engine.options)
-        tolerate(known._turbotx_engine, always=True)
+        known._turbotx_engine.tolerates = tolerates
     return known
 
 
@@ -306,10 +311,7 @@ def _run_around(
     inner = engine.model.get_submodule(".".join(path))
     if not path or isinstance(inner, OptimizedModule):
         return False, None
-    part = engine.parts.get("model")
-    if part is None or part.__dict__ is not inner.__dict__:
-        part = engine.parts["model"] = make_twin(inner, engine.options)
-        part._turbotx_engine.tolerates = engine.tolerates
+    part = _kept_twin(engine, "model", inner, engine.tolerates)
     views: list[tuple[nn.Module, nn.Module]] = []
     view: Any = _view_around(engine.model, path, part, views)
     try:

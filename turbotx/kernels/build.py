@@ -59,6 +59,19 @@ def cache_directory() -> Path:
     return Path(base) / "turbotx"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file atomically: to a temporary file beside it, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.replace(file.name, path)
+        except OSError:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
 def find_compiler() -> str:
     """Return the C++ compiler: $CXX, or the first of g++ and clang++ on the path.
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from turbotx import ir
 from turbotx.errors import OptionsError
-from turbotx.kernels.build import cache_directory
+from turbotx.kernels.build import cache_directory, write_whole
 from turbotx.kernels.heuristics import heuristics_for
 from turbotx.kernels.schedule import Schedule, outer_axes, power_above, schedule_for
 
@@ -130,6 +130,5 @@ def save_tuned(device: str, found: Mapping[str, Mapping[str, str]]) -> Path:
     known, path = load_tuned(device), tuned_file(device)
     for digest, tags in found.items():
         known.setdefault(digest, {}).update(tags)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    write_whole(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
     return path

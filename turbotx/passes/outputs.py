@@ -1,8 +1,8 @@
 """Outputs: gives every output eager's strides, and memory that the caller owns.
 
-In: a rewritten graph whose output node records what eager returns (`capture.eager`). Out: the same
-graph with a copy of each leaf that is laid out differently, because its product was packed with
-others, because it depends on parameters alone, or because equal calls were merged::
+In: a rewritten graph whose output node records what eager returns (`capture.result_layouts`). Out:
+the same graph with a copy of each leaf that is laid out differently, because its product was packed
+with others, because it depends on parameters alone, or because equal calls were merged::
 
     return slice(packed, 2, 0, 8)  ->  return clone(slice(packed, 2, 0, 8))
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbotx.capture.eager import OWN, RETURNS, Fresh, are_equal_strides, order_of
+from turbotx.capture.result_layouts import OWN, RETURNS, Fresh, are_equal_strides, order_of
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.strides import layout_with_copies
 from turbotx.passes.partition import find_hoisted, kind_of

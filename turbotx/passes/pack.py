@@ -20,7 +20,7 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-from turbotx.capture.eager import ORDER, RETURNS, Alias
+from turbotx.capture.result_layouts import ORDER, RETURNS, Alias
 from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.trace import Captured
 from turbotx.errors import PackError

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbotx.capture.eager import OWN
+from turbotx.capture.result_layouts import OWN
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import attention, attention_scores, attention_values
 from turbotx.ir.cache_ops import cache_store

@@ -17,7 +17,7 @@ from sympy import Integer
 from torch import fx
 
 from turbotx import ir
-from turbotx.capture.eager import (
+from turbotx.capture.result_layouts import (
     ASKED,
     ORDER,
     READS,

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from turbotx import ir
-from turbotx.capture.eager import Alias
+from turbotx.capture.result_layouts import Alias
 from turbotx.ir.expr import ZERO, Expr
 from turbotx.ir.strides import Layout, contiguous_strides, root_layout
 from turbotx.kernels.fusion.epilogue import Epilogue

@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch import fx
 
 from turbotx import ir
-from turbotx.capture.eager import Fresh, order_of
+from turbotx.capture.result_layouts import Fresh, order_of
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import ONE, ZERO, Expr, product
 from turbotx.ir.memory_order import by_order, inverse

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from turbotx import ir
-from turbotx.capture.eager import Alias
+from turbotx.capture.result_layouts import Alias
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import Expr, product, sizes_of, to_python
 from turbotx.ir.quantized_ops import QUANTIZES, SCALES

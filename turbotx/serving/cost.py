@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbotx.errors import TurbotxError
+from turbotx.kernels.build import write_whole
 from turbotx.serving import cost_learning
 
 Table = NDArray[np.float64]
@@ -221,19 +220,6 @@ class CostTable:
                 f"{path} is not a cost table ({error}): delete it and measure again"
             ) from error
         return table
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically: to a temporary file beside it, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def make_monotone(grid: Table) -> Table:

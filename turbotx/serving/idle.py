@@ -10,12 +10,12 @@ meanwhile waits for at most one short batch::
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from turbotx.serving.engine import BatchEngine
+from turbotx.serving.measure import time_ms
 from turbotx.serving.token_costs import BatchCosts
 from turbotx.serving.tokens import TokenRow
 
@@ -71,10 +71,7 @@ class IdleMeasuring:
     def time_ms(self, shape: Shape) -> float:
         """Run a batch of the shape once; return its ms."""
         model, length, batch = shape
-        rows = [TokenRow((self.tokens[model],) * length)] * batch
-        begin = time.perf_counter()
-        self.engines[model].run(rows)
-        return max((time.perf_counter() - begin) * 1e3, 1e-3)
+        return time_ms(self.engines[model], [TokenRow((self.tokens[model],) * length)] * batch)
 
     def learn(self, shape: Shape, took_ms: float) -> None:
         """Move the cost table by half the difference (nothing else ran in this process)."""

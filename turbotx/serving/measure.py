@@ -129,7 +129,7 @@ def time_batches(
         over = spent_ms + tokens * ms_per_token > budget_ms and math.isfinite(took[order[0]])
         if over or LONG_MS < took[k] < math.inf:
             continue
-        took_ms = _time_ms(engine, [TokenRow((token,) * n) for n in batches[k]])
+        took_ms = time_ms(engine, [TokenRow((token,) * n) for n in batches[k]])
         took[k] = min(took[k], took_ms)
         spent_ms += took_ms
         ms_per_token = took_ms / tokens
@@ -152,7 +152,8 @@ def _extend(grid: np.ndarray, lengths: list[int], batches: list[int]) -> np.ndar
     return full
 
 
-def _time_ms(engine: BatchEngine, rows: list[TokenRow]) -> float:
+def time_ms(engine: BatchEngine, rows: Sequence[TokenRow]) -> float:
+    """Run a batch once; return its ms, above zero."""
     begin = time.perf_counter()
     engine.run(rows)
     return max((time.perf_counter() - begin) * 1e3, 1e-3)
@@ -193,12 +194,10 @@ def load_or_measure(
 
 def describe_device(device: str) -> str:
     """Return the machine's name, part of the table's file name."""
-    if device.startswith("cuda"):
-        import torch
-
-        return str(torch.cuda.get_device_name(device))
     import torch
 
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
     return f"{platform.machine()} {processor_name()} {torch.get_num_threads()} threads"
 
 

@@ -52,10 +52,10 @@ def serve(
 
     settings: the fields of ``Settings``; costs are saved in turbotx's cache unless ``cost_folder``
     is given. served_model_name: a name per model, by default its directory's. task: "embed", or
-    "generate" for one causal language model, with ``generation``, the fields of
-    ``GenerationSettings``. The other arguments are those of ``load_model``; choices for a single
-    model, such as pooling, are errors with several. Raises ModelFilesError, SettingsError,
-    WeightsError.
+    "generate" for one causal language model, with ``generation``, fields of ``GenerationLimits``
+    and max_cache_nbytes, by default 2 GiB. The other arguments are those of ``load_model``; choices
+    for a single model, such as pooling, are errors with several. Raises ModelFilesError,
+    SettingsError, WeightsError.
     """
     settings["cost_folder"] = settings.get("cost_folder") or cost_folder()
     checked = Settings(**settings)
@@ -72,11 +72,14 @@ def serve(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if task == "generate":
         # A lazy import: an embedding server does not need it.
-        from turbotx.serving.generation.server import GenerationSettings, serve_generation
+        from turbotx.serving.generation.scheduler import GenerationLimits
+        from turbotx.serving.generation.server import serve_generation
 
+        limits = dict(generation or {})
+        max_cache_nbytes = limits.pop("max_cache_nbytes", 2 << 30)
         refuse_choices(models, {**choices, "backend": None if backend == "turbotx" else backend})
         serve_generation(
-            models[0], checked, GenerationSettings(**(generation or {})), host=host, port=port,
+            models[0], checked, GenerationLimits(**limits), max_cache_nbytes, host=host, port=port,
             device=device, dtype=dtype, quantize=quantize, max_length=max_length,
             served_model_name=names[0],
         )  # fmt: skip

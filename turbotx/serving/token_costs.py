@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from turbotx.kernels.build import write_whole
 from turbotx.serving import cost_learning
-from turbotx.serving.cost import CostTable, CostTableError, Table, write_whole
+from turbotx.serving.cost import CostTable, CostTableError, Table
 
 Floats = NDArray[np.float64]
 WORTH = 0.02  # relative excess over the least cost per token that ends a batch

@@ -155,11 +155,11 @@ def test_every_target_compiles_without_spills(target: str) -> None:
         )
         for after in (1, 384)
     ]  # fmt: skip
-    for width, bias in ((32, "none"), (64, "none"), (64, "storage"), (128, "float32")):
+    for width, bias in ((32, "none"), (64, "storage"), (128, "float32")):
         kernel = AttentionKernel(
             torch.float16, width, 0.125, False, bias, "mask", blind_mean=True, packed=True
         )
-        cuts = [choose_attention_schedule(kernel, n) for n in (16, 64, 4096)]
+        cuts = dict.fromkeys(choose_attention_schedule(kernel, n) for n in (16, 4096))
         jobs += [attention_job(kernel, target, cut) for cut in cuts]
     for built in build(jobs, workers=1):
         assert built.resources.spills == 0, f"{built.job.name} for {target}"

@@ -17,6 +17,7 @@ from tests.serving.generation.simulation import (
 from turbotx.serving.generation.scheduler import GenerationLimits, GenerationScheduler
 from turbotx.serving.generation.slots import BLOCK, Entry, Slots
 from turbotx.serving.refusals import Busy, TooLarge
+from turbotx.serving.settings import SettingsError
 
 LIMITS = GenerationLimits(max_sequences=4, max_blocks=8, prefill_tokens=32,
                           max_waiting=3, context=300)  # fmt: skip
@@ -195,3 +196,9 @@ def test_overload_refuses_and_answers_the_rest():
     answered = [s for s in outcome.sequences if s.refused is None]
     assert all(isinstance(s.refused, Busy) for s in outcome.sequences if s.refused)
     assert all(s.made == s.arrival.tokens for s in answered) and 20 < len(answered) < 300
+
+
+@pytest.mark.parametrize("name", ["max_sequences", "prefill_tokens", "max_waiting"])
+def test_limits_are_above_zero(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name} must be above zero, got 0"):
+        GenerationLimits(**{name: 0})

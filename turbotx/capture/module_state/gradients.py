@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from turbotx.capture.module_state.attribute_methods import active
+from turbotx.capture.module_state.places import StatePlace
 from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.module_state.values import Look
 
@@ -42,7 +43,7 @@ def require_gradients(module: nn.Module) -> bool:
     return any(answers)
 
 
-class GradientsPlace:
+class GradientsPlace(StatePlace):
     """Which parameters of some modules require gradients: no dict tells when that changes."""
 
     text = "requires_grad of parameters"

@@ -17,8 +17,9 @@ from __future__ import annotations
 import gc
 import types
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,26 +36,31 @@ from turbotx.capture.module_state.values import (
 )
 
 
-class StatePlace(Protocol):
-    """A location that a value was read from."""
+class StatePlace(ABC):
+    """A location that a value was read from.
+
+    text: what messages call it. key: equal for two places only if they are the same.
+    """
 
     text: str
+    key: tuple[Any, ...]
 
-    @property
-    def key(self) -> Any:
-        """A key that is equal for two places only if they are the same."""
-
+    @abstractmethod
     def read(self) -> Any:
         """Return the current value, or MISSING."""
 
     def dicts(self) -> list[dict[Any, Any]]:
-        """Return the dicts that determine the value."""
+        """Return the dicts that determine the value; none if that is compared in every call."""
+        return []
 
     def describe(self, look: Look) -> Any:
-        """Return a comparable description of the current value."""
+        """Return a comparable description of the current value; records in `look` what it depends
+        on."""
+        look.watch(self.dicts())
+        return look(self.read())
 
 
-class AttributePlace:
+class AttributePlace(StatePlace):
     """An attribute of a module or an object, found as Python finds it, in the object or its class.
 
     A property is compared by identity: what it reads in turn is recorded as places too.
@@ -153,7 +159,7 @@ class OwnTensorsPlace(AttributePlace):
         )
 
 
-class ItemPlace:
+class ItemPlace(StatePlace):
     """A global of a Python module, or a class attribute: an entry of a dict."""
 
     def __init__(self, scope: dict[str, Any], name: str, text: str) -> None:
@@ -168,13 +174,8 @@ class ItemPlace:
         """Return the dict with the entry."""
         return [self.scope]
 
-    def describe(self, look: Look) -> Any:
-        """Return a comparable description; records the dict in `look`."""
-        look.watch(self.dicts())
-        return look(self.read())
 
-
-class ClassPlace:
+class ClassPlace(StatePlace):
     """An attribute of a class, its own or inherited."""
 
     def __init__(self, cls: type, name: str, text: str) -> None:
@@ -189,13 +190,8 @@ class ClassPlace:
         """Return the dicts of the classes up to the one that has the name."""
         return _class_dicts(self.cls, self.name)
 
-    def describe(self, look: Look) -> Any:
-        """Return a comparable description; records the dicts of the classes in `look`."""
-        look.watch(self.dicts())
-        return look(self.read())
 
-
-class DefaultsPlace:
+class DefaultsPlace(StatePlace):
     """A function's default values, some of which are mutable."""
 
     def __init__(self, function: types.FunctionType) -> None:
@@ -213,16 +209,8 @@ class DefaultsPlace:
         """Return the function's default values, a tuple or None."""
         return self.function.__defaults__
 
-    def dicts(self) -> list[dict[Any, Any]]:
-        """Return no dict: defaults are compared in every call."""
-        return []
 
-    def describe(self, look: Look) -> Any:
-        """Return a comparable description of the default values."""
-        return look(self.read())
-
-
-class CellPlace:
+class CellPlace(StatePlace):
     """A variable of an enclosing function, in a closure cell."""
 
     def __init__(self, cell: types.CellType, name: str, home: str) -> None:
@@ -232,10 +220,6 @@ class CellPlace:
     def read(self) -> Any:
         """Return the contents of the closure cell, MISSING if it is empty."""
         return content_of(self.cell)
-
-    def dicts(self) -> list[dict[Any, Any]]:
-        """Return no dict: a cell is compared by its contents."""
-        return []
 
     def describe(self, look: Look) -> Any:
         """Return a comparable description; records the cell in `look`."""
@@ -268,7 +252,7 @@ class Ties:
         return [id(x) for x in values if isinstance(x, torch.Tensor)]
 
 
-class TiedPlace:
+class TiedPlace(StatePlace):
     """The other names of one module's tensors: code may test for them, and a graph reads a tensor
     by one of its names."""
 

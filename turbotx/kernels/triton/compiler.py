@@ -30,7 +30,7 @@ import torch
 
 from turbotx import ir
 from turbotx.errors import BuildError
-from turbotx.kernels.build import cache_directory
+from turbotx.kernels.build import cache_directory, write_whole
 from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.kernels.fusion.inplace_check import check_inplace
 from turbotx.kernels.job import Binary, Job, read_entry
@@ -86,7 +86,7 @@ class Built:
         kept = _folder(self.job) / "resources.json"
         if not kept.exists():
             measured = _measure(self.job, kept.parent, self.shared_nbytes)
-            _write(kept, json.dumps(dataclasses.asdict(measured)))
+            write_whole(kept, json.dumps(dataclasses.asdict(measured)))
         return Resources(**json.loads(kept.read_text()))
 
     def binary(self) -> Binary:
@@ -285,10 +285,3 @@ def _load(job: Job, cached: bool) -> Built:
     # Cached results without this field are of kernels without scratch.
     scratch = answer.get("scratch_nbytes", 0)
     return Built(job, files, answer["shared_nbytes"], cached, scratch)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file atomically; other processes may write the same one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)

@@ -19,6 +19,7 @@ from typing import Protocol
 from turbotx.serving.generation.reading import Prompted, PromptReading
 from turbotx.serving.generation.slots import BLOCK
 from turbotx.serving.refusals import Busy, TooLarge
+from turbotx.serving.settings import SettingsError
 
 
 class Sequenced(Prompted, Protocol):
@@ -53,6 +54,11 @@ class GenerationLimits:
     max_waiting: int = 128
     context: int = 2_048  # the model's positions
     prefix_cache: bool = True  # reuse the blocks of earlier texts
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "prefill_tokens", "max_waiting"):
+            if getattr(self, name) <= 0:
+                raise SettingsError(f"{name} must be above zero, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

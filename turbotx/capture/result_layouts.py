@@ -1,4 +1,4 @@
-"""Eager layouts: the strides and aliases that PyTorch gives to results and to inputs of fallback
+"""Result layouts: which strides and aliases eager mode gives to results and to inputs of fallback
 ops.
 
 In: a captured graph before any pass, with named sizes. Out: the same graph, annotated: the output

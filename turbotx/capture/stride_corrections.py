@@ -1,4 +1,4 @@
-"""Eager layouts: gives results eager's strides where PyTorch's tracer computes other ones.
+"""Stride corrections: gives traced results eager's strides where PyTorch's tracer has other ones.
 
 In: a model's calls under a trace. Out: the same results with eager's strides: where an op on fake
 tensors gives wrong ones, the result is made dense in the right order of dims, at no cost to the
@@ -32,15 +32,15 @@ Order = Sequence[int]
 
 
 @contextmanager
-def eager_layouts() -> Iterator[None]:
+def corrected_strides() -> Iterator[None]:
     """Context manager: give the results of calls traced by this thread the strides of eager
     mode."""
     index = metas.meta_index_Tensor  # called by fake tensors, the same from 2.11 to 2.14
-    with EagerLayouts(), mock.patch.object(metas, "meta_index_Tensor", _by_indices(index)):
+    with StrideCorrections(), mock.patch.object(metas, "meta_index_Tensor", _by_indices(index)):
         yield
 
 
-class EagerLayouts(TorchFunctionMode):
+class StrideCorrections(TorchFunctionMode):
     """While active, gives results of the functions in `_RULES` eager's strides."""
 
     def __torch_function__(
