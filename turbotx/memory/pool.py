@@ -118,7 +118,6 @@ class ChunkPool:
         max_arenas: int = 4,
         limit_nbytes: int | None = None,
         trim_after: int = 256,
-        chunk_nbytes: int = CHUNK_NBYTES,
         open_memory: Callable[[torch.device, int], AddressRange] = open_range,
     ) -> None:
         if max_arenas < 1:
@@ -127,7 +126,6 @@ class ChunkPool:
         self.max_arenas = max_arenas
         self.limit_nbytes = limit_nbytes
         self.trim_after = trim_after
-        self._chunk_nbytes = chunk_nbytes
         self._open_memory = open_memory
         self._changed = threading.Condition()
         self._arenas: list[Arena] = []
@@ -269,7 +267,7 @@ class ChunkPool:
 
     def _open_arena(self) -> Arena:
         memory = self._open_memory(self.device, ADDRESS_NBYTES)
-        arena = Arena(memory, self.device, len(self._arenas), self._chunk_nbytes)
+        arena = Arena(memory, self.device, len(self._arenas), CHUNK_NBYTES)
         self._arenas.append(arena)
         self._idle.append(arena)
         return arena
@@ -292,7 +290,7 @@ class ChunkPool:
         """Keep the pool within its limit by trimming idle arenas; raises MemoryExhausted."""
         if self.limit_nbytes is None:
             return
-        grown = align_up(nbytes, self._chunk_nbytes) - arena.mapped_nbytes
+        grown = align_up(nbytes, CHUNK_NBYTES) - arena.mapped_nbytes
         if self._mapped_nbytes() + grown > self.limit_nbytes:
             self._empty_idle(except_for=arena)
         if self._mapped_nbytes() + grown > self.limit_nbytes:
@@ -310,7 +308,7 @@ class ChunkPool:
         return before - self._mapped_nbytes()
 
     def _shrink(self, arena: Arena, keep_nbytes: int) -> None:
-        keep_nbytes = align_up(max(keep_nbytes, self._reserved_nbytes), self._chunk_nbytes)
+        keep_nbytes = align_up(max(keep_nbytes, self._reserved_nbytes), CHUNK_NBYTES)
         if keep_nbytes < arena.mapped_nbytes:
             arena.shrink(keep_nbytes)
             self._trims += 1

@@ -26,6 +26,7 @@ Table = NDArray[np.float64]
 PERSISTENT = math.log(1.25)  # of two consecutive errors at a node: the table is wrong
 RELAX_EVERY = 4  # batches
 REFRESH_EVERY = 16
+LEARNING_RATE = 0.1  # of the error of one batch
 
 
 class CostTableError(TurbotxError, ValueError):
@@ -37,7 +38,7 @@ class CostTable:
 
     The grid nodes are measured; between them the cost is interpolated bilinearly. ``observe`` moves
     the four nodes around an executed batch towards its measured time (a normalised
-    least-mean-squares step of ``learning_rate``), so the table follows the machine's load.
+    least-mean-squares step of LEARNING_RATE), so the table follows the machine's load.
     """
 
     def __init__(
@@ -45,8 +46,6 @@ class CostTable:
         lengths: Sequence[int],
         batches: Sequence[int],
         cost_ms: Sequence[Sequence[float]] | Table,
-        *,
-        learning_rate: float = 0.1,
     ) -> None:
         self.lengths = _axis("lengths", lengths)
         self.batches = _axis("batches", batches)
@@ -59,7 +58,6 @@ class CostTable:
         if not (np.isfinite(self.grid_ms).all() and (self.grid_ms > 0).all()):
             raise CostTableError("every measured cost must be a finite number of ms above zero")
         self.grid_ms = make_monotone(self.grid_ms)
-        self.learning_rate = learning_rate
         self.observations = 0
         self._trust = np.zeros_like(self.grid_ms)  # 1 after a batch at the node, then decays
         self._missed = np.zeros_like(self.grid_ms)  # log(measured / predicted) of the last batch
@@ -136,7 +134,7 @@ class CostTable:
     def observe(self, length: int, batch: int, took_ms: float, rate: float | None = None) -> None:
         """Refine the table with one executed batch.
 
-        rate: step size towards the measured time, 0 to 1; None: ``learning_rate``. Outliers are
+        rate: step size towards the measured time, 0 to 1; None: LEARNING_RATE. Outliers are
         clipped to a factor of 4 from the prediction. If the previous batch at this node was off in
         the same direction too, the table is wrong: the step is then 0.5, and nodes that no recent
         batch has visited move along (``cost_learning``).
@@ -152,7 +150,7 @@ class CostTable:
         miss, before = math.log(took_ms / predicted), float(self._missed[nearest])
         self._missed[nearest] = miss
         wrong = miss * before > 0 and min(abs(miss), abs(before)) > PERSISTENT
-        rate = rate or self.learning_rate
+        rate = rate or LEARNING_RATE
         rate = max(rate, 0.5) if wrong else rate
         step = rate * (took_ms - predicted) / float((weights**2).sum())
         for r, row in enumerate(rows):

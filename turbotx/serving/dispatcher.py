@@ -86,11 +86,11 @@ class Dispatcher:
         """Whether the next request of this priority would be refused; O(1)."""
         return self.scheduler.full(priority)
 
-    def refuse_busy(self, message: str = "the queue is full") -> Busy:
+    def refuse_busy(self) -> Busy:
         """Return the error for a request that is not admitted; its retry_after_s is half the
         estimated backlog."""
         work_ms = self.scheduler.backlog_ms + self._held_ms
-        return Busy(message, retry_after_s=max(work_ms / 2e3, 0.001))
+        return Busy("the queue is full", retry_after_s=max(work_ms / 2e3, 0.001))
 
     async def compute(
         self, row: TokenRow, *, deadline_ms: float = math.inf, priority: int = 0

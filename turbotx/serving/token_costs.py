@@ -119,14 +119,12 @@ class TokenCosts:
 
     def __init__(
         self, tokens: Sequence[int], cost_ms: Sequence[float], square_ms: float, max_length: int,
-        *, line: Sequence[float] | None = None, learning_rate: float = 0.1,
+        *, line: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         """cost_ms: at the numbers of ``tokens``, without square_ms; linear in between. line: (ms
         per launch, ms per token), an approximation of it. Raises CostTableError for invalid
         tables."""
-        self.by_tokens = CostTable(
-            tokens, [1], [[ms] for ms in cost_ms], learning_rate=learning_rate
-        )
+        self.by_tokens = CostTable(tokens, [1], [[ms] for ms in cost_ms])
         if not (math.isfinite(square_ms) and square_ms >= 0 and 1 <= max_length <= tokens[-1]):
             raise CostTableError(
                 f"square_ms {square_ms} must be a finite number of ms, and max_length {max_length} "

@@ -12,7 +12,6 @@ from tests.compiled_functions import compile_function
 from turbotx import ir
 from turbotx.ir.expr import evaluate
 from turbotx.kernels.fusion.traffic import kernel_traffic
-from turbotx.kernels.schedule import Schedule
 
 F = torch.nn.functional
 WEIGHT = torch.ones(8)
@@ -58,11 +57,3 @@ def test_a_gather_reads_a_row_for_each_index_or_the_whole_table() -> None:
     few, many = ({"batch": b, "seq": 3} for b in (2, 9))
     assert kernel_traffic(kernel).at(few)[0] == 6 * 8 + 6 * 32
     assert kernel_traffic(kernel).at(many)[0] == 27 * 8 + 10 * 32
-
-
-def test_a_looped_row_is_read_in_every_sweep() -> None:
-    (kernel,) = compile_function(lambda x: x.softmax(-1), torch.ones(2, 3)).kernels
-    dims = {"batch": 2, "seq": 70000}
-    once = kernel_traffic(kernel).at(dims)
-    looped = kernel_traffic(kernel, Schedule(1, 4096, 8, looped=True)).at(dims)
-    assert looped == (2 * once[0], once[1], once[2])

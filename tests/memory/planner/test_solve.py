@@ -64,14 +64,13 @@ def test_local_search_beats_the_portfolio_on_a_hard_instance():
     assert longer.footprint_nbytes < quick.footprint_nbytes <= 1.2 * quick.lower_bound_nbytes
 
 
-def test_greedy_takes_the_tightest_gap_or_the_lowest():
+def test_greedy_takes_the_tightest_gap():
     lifetimes = [Lifetime(0, 4)] * 3 + [Lifetime(0, 2), Lifetime(2, 4), Lifetime(2, 4)]
     del lifetimes[2]
     sizes = [64, 64, 256, 128, 64]
     # 0 at the bottom; then one that dies early and leaves a gap, then one above it.
     assert fit(lifetimes, sizes, [0, 2, 1]) == [0, 320, 64, 0, 0]
-    assert fit(lifetimes, sizes, [0, 2, 1, 3, 4], best=True)[4] == 192
-    assert fit(lifetimes, sizes, [0, 2, 1, 4, 3], best=False)[4] == 64
+    assert fit(lifetimes, sizes, [0, 2, 1, 3, 4])[4] == 192
 
 
 def test_the_skyline_fills_the_lowest_ledge_by_preference():

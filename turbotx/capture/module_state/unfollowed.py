@@ -59,9 +59,8 @@ class Unfollowed:
                     partial(set_in_class, cls),
                 )
 
-    def _note(self, owner: Any, text: str, held: Any, put: Any, names: Any = None) -> None:
-        now = {n: x for n, x in held().items() if names is None or n in names}
-        self._tables.setdefault(id(owner), _Held(text, held, put, now))
+    def _note(self, owner: Any, text: str, held: Any, put: Any) -> None:
+        self._tables.setdefault(id(owner), _Held(text, held, put, dict(held())))
 
     def note_functions(self, functions: Iterable[types.FunctionType]) -> None:
         """Record the globals and enclosing variables that functions set."""

@@ -1,12 +1,12 @@
 """Traffic: the bytes that a kernel moves, as functions of the shape.
 
-In: an `ir.Kernel` and its schedule. Out: a `Traffic` of sympy expressions in the dims, for example
+In: an `ir.Kernel`. Out: a `Traffic` of sympy expressions in the dims, for example
 for bias + residual + LayerNorm over 384 float32 columns::
 
     read 3072*batch*seq + 4608, written 1536*batch*seq, compulsory 4608*batch*seq + 4608
 
 Only transfers from memory are counted: an element that a program or a cache already has is not read
-again, so a weight vector counts once. A looped row is read again in every sweep.
+again, so a weight vector counts once, and so does a row that a kernel walks along several times.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ import sympy
 
 from turbotx import ir
 from turbotx.ir.expr import ONE, ZERO, Expr, evaluate, is_nonnegative, product
-from turbotx.kernels.schedule import Schedule, vector_axes
 
 
 @dataclass(frozen=True)
 class Traffic:
     """Bytes, in the captured dims.
 
-    read, written: what the kernel's schedule moves. compulsory: every element that it needs and
+    read, written: what the kernel moves. compulsory: every element that it needs and
     every result, once.
     """
 
@@ -39,16 +38,12 @@ class Traffic:
         return read, written, evaluate(self.compulsory_nbytes, dims)
 
 
-def kernel_traffic(kernel: ir.Kernel, schedule: Schedule | None = None) -> Traffic:
-    """Return a kernel's traffic; if no schedule is given, with its rows in registers."""
-    needed = sum(param_nbytes(kernel).values(), ZERO)
-    written = sum((v for p, v in param_nbytes(kernel).items() if _role(kernel, p) == "out"), ZERO)
-    read = needed - written
-    if schedule is not None and schedule.looped:
-        read = ZERO
-        for sweep in _sweeps(kernel):
-            read += sum(_touched(kernel, sweep).values(), ZERO)
-    return Traffic(sympy.expand(read), sympy.expand(written), sympy.expand(needed))
+def kernel_traffic(kernel: ir.Kernel) -> Traffic:
+    """Return a kernel's traffic, with its rows in registers or a cache."""
+    nbytes = param_nbytes(kernel)
+    needed = sum(nbytes.values(), ZERO)
+    written = sum((v for p, v in nbytes.items() if _role(kernel, p) == "out"), ZERO)
+    return Traffic(sympy.expand(needed - written), sympy.expand(written), sympy.expand(needed))
 
 
 def param_nbytes(kernel: ir.Kernel) -> dict[str, Expr]:
@@ -93,30 +88,3 @@ def _smaller(a: Expr, b: Expr) -> Expr:
     if is_nonnegative(sympy.expand(b - a)):
         return a
     return b if is_nonnegative(sympy.expand(a - b)) else sympy.Min(a, b)
-
-
-def _sweeps(kernel: ir.Kernel) -> list[list[ir.Load | ir.Store]]:
-    """Return the loads of each sweep over a looped row; those of the row alone are in the first."""
-    phases = kernel.phases()
-    makers = {result: s for s in kernel.body for result in ir.results_of(s)}
-    ends: dict[int, list[str]] = {}
-    for s in kernel.body:
-        if isinstance(s, (ir.Reduce, ir.Store)):
-            ends.setdefault(ir.phase_of(s, phases), []).extend(ir.needs_of(s))
-    columns = {a.name for a in vector_axes(kernel)}
-    varies = kernel.varies_over()
-    walks: list[list[ir.Load | ir.Store]] = []
-    seen: set[str] = set()
-    for _, todo in sorted(ends.items()):
-        reached: set[str] = set()
-        while todo:
-            value = todo.pop()
-            if value in reached or isinstance(makers[value], ir.Reduce):
-                continue
-            if value in seen and not varies[value] & columns:
-                continue
-            reached.add(value)
-            todo = todo + ir.needs_of(makers[value])
-        seen |= reached
-        walks.append([s for v in reached if isinstance(s := makers[v], ir.Load)])
-    return walks

@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from turbotx.memory.planner.plan import Lifetime, Planner
 
 
-def fit(
-    lifetimes: Sequence[Lifetime], sizes: Sequence[int], order: Sequence[int], best: bool = True
-) -> list[int]:
+def fit(lifetimes: Sequence[Lifetime], sizes: Sequence[int], order: Sequence[int]) -> list[int]:
     """Return offsets in bytes of buffers placed one by one in `order`.
 
-    Each goes into the tightest (`best`) or the lowest gap between earlier buffers that are alive at
-    the same time, or above them if no gap fits.
+    Each goes into the tightest gap between earlier buffers that are alive at the same time, or
+    above them if no gap fits.
     """
     offsets = [0] * len(sizes)
     placed: list[tuple[int, int, int, int]] = []
@@ -37,8 +35,6 @@ def fit(
             gap = low - previous_end
             if gap >= nbytes and (chosen < 0 or gap < tightest):
                 chosen, tightest = previous_end, gap
-                if not best:
-                    break
             if high > previous_end:
                 previous_end = high
         if chosen < 0:
