@@ -102,8 +102,8 @@ class ReplacedCalls(TorchFunctionMode):
     def _check(self, used: Iterable[Any], without: Sequence[_Part] = ()) -> None:
         """Raise CaptureError if one of the values is a tensor, or a view of one, that a write to a
         part, or to what it is a part of, would have changed in eager mode."""
-        parts = [p for p in self._parts if p.stale is not None and p not in without]
-        stale = {memory_of(p.stale) for p in parts}
+        parts = [p for p in self._parts if p not in without]
+        stale = {memory_of(p.stale) for p in parts if p.stale is not None}
         if stale and any(isinstance(x, torch.Tensor) and memory_of(x) in stale for x in used):
             raise CaptureError(
                 "its code takes a part of a tensor at an index that is a tensor, as x[:, i], then "
