@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 import turbotx
 from tests.graphs import captured
@@ -118,6 +119,14 @@ def copied_before(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def copied_to_a_turned_view(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = x * 2
+    z, w = y.transpose(0, 1), x.transpose(0, 1) * 3
+    z.index_copy_(0, torch.tensor([0]), x[:, :1].transpose(0, 1))
+    w.index_copy_(0, torch.tensor([0]), x[:, :1].transpose(0, 1))
+    return y, z, w
+
+
 def a_mask_by_index(x: torch.Tensor) -> torch.Tensor:
     y = x * 2
     y[:, 1:][x[:, 1:] > 0] = -1.0
@@ -164,10 +173,16 @@ def changes(function: Callable[[torch.Tensor], torch.Tensor]) -> tuple[int, int]
     return before, count()
 
 
+def strides(results: Any) -> list[list[int]]:
+    """Return the strides of the dims of more than one element."""
+    tensors = [t for t in pytree.tree_leaves(results) if t.numel()]
+    return [[s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1] for t in tensors]
+
+
 WHOLE = [adds, fills, puts, scores, widens, of_one_result]
 PARTS = [
     a_part, a_row_of_another_dtype, what_is_broadcast, steps, what_overlaps, by_a_size,
-    looked_at_before, looked_at_within, copied_before, a_mask_by_index,
+    looked_at_before, looked_at_within, copied_before, a_mask_by_index, copied_to_a_turned_view,
 ]  # fmt: skip
 
 
@@ -183,7 +198,9 @@ def test_a_tensor_of_the_graphs_own(function, monkeypatch) -> None:
     fast = turbotx.optimize(function, backend="aten")
     for shape in ((2, 4, 4), (1, 1, 4), (3, 7, 4), (0, 3, 4)):
         x = torch.randn(shape)
-        torch.testing.assert_close(fast(x), function(x))
+        came, right = fast(x), function(x)
+        torch.testing.assert_close(came, right)
+        assert strides(came) == strides(right)
 
 
 @pytest.mark.parametrize("function", [of_one_operand, perhaps_a_view])

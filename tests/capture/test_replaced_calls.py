@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import turbotx
 from turbotx.errors import CaptureError, IndexOutOfRangeError
@@ -62,6 +63,82 @@ def takes_a_copy_and_writes(x: torch.Tensor, i: torch.Tensor) -> tuple[torch.Ten
     return part, y
 
 
+def sets_numbers(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    y[:, i] = 1.0
+    y[..., i, 1:3] = x[:, :2, :2].sum((1, 2), keepdim=True)[:, 0]
+    return y
+
+
+def sets_at_two_places(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    y[None, i, :, i] = x[0, :, 0]
+    y[i % 2, ..., -1] = torch.arange(y.shape[1])
+    return y
+
+
+def sets_beside_rows(x: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y, rows = x * 2, torch.arange(x.shape[0])
+    y[rows, i] = x[:, 0] + 1
+    y[rows, :, i - 1] += 1
+    return y, y[rows, i]
+
+
+def adds_to_a_part(x: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = x * 2
+    before = y[:, i].clone()
+    y[:, i] += 1
+    y[:, i, 2:4] *= 3
+    return before, y
+
+
+def sets_in_a_view(x: torch.Tensor, i: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = (x * 2).long()
+    z = y.transpose(0, 1)
+    z[i] = 5
+    return y, z
+
+
+def sets_bools(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+    y = x > 0
+    y[:, i] = False
+    y[:, i - 1] |= True
+    return y
+
+
+def reads_a_part_that_was_overwritten(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    part = y[:, i]
+    y[:, i - 1] = 0
+    return part
+
+
+@pytest.mark.parametrize(
+    "model",
+    [sets_numbers, sets_at_two_places, sets_beside_rows, adds_to_a_part, sets_in_a_view,
+     sets_bools],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_write_to_a_place_is_this_call_s(model: Any, dtype: torch.dtype) -> None:
+    fast = turbotx.optimize(model)
+    for place, shape in ((1, (3, 4, 5)), (2, (3, 4, 5)), (-1, (4, 3, 6)), (0, (1, 4, 5))):
+        x, i = torch.randn(*shape, dtype=dtype), torch.tensor(place)
+        try:
+            right = model(x.clone(), i)
+        except IndexError:
+            continue
+        came = fast(x, i)
+        torch.testing.assert_close(came, right)
+        layouts = [[y.stride() for y in pytree.tree_leaves(z)] for z in (came, right)]
+        assert shape[0] == 1 or layouts[0] == layouts[1]
+
+
+def test_a_write_outside_is_an_error() -> None:
+    fast = turbotx.optimize(sets_numbers)
+    with pytest.raises(IndexOutOfRangeError):
+        fast(torch.randn(3, 4, 5), torch.tensor(4))
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_the_place_is_this_call_s(model: Any) -> None:
     fast = turbotx.optimize(model)
@@ -72,7 +149,13 @@ def test_the_place_is_this_call_s(model: Any) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [writes_to_the_part, writes_to_a_view_of_the_part, writes_to_the_whole, writes_to_an_input],
+    [
+        writes_to_the_part,
+        writes_to_a_view_of_the_part,
+        writes_to_the_whole,
+        writes_to_an_input,
+        reads_a_part_that_was_overwritten,
+    ],
 )
 def test_a_write_that_eager_shows_elsewhere_is_refused(model: Any) -> None:
     fast = turbotx.optimize(model)

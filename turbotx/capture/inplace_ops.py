@@ -83,6 +83,8 @@ class _Write:
             new = self._call(aten._to_copy.default, new, dtype=before.dtype)
         for view in reversed(views[1:]):
             new = _WRITE_BACK[view.target](self._call, view.args[0], new, *view.args[1:])
+        if _layout(new) != _layout(base):
+            new = self._call(aten.copy.default, base, new)  # as index_copy, which makes it dense
         if new is node:
             node.meta["val"] = known  # the layout is that of the changed tensor
         elif _layout(new) != _layout(base):

@@ -6,6 +6,7 @@ would read the number while tracing; turbotx's op, since PyTorch's fake kernel a
 with rows of multiples of 16 bytes::
 
     x[:, i]                       ->  x.index_select(1, i.reshape(1))[:, 0]
+    x[:, i] = y                   ->  x[:, i.reshape(1)] = y[:, None]
     grouped_mm(x, w, offs=ends)   ->  torch.ops.turbotx.grouped_mm(x, w, ends)
 
 Where eager mode returns a view, the op returns a copy. Code that writes to one in place and reads
@@ -14,7 +15,7 @@ the other afterwards is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,16 +35,17 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPED = ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm"))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Part:
     """A copy of a part of a tensor, where eager mode has a view.
 
-    versions: of the whole and of the part, as they were when it was taken. stale: which of the two
-    was not written to since then.
+    index: at which it was taken. versions: of the whole and of the part, as they were then. stale:
+    which of the two was not written to since then.
     """
 
     whole: torch.Tensor
     part: torch.Tensor
+    index: Any
     versions: tuple[int, int]
     stale: torch.Tensor | None = None
 
@@ -51,6 +53,15 @@ class _Part:
         """Note whether one of the two was written to."""
         if self.stale is None and (now := _versions(self.whole, self.part)) != self.versions:
             self.stale = self.whole if now[1] != self.versions[1] else self.part
+
+    def is_put_back(self, whole: Any, index: Any, value: Any) -> bool:
+        """Return whether `whole[index] = value` puts the part in its place, as x[:, i] += 1
+        does."""
+        return whole is self.whole and index is self.index and value is self.part
+
+    def renew(self) -> None:
+        """Note that both are equal again."""
+        self.versions, self.stale = _versions(self.whole, self.part), None
 
 
 class ReplacedCalls(TorchFunctionMode):
@@ -69,8 +80,16 @@ class ReplacedCalls(TorchFunctionMode):
             given = dict(zip(names, args, strict=False)) | kwargs
             if _is_plain(given):
                 return torch.ops.turbotx.grouped_mm(given["mat_a"], given["mat_b"], given["offs"])
+        writes = func is Tensor.__setitem__
+        back = [p for p in self._parts if writes and p.is_put_back(*args)]
         if self._parts:
-            self._check(pytree.tree_leaves((args, kwargs)))
+            self._check(pytree.tree_leaves((args, kwargs)), back)
+        if writes and _write(*args):
+            for part in self._parts:
+                part.look()
+            for part in back:
+                part.renew()
+            return None
         found = _take_at_tensors(func, args, kwargs)
         if found is not NotImplemented:
             self._note(found, args, kwargs)
@@ -80,10 +99,11 @@ class ReplacedCalls(TorchFunctionMode):
             part.look()
         return result
 
-    def _check(self, used: Iterable[Any]) -> None:
+    def _check(self, used: Iterable[Any], without: Sequence[_Part] = ()) -> None:
         """Raise CaptureError if one of the values is a tensor, or a view of one, that a write to a
         part, or to what it is a part of, would have changed in eager mode."""
-        stale = {memory_of(p.stale) for p in self._parts if p.stale is not None}
+        parts = [p for p in self._parts if p not in without]
+        stale = {memory_of(p.stale) for p in parts if p.stale is not None}
         if stale and any(isinstance(x, torch.Tensor) and memory_of(x) in stale for x in used):
             raise CaptureError(
                 "its code takes a part of a tensor at an index that is a tensor, as x[:, i], then "
@@ -101,7 +121,7 @@ class ReplacedCalls(TorchFunctionMode):
         whole = kwargs["input"] if "input" in kwargs else args[0]
         index = args[1] if len(args) > 1 else None
         if _is_view(index) and memory_of(part) != memory_of(whole):
-            self._parts.append(_Part(whole, part, _versions(whole, part)))
+            self._parts.append(_Part(whole, part, index, _versions(whole, part)))
 
 
 def _versions(whole: torch.Tensor, part: torch.Tensor) -> tuple[int, int]:
@@ -170,20 +190,48 @@ def _as_size(part: Any) -> Any:
 
 
 def _index(tensor: Any, index: Any) -> Any:
+    found = _find_places(tensor, index)
+    if found is None:
+        return NotImplemented
+    parts, places = found
+    for d, place in places:
+        tensor = _take(tensor, d, place)
+    return tensor[parts]
+
+
+def _write(tensor: Any, index: Any, value: Any) -> bool:
+    """Write to a tensor at an index; return False if no tensor is a single index in it."""
+    found = _find_places(tensor, index)
+    if found is None:
+        return False
+    parts, places = found
+    taken = [tensor]
+    for d, place in places:
+        taken.append(_take(taken[-1], d, place))
+    taken[-1][parts] = value
+    for (d, place), inner, outer in zip(places[::-1], taken[:0:-1], taken[-2::-1], strict=True):
+        outer[(*[slice(None)] * d, _from_start(outer, d, place))] = inner
+    return True
+
+
+def _find_places(tensor: Any, index: Any) -> tuple[tuple[Any, ...], list[tuple[int, Any]]] | None:
+    """Return an index with 0 for each tensor that is a single index, and the dims and tensors of
+    these; None if there are none."""
     given = list(index) if isinstance(index, tuple) else [index]
     parts = list(map(_as_size, given))
     sized = any(p is not q for p, q in zip(parts, given, strict=True))
     if not (sized or any(map(is_place, parts))) or not isinstance(tensor, torch.Tensor):
-        return NotImplemented
-    taken = sum(_dims_of(p) for p in parts)
+        return None
+    count, places = sum(_dims_of(p) for p in parts), []
     d = 0
     for k, part in enumerate(parts):
         if part is Ellipsis:
-            d += tensor.dim() - taken
+            d += tensor.dim() - count
         elif is_place(part):
-            tensor, parts[k] = _take(tensor, d, part), 0
+            places.append((d, part))
+            parts[k] = 0
         d += _dims_of(part)
-    return tensor[tuple(parts)]
+    return tuple(parts), places
 
 
 def _dims_of(part: Any) -> int:
@@ -197,7 +245,12 @@ def _dims_of(part: Any) -> int:
 
 def _take(tensor: Any, d: int, place: Any, count: Any = 1) -> Any:
     """Return `count` elements along dim `d` from `place` on, which may be negative."""
-    place = torch.where(place < 0, place + tensor.shape[d], place).to(torch.int64).reshape(1)
+    place = _from_start(tensor, d, place)
     if not (isinstance(count, int) and count == 1):
         place = place + torch.arange(count, device=place.device)
     return tensor.index_select(d, place)
+
+
+def _from_start(tensor: Any, d: int, place: Any) -> Any:
+    """Return a place along dim `d`, which may be negative, as an int64 tensor (1,)."""
+    return torch.where(place < 0, place + tensor.shape[d], place).to(torch.int64).reshape(1)
