@@ -66,3 +66,32 @@ def test_models_have_spare_rows_and_columns(family: str) -> None:
     _, fast = model_of(family)
     fast(input_ids=torch.randint(5, 60, (2, 5)), attention_mask=torch.ones(2, 5, dtype=torch.int64))
     assert {"batch", "seq"} <= set(packing_of(fast).spare)
+
+
+class Biased(nn.Module):
+    """Attention with a bias by distance, or by a share of all columns."""
+
+    def __init__(self, by_share: bool) -> None:
+        super().__init__()
+        self.table, self.by_share = nn.Embedding(60, 8), by_share
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        x, place = self.table(input_ids)[:, None], torch.arange(input_ids.shape[1])
+        bias = (place[None, :] - place[:, None]) * 0.1
+        bias = bias / input_ids.shape[1] if self.by_share else bias
+        shown = attention_mask[:, None, None, :].bool()
+        mask = torch.where(shown, bias[None, None], torch.finfo(x.dtype).min)
+        return nn.functional.scaled_dot_product_attention(x, x + 1, x, mask)[:, 0]
+
+
+@pytest.mark.parametrize("by_share", [False, True])
+@torch.no_grad()
+def test_columns_are_spare_where_distances_alone_count(by_share: bool) -> None:
+    model = Biased(by_share).eval()
+    fast = turbotx.optimize(model, padding="packed")
+    for n in (5, 1, 40):
+        ids, mask = torch.randint(5, 60, (2, n)), torch.ones(2, n, dtype=torch.int64)
+        mask[1, max(1, n // 2) :] = 0
+        ours, theirs = (f(input_ids=ids, attention_mask=mask) for f in (fast, model))
+        torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=1e-5, atol=1e-5)
+    assert ("seq" in packing_of(fast).spare) != by_share
