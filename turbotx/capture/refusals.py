@@ -19,6 +19,7 @@ from turbotx.capture.composition import LeftToPyTorch, is_dense
 from turbotx.capture.torchao_weights import is_torchao, why_not
 from turbotx.errors import CaptureError, InputError, TrainingError
 from turbotx.ir.fx_nodes import place_of
+from turbotx.ir.memory_order import has_version
 
 
 def refuse_tensor(tensor: torch.Tensor) -> None:
@@ -117,7 +118,7 @@ def refuse_inference_tensors(model: nn.Module) -> None:
     """Raise CaptureError for parameters and buffers without a version counter: torch.export does
     not accept them, and changes would go unnoticed."""
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_inference():
+        if not has_version(tensor):
             raise made_in_inference_mode(type(model).__name__, path)
 
 

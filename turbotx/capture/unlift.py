@@ -19,6 +19,7 @@ from turbotx.capture.light_export import late_code
 from turbotx.capture.refusals import made_in_inference_mode
 from turbotx.capture.torchao_weights import stand_ins
 from turbotx.errors import CaptureError
+from turbotx.ir.memory_order import has_version
 from turbotx.ir.subgraphs import enclose_graphs
 
 # The key in the exported graph's meta of the constants created by the trace.
@@ -52,7 +53,7 @@ def unlift(
             inputs.append(node)
             continue
         value, path = _find(exported, model, target, owned)
-        if value.is_inference():  # its changes cannot be detected
+        if not has_version(value):  # its changes cannot be detected
             if target not in fresh:
                 raise made_in_inference_mode(type(model).__name__, path)
             with torch.inference_mode(False):

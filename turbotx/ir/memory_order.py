@@ -48,6 +48,15 @@ def has_dense_strides(tensor: torch.Tensor) -> bool:
     return True
 
 
+def has_version(tensor: torch.Tensor) -> bool:
+    """Return whether PyTorch counts writes to a tensor: not to one made under inference mode, even
+    if its `data` was replaced since, so that it no longer says that it is one."""
+    try:
+        return tensor._version >= 0
+    except RuntimeError:
+        return False
+
+
 def by_order(values: Sequence[T], order: Sequence[int] | None) -> tuple[T, ...]:
     """Return one value per dim, reordered by `order`."""
     return tuple(values) if order is None else tuple(values[d] for d in order)

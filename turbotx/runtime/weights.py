@@ -33,6 +33,7 @@ from turbotx.capture.torchao_weights import (
     scheme_of,
 )
 from turbotx.errors import ModelChangedError, WeightsReleasedError
+from turbotx.ir.memory_order import has_version
 from turbotx.program.executable import Packing, WeightWindow
 from turbotx.runtime.packed_parameter import PackedParameter, restoring
 from turbotx.runtime.packed_sources import packed_before
@@ -82,7 +83,7 @@ class Kind:
             return f"it is on {tensor.device}, not {self.device}"
         if tensor.is_conj() or tensor.is_neg():
             return "it is stored conjugated or negated"
-        return "it has no version" if tensor.is_inference() else ""
+        return "" if has_version(tensor) else "it has no version"
 
 
 class Weights:

@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from turbotx.capture.torchao_weights import scheme_of
+from turbotx.ir.memory_order import has_version
 
 MAX_DEPTH = 8
 """The deepest nesting of containers; deeper ones are compared by identity."""
@@ -264,7 +265,7 @@ class Look:
 
     def _tensor(self, value: torch.Tensor) -> Any:
         """Describe a tensor that belongs to no module: a trace treats its values as constants."""
-        if value.is_inference() or not _has_data(value):
+        if not has_version(value) or not _has_data(value):
             self.unversioned = True
             return self._which(value)
         self.tensors[id(value)] = value
