@@ -299,7 +299,7 @@ def test_a_tensor_without_a_version_is_refused_by_name() -> None:
 
 
 def test_a_tensor_without_a_version_is_refused_also_after_its_data_was_replaced() -> None:
-    layer = nn.Linear(3, 3)
+    layer = nn.Linear(3, 3).eval()
     fast, x = turbotx.optimize(layer), torch.ones(3)
     fast(x)
     with torch.inference_mode():

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 import turbotx
 from tests.graphs import captured
 from turbotx.capture.inplace_ops import write_out_of_place
+from turbotx.errors import CaptureError
 
 
 def adds(x: torch.Tensor) -> torch.Tensor:
@@ -258,3 +259,38 @@ def test_what_draws_in_place_draws_the_same(monkeypatch) -> None:
         torch.manual_seed(3)
         torch.testing.assert_close((fast(x), fast(x)), right)
     assert not torch.equal(fast(x)[0], fast(x)[0])
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda y: y[:, 1:].normal_(), lambda y: y[:, 0].bernoulli_(0.5), lambda y: y.t().uniform_(),
+        lambda y: y[:, ::2].random_(5),
+    ],
+    ids=["columns", "a column", "turned", "every other"],
+)  # fmt: skip
+def test_what_draws_into_a_tensor_that_is_not_dense_is_refused(draw: Callable[..., Any]) -> None:
+    """Its numbers for a seed depend on how it lies in memory."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        draw(y)
+        return y
+
+    with pytest.raises(CaptureError, match=r"draws into a tensor that is not dense at \S*\.py:\d+"):
+        turbotx.optimize(f)(torch.ones(8, 9))
+
+
+def test_what_draws_into_dense_rows_draws_eagers_numbers() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y[1:].normal_()
+        return y
+
+    fast = turbotx.optimize(f)
+    for shape in ((8, 9), (3, 40)):
+        x = torch.ones(shape)
+        torch.manual_seed(3)
+        want = f(x)
+        torch.manual_seed(3)
+        assert torch.equal(fast(x), want)

@@ -21,8 +21,10 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 
 from turbotx.capture.casts import inside
+from turbotx.errors import CaptureError
 from turbotx.ir.expr import Expr, expr
-from turbotx.ir.fx_nodes import GETITEM, is_random
+from turbotx.ir.fx_nodes import GETITEM, is_random, is_tensor, place_of
+from turbotx.ir.strides import contiguous_strides
 
 aten = torch.ops.aten
 _NEW = frozenset(("aten.linear.default", "aten.matmul.default", "aten.layer_norm.default",
@@ -44,13 +46,17 @@ other arguments."""
 
 def write_out_of_place(graph: fx.Graph) -> None:
     """Replace in-place ops by their out-of-place variants where nothing else observes the change:
-    no input, no parameter, and no earlier result that may be a view or a copy."""
+    no input, no parameter, and no earlier result that may be a view or a copy.
+
+    Raises CaptureError for a call that draws into a tensor that is not dense.
+    """
     place = {node: k for k, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
+        if is_random(node):
+            _refuse_strided(node)
         op = find_out_of_place(node.target)
         views = _find_views(node.args[0]) if op is not None else []
-        # What draws into a part draws by how the part lies in memory.
-        if op is None or not views or (len(views) > 1 and is_random(node)):
+        if op is None or not views:
             continue
         write = _Write(node, place)
         if any(x.alias_info is not None for x in op._schema.returns):
@@ -154,6 +160,21 @@ def _is_same(a: list[fx.Node], b: list[fx.Node]) -> bool:
     """Return whether two results of `_find_views` end with the same part of the same tensor."""
     kinds = [[(v.target, v.args[1:]) for v in views[1:]] for views in (a, b)]
     return a[:1] == b[:1] and kinds[0] == kinds[1]
+
+
+def _refuse_strided(node: fx.Node) -> None:
+    """Raise CaptureError for an op that draws in place into a tensor that is not dense: which
+    numbers eager mode draws depends on how it lies in memory, and here it is dense."""
+    if not node.target._schema.is_mutable or not is_tensor(node.args[0]):  # type: ignore[union-attr]
+        return
+    layout, rank = _layout(node.args[0]), node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    dense = contiguous_strides(layout[:rank])
+    if any(want not in (0, stride) for stride, want in zip(layout[rank:], dense, strict=True)):
+        where = place_of(node)
+        raise CaptureError(
+            f"{node.target} draws into a tensor that is not dense{where and f' at {where}'}, and its "
+            "numbers depend on how that lies in memory: draw into a new tensor, and copy it there"
+        )
 
 
 def _is_view(node: Any) -> bool:
