@@ -165,15 +165,17 @@ def _is_same(a: list[fx.Node], b: list[fx.Node]) -> bool:
 def _refuse_strided(node: fx.Node) -> None:
     """Raise CaptureError for an op that draws in place into a tensor that is not dense: which
     numbers eager mode draws depends on how it lies in memory, and here it is dense."""
-    if not node.target._schema.is_mutable or not is_tensor(node.args[0]):  # type: ignore[union-attr]
+    target: Any = node.target
+    drawn: Any = node.args[0]
+    if not target._schema.is_mutable or not is_tensor(drawn):
         return
-    layout, rank = _layout(node.args[0]), node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    layout, rank = _layout(drawn), drawn.meta["val"].dim()
     dense = contiguous_strides(layout[:rank])
     if any(want not in (0, stride) for stride, want in zip(layout[rank:], dense, strict=True)):
-        where = place_of(node)
+        at = f" at {place}" if (place := place_of(node)) else ""
         raise CaptureError(
-            f"{node.target} draws into a tensor that is not dense{where and f' at {where}'}, and its "
-            "numbers depend on how that lies in memory: draw into a new tensor, and copy it there"
+            f"{target} draws into a tensor that is not dense{at}, and its numbers depend on "
+            "how that lies in memory: draw into a new tensor, and copy it there"
         )
 
 
