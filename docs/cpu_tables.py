@@ -21,6 +21,7 @@ ENGINES = {
     "eager": "eager", "compile": "torch.compile", "compile-dynamic": "torch.compile, dynamic",
     "onnxruntime": "ONNX Runtime", "onnxruntime-optimized": "ONNX Runtime, optimized",
     "openvino": "OpenVINO", "zentorch": "zentorch", "ctranslate2": "CTranslate2",
+    "turbotx-unpacked": "turbotx, pack_weights=False",
     "turbotx-int8": "turbotx, int8", "floor-int8": "GEMMs only, int8",
     "onnxruntime-int8": "ONNX Runtime, int8", "openvino-int8": "OpenVINO, int8",
     "ctranslate2-int8": "CTranslate2, int8", "turbotx-packed": "turbotx, packed",
@@ -43,12 +44,13 @@ def latency_table(folder: Path, name: str = "latency") -> str:
     if not rows:
         return NOT_YET
     engines = [e for e in ENGINES if any(e in r["engines"] for r in rows)]
+    has_floor = any(e.startswith("floor") for e in engines)
     heads = [
         "model",
         "dtype",
         "batch x length",
         *(ENGINES[e] for e in engines),
-        "turbotx / GEMMs only",
+        *(["turbotx / GEMMs only"] if has_floor else []),
     ]
     lines = [_caption(found), "", line(heads), line(["---"] * 3 + ["---:"] * (len(heads) - 3))]
     disturbed = False
@@ -66,7 +68,8 @@ def latency_table(folder: Path, name: str = "latency") -> str:
         own = ms.get("turbotx", ms.get("turbotx-int8"))
         ratio = f"{own / min(floors):.2f}" if floors and own is not None else "-"
         shape = row["shape"].replace("x", " x ")
-        lines.append(line([row["model"], row["dtype"], shape, *cells, ratio]))
+        cells += [ratio] if has_floor else []
+        lines.append(line([row["model"], row["dtype"], shape, *cells]))
     if disturbed:
         lines += ["", f"\\* others used more than {QUIET_CORES} cores of the machine meanwhile."]
     reasons = {

@@ -340,6 +340,7 @@ def main() -> None:
         ("architectures", "architectures", architectures_table()),
         ("operators", "operators", operators_table(RESULTS)),
         ("quantization", "latency_int8", latency_table(RESULTS, "latency_int8")),
+        ("scale", "latency_unpacked", latency_table(RESULTS, "latency_unpacked")),
         ("triton", "resources", resources_table(RESULTS)),
         ("packed", "packed", packed_table(RESULTS)),
         ("decoding", "decode", decode_table(RESULTS)),

@@ -10,6 +10,7 @@ from torch import nn
 
 import turbotx
 from turbotx.engine.optimize import engine_of
+from turbotx.errors import CaptureError
 from turbotx.runtime import weights as weights_module
 
 X = torch.randn(4, 8)
@@ -224,3 +225,16 @@ def test_threads_meet_a_converted_model_with_one_capture() -> None:
     assert len(found) == 3 and len(made) == 1
     for one in found:
         torch.testing.assert_close(one, model(X.double()))
+
+
+def test_a_tensor_without_a_version_is_refused_also_after_its_data_was_replaced() -> None:
+    layer = nn.Linear(3, 3).eval()
+    fast, x = turbotx.optimize(layer), torch.ones(3)
+    fast(x)
+    with torch.inference_mode():
+        weight = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+    weight.data = torch.ones(3, 3)
+    assert not weight.is_inference()
+    layer.weight = weight
+    with pytest.raises(CaptureError, match=r"'weight' was made under torch\.inference_mode"):
+        fast(x)

@@ -36,7 +36,7 @@ from turbotx.errors import (
 )
 from turbotx.runtime.cuda.settings import assume_tf32
 from turbotx.saved.codec import decode_nodes, encode_nodes
-from turbotx.saved.container import read_container
+from turbotx.saved.container import FORMAT, read_container
 from turbotx.saved.gpu_kernels import read_variants
 from turbotx.saved.places import choose_target
 
@@ -306,7 +306,7 @@ def test_nothing_is_pickled(cubins: Cubins, path: Path) -> None:
     save_small(path, "sm_90")
     with zipfile.ZipFile(path) as archive:
         assert {Path(n).suffix for n in archive.namelist()} == {".json", ".cubin", ".safetensors"}
-        assert json.loads(archive.read("manifest.json"))["format"] == 10
+        assert json.loads(archive.read("manifest.json"))["format"] == FORMAT
 
 
 def test_calls_run_where_the_program_does() -> None:
