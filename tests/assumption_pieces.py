@@ -178,7 +178,9 @@ class Flag(Piece):
 class OfClass(Piece):
     """Attributes of the class, a property, a method that an instance or the class replaces."""
 
-    def __new__(cls, draw: random.Random) -> Any:
+    def __new__(cls, draw: random.Random | None = None) -> Any:
+        if draw is None:  # a copy, of the same class
+            return super().__new__(cls)
         return super().__new__(type("OfClassHere", (cls,), {"scale": 1.0, "shift": 1.0}))
 
     @property

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from turbotx import ir
 from turbotx.ir.expr import Expr, evaluate
@@ -69,7 +69,7 @@ class _Interpreter:
         """Return an index expression on the grid of all axes."""
         if isinstance(value, FloorDiv):
             return self.place(value.args[0]) // self._divisor(value.args[1])
-        if isinstance(value, Mod):
+        if isinstance(value, (Mod, PythonMod)):
             return self.place(value.args[0]) % self._divisor(value.args[1])
         if value.is_Integer:
             return torch.tensor(int(value))

@@ -299,7 +299,8 @@ class Scalarizer(KernelBuilder):
         """Return the scan `op` of `source` along dim `d`, at `index`. Raises FusionConflict inside
         a masked part, if it is read at a position other than the scan's, or if it would be
         repeated."""
-        node, extent = self._stack[-1], g.shape(source)[d]
+        node = self._stack[-1]
+        extent = g.shape(node)[d]  # its source's may be another expression for the same size
         if self._masks:
             raise FusionConflict(node, f"{node.name} runs inside a masked part (cat or pad)")
         used = self._axes_at([*index[:d], *index[d + 1 :]], node)

@@ -251,3 +251,17 @@ def test_other_sums_over_more_heads_are_not_stacked() -> None:
         return split_heads(q, 4) * 2, split_heads(k, 2) * 3
 
     assert len(compile_function(function, torch.randn(2, 3, 64)).kernels) == 2
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_a_scan_runs_over_a_size_that_another_expression_tells_too(scale: float) -> None:
+    """Halves of an even number of columns, and a tensor with that many."""
+
+    def scan(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        wide = torch.lerp(x.view(2, -1).reshape(1, -1), y, 0.25)
+        return wide.cumsum(1) * scale
+
+    fast = turbotx.optimize(scan)
+    for count in (6, 10, 2):
+        given = torch.randn(count), torch.randn(1, count)
+        torch.testing.assert_close(fast(*given), scan(*given))
