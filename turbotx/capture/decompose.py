@@ -248,9 +248,10 @@ class _Recorder(TorchDispatchMode):
         new one: isclose adds conditions so. The tensor itself stands for the new one from then
         on."""
         changed, op = args[0], find_out_of_place(func)
+        memory = memory_of(changed)
         given = [n.meta["val"] for n in self.node.all_input_nodes]
         held = [t for t in (*self.alive, *given) if isinstance(t, torch.Tensor)]
-        shared = [t for t in held if memory_of(t) == memory_of(changed)]
+        shared = [t for t in held if memory_of(t) == memory]
         own = len(shared) == 1 and any(changed is t for t in self.alive)
         if op is not None and own and not draws(func, args, kwargs):
             made = self.__torch_dispatch__(op, (), args, kwargs)

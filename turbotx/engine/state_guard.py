@@ -70,10 +70,9 @@ class StateGuard:
         changed."""
         with self._lock:
             watch = self._watch
-            i = -1 if watch is None else watch.first_touched(0)
-            while watch is not None and i >= 0:
-                watch.accept(i)()
-                i = watch.first_touched(i + 1)
+            if watch is not None:
+                for i in watch.touched():
+                    watch.accept(i)()
 
     def difference(self) -> Difference | None:
         """Return the difference that `holds` found, or None."""
@@ -101,15 +100,13 @@ class StateGuard:
         equal."""
         accepted: list[Callable[[], None]] = []
         renewed = False
-        i = watch.first_touched(0)
-        while i >= 0:
+        for i in watch.touched():
             accept = watch.accept(i)  # taken before reading, so that later writes are detected
             self._failed = self._record.differing(self._users[i])
             if self._failed is not None:
                 return False
             renewed |= not all(map(self._record.look_again, self._users[i]))
             accepted.append(accept)
-            i = watch.first_touched(i + 1)
         if renewed:  # a container was replaced by an equal one
             self._arm()
             self._failed = self._record.differing(self._everything)

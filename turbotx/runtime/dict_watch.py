@@ -94,6 +94,13 @@ class DictWatch:
         found: int = self._first_touched(start, table[0])
         return found
 
+    def touched(self) -> Iterator[int]:
+        """Yield the index of every container that changed, each found when it is asked for."""
+        i = self.first_touched(0)
+        while i >= 0:
+            yield i
+            i = self.first_touched(i + 1)
+
     def accept(self, i: int) -> Callable[[], None]:
         """Read the current state of `watched[i]`; return a function that accepts that state as
         seen."""

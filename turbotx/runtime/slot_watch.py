@@ -44,11 +44,8 @@ class SlotWatch:
         dicts = self._dicts
         if dicts is None:
             return self._holds_others()
-        i, accepted = dicts.first_touched(0), []
-        while i >= 0:  # something was written to a dict, perhaps none of the parameters
-            accepted.append(dicts.accept(i))
-            i = dicts.first_touched(i + 1)
-        if accepted and self._holds_others():
+        accepted = [dicts.accept(i) for i in dicts.touched()]
+        if accepted and self._holds_others():  # other entries of these dicts may have changed
             return True
         for accept in accepted:
             accept()
