@@ -105,3 +105,26 @@ def test_decisions_are_made_by_what_a_dtype_holds(half: torch.dtype) -> None:
     x = (torch.arange(4 * 65).reshape(4, 65) * 1.7 - 100).to(half)
     for came, right in zip(turbotx.optimize(function)(x), function(x), strict=True):
         assert torch.equal(came, right)
+
+
+@needs_compiler
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_what_one_reader_rounds_all_readers_take_rounded(half: torch.dtype) -> None:
+    """A number less its own logsumexp is 0, also where the logsumexp alone converts the number."""
+
+    def function(x):
+        y = x * 1.1
+        swapped = (x * 0.7).t()
+        return (
+            y - y.logsumexp(-1, keepdim=True),
+            swapped - swapped.float().mean(-1, keepdim=True).to(half),
+            y - y.to(torch.float64).to(half),
+            torch.where(y > y.floor() + 1, 1.0, y - y.float().to(half)),
+        )
+
+    fast = turbotx.optimize(function)
+    for came in fast((torch.arange(57).reshape(57, 1) * 1.7 - 40).to(half))[:1]:
+        assert not came.any()
+    x = (torch.arange(57).reshape(1, 57) * 1.7 - 40).to(half)
+    came = fast(x)
+    assert not came[1].any() and not came[2].any() and not came[3].any()

@@ -9,7 +9,7 @@ input::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -22,6 +22,7 @@ from turbotx.kernels.fusion.horizontal_fusion import fuse_horizontally
 from turbotx.kernels.fusion.sources import describe_sources, find_computed, name_kernel
 from turbotx.kernels.lowering.lower import Lowered
 from turbotx.kernels.lowering.lower_once import LowerOnce
+from turbotx.ops import OPS
 from turbotx.ops.builder import HALVES
 from turbotx.ops.loop_nest import FusionConflict
 from turbotx.passes.partition import Region, find_levels, kind_of, root_of, tensor_inputs
@@ -74,7 +75,7 @@ class _Fusing:
         self.groups: list[_Group] = []
         self.reasons: dict[str, None] = {}
         self.choices: list[Choice] = []
-        self.as_stored: frozenset[fx.Node] = frozenset()
+        self.as_stored = _read_as_stored(self.members)
 
     def place(self, node: fx.Node) -> None:
         """Store a node's value in the latest kernel that can also compute it, or in a new one."""
@@ -157,8 +158,9 @@ class _Fusing:
             read = {root_of(n) for m in early ^ late for n in tensor_inputs(m)}
             ends |= both & (read | stored)
             ends |= stored & {root_of(n) for m in both for n in tensor_inputs(m)}
-        self.as_stored = frozenset(n for n in ends if g.dtype(n) in HALVES)
-        for k, group in enumerate(self.groups if self.as_stored else ()):
+        ends = {n for n in ends if g.dtype(n) in HALVES} - self.as_stored
+        self.as_stored |= ends
+        for k, group in enumerate(self.groups if ends else ()):
             self._replace(k, group.outputs)
 
     def _stored(self, k: int) -> set[fx.Node]:
@@ -182,6 +184,24 @@ class _Fusing:
         name, lines = name_kernel(computed), describe_sources(computed)
         lowered = self.known.lower(outputs, loaded, name, lines, self.as_stored)
         return _Group(outputs, frozenset(computed), lowered)
+
+
+def _read_as_stored(nodes: Collection[fx.Node]) -> frozenset[fx.Node]:
+    """Return the half-precision values that one reader takes as memory would hold them: a
+    conversion, a comparison. All readers then take the same, so that the difference of `x` and
+    `x.float().logsumexp(-1).half()` is 0 where eager's is."""
+    readers = [n for n in nodes if not is_view(n)]
+    read = ((n, value) for n in readers for value in map(root_of, tensor_inputs(n)))
+    return frozenset(
+        value
+        for n, value in read
+        if g.dtype(value) in HALVES and (g.dtype(n) != g.dtype(value) or _jumps(n))
+    )
+
+
+def _jumps(node: fx.Node) -> bool:
+    row = OPS.get(node.target)
+    return row is not None and row.jumps
 
 
 def fuse_all(
