@@ -64,6 +64,23 @@ def test_rounding_is_told_from_what_is_wrong() -> None:
     assert not is_rounding(torch.nn.Linear(8, 8), (x,), {}, right, right)
 
 
+class _Steep(torch.nn.Module):
+    """Its result is any number of -1 to 1 where x is about a third, by how x * 3 is rounded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh((x * 3 - 1) * 1000)
+
+
+def test_rounding_is_told_where_eager_is_right_by_luck() -> None:
+    x = torch.full((4, 8), 1 / 3).to(torch.bfloat16)
+    right = _Steep()(x)
+    true = _Steep()(x.double())
+    lucky = true.to(torch.bfloat16)
+    assert is_rounding(_Steep(), (x,), {}, lucky, right)
+    assert is_rounding(_Steep(), (x,), {}, lucky, lucky - 1)
+    assert not is_rounding(_Steep(), (x,), {}, lucky, lucky + 50)
+
+
 def test_a_seed_says_all() -> None:
     assert make_steps(make_spec(3), 5) == make_steps(make_spec(3), 5)
     assert make_spec(3) != make_spec(4)
