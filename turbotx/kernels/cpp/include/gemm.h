@@ -185,6 +185,7 @@ void multiply_panels(const PackedWeight<T>& w, Range groups, Range rows, const A
       for (long p = 0; p < w.group; ++p, next += share) {
         const T* panel = w.panel(g * w.group + p);
         NextPanel ahead{next, share / w.k};
+        if (tiles == 1 && !amx) ahead = read_once(panel, panel_nbytes / w.k);
         if constexpr (may_amx)
           if (amx) {
             multiply_amx(registers, count, a + first * lda, lda, panel, w.k, ahead, tile + p * size);

@@ -169,9 +169,12 @@ void multiply_panels_int4(const PackedInt4& w, const GroupScales& s, Range group
       long first = rows.begin + m * t / tiles, end = rows.begin + m * (t + 1) / tiles;
       int count = static_cast<int>(end - first);
       Int4Rows<A> some{x.a + first * x.lda, x.lda, x.sums + first * s.groups};
-      for (long p = g * w.group; p < (g + 1) * w.group; ++p, next += share)
-        multiply_rows_int4<A>(count, some, w.panel(p), s, p * s.groups * (1 + s.shifted) * kPanel,
-                              {next, share / (s.groups * s.group)}, tile + p % w.group * size);
+      for (long p = g * w.group; p < (g + 1) * w.group; ++p, next += share) {
+        NextPanel ahead{next, share / (s.groups * s.group)};
+        if (tiles == 1) ahead = read_once(w.panel(p), kPanel / 2);
+        multiply_rows_int4<A>(count, some, w.panel(p), s, p * s.groups * (1 + s.shifted) * kPanel, ahead,
+                              tile + p % w.group * size);
+      }
       finish_tile(tile, tile + (w.group - 1) * size, first, count, g * kPanel, w.n, c, ldc, finish);
     }
   }

@@ -159,6 +159,7 @@ void multiply_panels_int8(const PackedInt8& w, Range groups, Range rows, const s
       for (long p = 0; p < w.group; ++p, next += share) {
         const std::int8_t* panel = w.panel(g * w.group + p);
         NextPanel ahead{next, share / w.depth};
+        if (tiles == 1 && !w.amx) ahead = read_once(panel, kPanel);
         if constexpr (kHasAmx<std::int8_t>)
           if (w.amx) {
             multiply_amx(registers, count, from, lda, panel, w.depth, ahead, tile + p * size);

@@ -123,11 +123,10 @@ void multiply_few_rows(const PackedInt8& w, Range groups, int m, const float* a,
   alignas(64) float tile[2 * size];
   long depth = (w.k + kQuad - 1) / kQuad * kQuad;
   for (long g = groups.begin; g < groups.end; ++g) {
-    bool is_last = g + 1 == groups.end;
-    const char* next = reinterpret_cast<const char*>(w.panel((is_last ? g : g + 1) * w.group));
-    for (long p = 0; p < w.group; ++p, next += is_last ? 0 : w.panel_size())
-      multiply_rows_widened(m, a, lda, w.panel(g * w.group + p), depth, flip_of(w),
-                            {next, is_last ? 0 : kPanel}, tile + p * size);
+    for (long p = 0; p < w.group; ++p) {
+      const std::int8_t* panel = w.panel(g * w.group + p);
+      multiply_rows_widened(m, a, lda, panel, depth, flip_of(w), read_once(panel, kPanel), tile + p * size);
+    }
     finish_tile(tile, tile + (w.group - 1) * size, 0, m, g * kPanel, w.n, c, ldc, finish);
   }
 }

@@ -25,13 +25,27 @@ constexpr long padded_depth(long k) {
   return (k + PanelLayout<T>::step - 1) / PanelLayout<T>::step * PanelLayout<T>::step;
 }
 
-// While this panel is multiplied the next one is fetched: `bytes_per_k` of it for each k.
-struct NextPanel { const char* address; long bytes_per_k; };
+// While a panel is multiplied memory is fetched, `bytes_per_k` of it for each k: the next panel, into
+// the second-level cache; or, where panels are read `once`, what follows kAhead bytes later.
+struct NextPanel { const char* address; long bytes_per_k; bool once = false; };
+
+// Weights that are read once go past the outer caches, where they would push out what stays from one
+// call to the next: on Zen 5, BERT-base in bfloat16 takes 0.6 to 0.85 of the time at 10 tokens.
+constexpr long kAhead = 16384;
 
 TTX_INLINE void fetch(const NextPanel& next, long k) {
   const char* p = next.address + k * next.bytes_per_k;
-  __builtin_prefetch(p, 0, 2);
-  __builtin_prefetch(p + 64, 0, 2);
+  if (next.once) {
+    __builtin_prefetch(p, 0, 0);
+    __builtin_prefetch(p + 64, 0, 0);
+  } else {
+    __builtin_prefetch(p, 0, 2);
+    __builtin_prefetch(p + 64, 0, 2);
+  }
+}
+
+TTX_INLINE NextPanel read_once(const void* panel, long bytes_per_k) {
+  return {static_cast<const char*>(panel) + kAhead, bytes_per_k, true};
 }
 
 // Sums run over at most this many k before they are added to the tile: the rounding errors of a
