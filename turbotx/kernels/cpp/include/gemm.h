@@ -10,8 +10,6 @@
 // it at 1,024 (benchmarks/results/cpu_kernels.json); its sums are at least as accurate as MKL's.
 #pragma once
 
-#include <cstdlib>
-#include <new>
 #include <type_traits>
 
 #include "epilogue.h"
@@ -20,36 +18,9 @@
 #include "pack_panel.h"
 #include "scratch.h"
 #include "threads.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "weight_memory.h"
 
 namespace ttx {
-
-// Memory for weights: 2 MB pages where the system gives them, so that streaming misses no TLB.
-class WeightMemory {
- public:
-  WeightMemory() = default;
-  explicit WeightMemory(std::size_t nbytes) {
-    constexpr std::size_t huge = std::size_t{2} << 20;
-    std::size_t unit = nbytes >= 4 * huge ? huge : 64;
-    std::size_t rounded = (nbytes + unit - 1) / unit * unit;
-    data_ = std::aligned_alloc(unit, rounded > 0 ? rounded : unit);
-    if (data_ == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (unit == huge) madvise(data_, rounded, MADV_HUGEPAGE);
-#endif
-  }
-  WeightMemory(const WeightMemory&) = delete;
-  WeightMemory& operator=(const WeightMemory&) = delete;
-  ~WeightMemory() { std::free(data_); }
-  template <class T>
-  T* as() const { return static_cast<T*>(data_); }
-
- private:
-  void* data_ = nullptr;
-};
 
 // Rows of a weight: element (row j, column i) is w[j * stride_n + i * stride_k].
 template <class T>
