@@ -190,18 +190,13 @@ def _read_as_stored(nodes: Collection[fx.Node]) -> frozenset[fx.Node]:
     """Return the half-precision values that one reader takes as memory would hold them: a
     conversion, a comparison. All readers then take the same, so that the difference of `x` and
     `x.float().logsumexp(-1).half()` is 0 where eager's is."""
-    readers = [n for n in nodes if not is_view(n)]
-    read = ((n, value) for n in readers for value in map(root_of, tensor_inputs(n)))
     return frozenset(
         value
-        for n, value in read
-        if g.dtype(value) in HALVES and (g.dtype(n) != g.dtype(value) or _jumps(n))
+        for n in nodes
+        if not is_view(n) and (row := OPS.get(n.target)) is not None and row.kind == "pointwise"
+        for value in map(root_of, tensor_inputs(n))
+        if g.dtype(value) in HALVES and (row.jumps or g.dtype(n) != g.dtype(value))
     )
-
-
-def _jumps(node: fx.Node) -> bool:
-    row = OPS.get(node.target)
-    return row is not None and row.jumps
 
 
 def fuse_all(
