@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from turbotx.errors import InputError, OptionsError, PackError
+from turbotx.errors import InputError, OptionsError, PackError, first_line
 from turbotx.serving.tokens import TokenRow
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class TorchEngine:
         except (PackError, OptionsError, InputError) as error:
             if self.padding == "packed" or self.calls:
                 raise
-            log.info("served padded: %s", str(error).strip().splitlines()[0])
+            log.info("served padded: %s", first_line(error))
             self.module.pad()
             return self._run_padded(rows)
         self.calls += 1
