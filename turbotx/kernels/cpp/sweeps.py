@@ -32,11 +32,14 @@ class Sweeps:
 
     def in_column(self, s: ir.Statement) -> bool:
         """Return whether a statement is inside the column loop."""
+        return isinstance(s, ir.Reduce) or not self.columns.isdisjoint(self.axes_of(s))
+
+    def axes_of(self, s: ir.Statement) -> frozenset[str]:
+        """Return the axes along which a statement's value varies, or its place."""
         if isinstance(s, ir.Store):
-            return bool((self.varies[s.value] | ir.axes_in(s.access.offset)) & self.columns)
-        if isinstance(s, ir.Check):
-            return bool(self.varies[s.value] & self.columns)
-        return isinstance(s, ir.Reduce) or bool(self.varies[ir.results_of(s)[0]] & self.columns)
+            return self.varies[s.value] | ir.axes_in(s.access.offset)
+        names = (s.value,) if isinstance(s, ir.Check) else ir.results_of(s)
+        return frozenset().union(*(self.varies[n] for n in names))
 
     def reduces(self, sweep: int) -> list[ir.Reduce]:
         """Return the reductions of a sweep."""
