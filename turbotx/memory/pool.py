@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from turbotx.errors import TurbotxError
-from turbotx.memory.arena import AddressRange, Arena, align_up, open_range
+from turbotx.memory.arena import AddressRange, Arena, open_range
 from turbotx.memory.cpu_range import MemoryExhausted
-from turbotx.memory.planner.plan import CHUNK_NBYTES
+from turbotx.memory.planner.plan import CHUNK_NBYTES, align
 
 log = logging.getLogger("turbotx.memory")
 
@@ -290,7 +290,7 @@ class ChunkPool:
         """Keep the pool within its limit by trimming idle arenas; raises MemoryExhausted."""
         if self.limit_nbytes is None:
             return
-        grown = align_up(nbytes, CHUNK_NBYTES) - arena.mapped_nbytes
+        grown = align(nbytes, CHUNK_NBYTES) - arena.mapped_nbytes
         if self._mapped_nbytes() + grown > self.limit_nbytes:
             self._empty_idle(except_for=arena)
         if self._mapped_nbytes() + grown > self.limit_nbytes:
@@ -308,7 +308,7 @@ class ChunkPool:
         return before - self._mapped_nbytes()
 
     def _shrink(self, arena: Arena, keep_nbytes: int) -> None:
-        keep_nbytes = align_up(max(keep_nbytes, self._reserved_nbytes), CHUNK_NBYTES)
+        keep_nbytes = align(max(keep_nbytes, self._reserved_nbytes), CHUNK_NBYTES)
         if keep_nbytes < arena.mapped_nbytes:
             arena.shrink(keep_nbytes)
             self._trims += 1
