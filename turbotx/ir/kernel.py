@@ -201,6 +201,15 @@ def axes_of(value: Expr, varies: Mapping[str, frozenset[str]]) -> frozenset[str]
     return axes_in(value).union(*(varies[v] for v in values_in(value)))
 
 
+def axes_along(s: Statement, varies: Mapping[str, frozenset[str]]) -> frozenset[str]:
+    """Return the names of the axes along which what a statement makes varies, or where it is
+    stored."""
+    if isinstance(s, Store):
+        return varies[s.value] | axes_of(s.access.offset, varies)
+    names = (s.value,) if isinstance(s, Check) else results_of(s)
+    return frozenset[str]().union(*(varies[n] for n in names))
+
+
 def expressions_of(s: Statement) -> list[Expr]:
     """Return the positions and sizes in a statement."""
     if isinstance(s, (Load, Store)):

@@ -71,14 +71,14 @@ class _Elementwise:
             text.put(f"const int64_t begin = block * {BLOCK};")
             end = text.end_of_block(extent, BLOCK)
         for s in self.kernel.body:
-            if inner.name not in self.sweeps.axes_of(s):
+            if inner.name not in ir.axes_along(s, self.sweeps.varies):
                 text.statement(s)
         if not text.checks:
             text.put("#pragma omp simd")
         begin = "0" if short else "begin"
         text.open(f"for (int64_t {name} = {begin}; {name} < {end}; ++{name})")
         for s in self.kernel.body:
-            if inner.name in self.sweeps.axes_of(s):
+            if inner.name in ir.axes_along(s, self.sweeps.varies):
                 text.statement(s)
         text.close()
         if loops:

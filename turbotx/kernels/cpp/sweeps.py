@@ -32,14 +32,7 @@ class Sweeps:
 
     def in_column(self, s: ir.Statement) -> bool:
         """Return whether a statement is inside the column loop."""
-        return isinstance(s, ir.Reduce) or not self.columns.isdisjoint(self.axes_of(s))
-
-    def axes_of(self, s: ir.Statement) -> frozenset[str]:
-        """Return the axes along which a statement's value varies, or its place."""
-        if isinstance(s, ir.Store):
-            return self.varies[s.value] | ir.axes_in(s.access.offset)
-        names = (s.value,) if isinstance(s, ir.Check) else ir.results_of(s)
-        return frozenset().union(*(self.varies[n] for n in names))
+        return isinstance(s, ir.Reduce) or bool(self.columns & ir.axes_along(s, self.varies))
 
     def reduces(self, sweep: int) -> list[ir.Reduce]:
         """Return the reductions of a sweep."""

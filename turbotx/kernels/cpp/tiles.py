@@ -109,7 +109,7 @@ class _Tiles:
         self.text.close()
 
     def _varies(self, s: ir.Statement) -> bool:
-        return isinstance(s, ir.Store) or self.row.name in self.sweeps.axes_of(s)
+        return isinstance(s, ir.Store) or self.row.name in ir.axes_along(s, self.sweeps.varies)
 
     def _sweep(self, sweep: int) -> None:
         text = self.text
