@@ -1,7 +1,7 @@
 """Batch engines: compute token rows, one array per row.
 
-An engine is called from one thread, one batch at a time. It wraps a PyTorch module, eager or
-optimized by turbotx::
+In: a PyTorch module, eager or optimized by turbotx; then rows of token ids, one batch at a time,
+from one thread. Out: a float32 array for each row::
 
     TorchEngine(SentenceModel(bert, steps), Head("embedding")).run(rows)    # (n, 384) float32
 """
