@@ -29,6 +29,11 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first two lines of an error's message as one, of at most 300 characters."""
+    return " ".join(str(error).strip().splitlines()[:2])[:300]
+
+
 def kind_and_line(error: BaseException) -> str:
     """Return an error's class and the first line of its message, as Python prints them."""
     kind, line = type(error).__name__, first_line(error)

@@ -12,19 +12,10 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
 from turbotx.errors import OptionsError
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "backend": ("auto", "cpp", "triton", "aten"),
-    "attention": ("auto", "flash", "fused-softmax"),
-    "planner": ("symbolic", "chunked", "greedy"),
-    "gemms": ("auto", "cublas", "triton"),
-    "norms": ("auto", "fold", "store"),
-    "padding": ("padded", "packed"),
-    "quantize": ("none", "int8", "fp8", "int8-weights", "int4-weights"),
-}
 HEAD = "@head"
 """In `keep_float`: the products whose result the call returns as it is, such as logits."""
 _TAG = re.compile(r"cublas|([rcmnqkwsxlpo]\d+)+")
@@ -192,6 +183,14 @@ class OptionArguments(TypedDict, total=False):
     keep_float: Sequence[str]
     launch_ranges: bool
     schedules: Mapping[str, str]
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(kind)
+    for name, kind in get_type_hints(OptionArguments).items()
+    if get_origin(kind) is Literal
+}
+"""The values of the options that are one of a few words."""
 
 
 def make_options(**given: Any) -> Options:

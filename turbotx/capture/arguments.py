@@ -21,9 +21,10 @@ import torch.utils._pytree as pytree
 from turbotx.errors import InputError
 from turbotx.ir.memory_order import key_of
 
-_PLAIN = (bool, int, str, type(None))
+PLAIN = (bool, int, str, type(None))
+"""Types of constants whose value is a part of a call's key as it is."""
 _BY_VALUE = (
-    *_PLAIN, float, complex, bytes, type(...), range, torch.dtype, torch.device, torch.layout,
+    *PLAIN, float, complex, bytes, type(...), range, torch.dtype, torch.device, torch.layout,
     torch.memory_format, torch.Size,
 )  # fmt: skip
 _BY_IDENTITY = (
@@ -103,7 +104,7 @@ def _type_name(value: Any) -> str:
 
 def _flatten(tree: Any, depth: int) -> tuple[list[Any], Structure]:
     leaves, spec = pytree.tree_flatten(tree, is_leaf=_is_size)
-    if all(isinstance(x, (torch.Tensor, *_PLAIN)) or is_float(x) for x in leaves):
+    if all(isinstance(x, (torch.Tensor, *PLAIN)) or is_float(x) for x in leaves):
         return leaves, spec
     made: list[Any] = []
     parts = []

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from turbotx.capture.ambient import DECISIVE, Ambient
-from turbotx.capture.arguments import Structure, carry, describe_leaf, is_float
+from turbotx.capture.arguments import PLAIN, Structure, carry, describe_leaf, is_float
 from turbotx.capture.composition import is_dense
 from turbotx.ir.memory_order import expanded_dims, memory_order
 
-_PLAIN = (bool, int, str, type(None))
 _STRIDED = torch.strided
 
 
@@ -39,7 +38,7 @@ def describe_call(
             order = None if plain else (memory_order(value), expanded_dims(value))
             parts += (value.shape, value.dtype, value.device, order)
             tensors.append(value)
-        elif type(value) in _PLAIN:
+        elif type(value) in PLAIN:
             parts += (type(value), value)
         elif is_float(value):
             parts.append(float)
@@ -60,7 +59,7 @@ def describe_kind(kwargs: dict[str, Any], ambient: Ambient) -> tuple[Any, list[t
             order = None if value.is_contiguous() else memory_order(value)
             parts += (value.dim(), value.dtype, value.device, order)
             tensors.append(value)
-        elif type(value) in _PLAIN:
+        elif type(value) in PLAIN:
             parts += (type(value), value)
         else:
             return None, []

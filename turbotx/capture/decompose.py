@@ -28,10 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from turbotx.capture.casts import inside
 from turbotx.capture.inplace_ops import find_out_of_place
-from turbotx.capture.layout_questions import memory_of
 from turbotx.ir.expr import expr
 from turbotx.ir.fake_results import UnknownError, describe
 from turbotx.ir.fx_nodes import GETITEM, draws, freeze, is_random, is_tensor
+from turbotx.ir.memory_order import memory_of
 from turbotx.ir.size_functions import FUNCTIONS
 
 aten = torch.ops.aten

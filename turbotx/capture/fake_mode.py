@@ -31,6 +31,7 @@ from turbotx.capture.ambient import read_ambient
 from turbotx.capture.recurrent_layers import describe_recurrent, is_recurrent
 from turbotx.capture.tracing import replaced_in_thread
 from turbotx.ir.fake_results import UnknownError, describe, describe_arguments, is_sized_by
+from turbotx.ir.memory_order import memory_of
 
 Size = int | torch.SymInt
 _RAW = frozenset((torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_copy.default))
@@ -110,7 +111,7 @@ class RememberingFakeMode(FakeTensorMode):
             made = tuple(self._note(x, given, key) for x in parts)
         except UnknownError:
             return
-        own = [_memory(x) for x, m in zip(parts, made, strict=True) if _owns(m)]
+        own = [memory_of(x) for x, m in zip(parts, made, strict=True) if _owns(m)]
         if len(set(own)) == len(own):  # no two results in one new memory
             self._known[key] = (whole, made)
 
@@ -122,8 +123,8 @@ class RememberingFakeMode(FakeTensorMode):
                 return k
         if value.requires_grad or not is_sized_by(describe(value, self), key):
             raise UnknownError
-        memory = _memory(value)
-        shows = next((k for k, t in enumerate(given) if _memory(t) == memory), None)
+        memory = memory_of(value)
+        shows = next((k for k, t in enumerate(given) if memory_of(t) == memory), None)
         if shows is None and value.storage_offset() != 0:
             raise UnknownError
         if shows is not None and given[shows].dtype != value.dtype:
@@ -155,10 +156,6 @@ class RememberingFakeMode(FakeTensorMode):
 
 def _owns(made: _Made | int | None) -> bool:
     return isinstance(made, _Made) and made.shows is None
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[FakeTensor]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from turbotx.capture.module_state.values import is_library
 from turbotx.errors import CaptureError
 from turbotx.ir.expr import Expr, expr
+from turbotx.ir.memory_order import memory_of
 
 Tensor: Any = torch.Tensor
 _QUESTIONS = frozenset(
@@ -121,10 +121,3 @@ def _find_asker() -> str | None:
     while frame.f_globals.get("__name__") in _METHODS and frame.f_back is not None:
         frame = frame.f_back
     return frame.f_globals.get("__name__")
-
-
-def memory_of(tensor: torch.Tensor) -> int | None:
-    """Return the identity of a tensor's storage; None for a tensor without one, as under vmap."""
-    with torch._C.DisableTorchFunction(), suppress(NotImplementedError):
-        return int(tensor.untyped_storage()._cdata)
-    return None

@@ -24,9 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from turbotx.capture.layout_questions import memory_of
 from turbotx.errors import CaptureError
 from turbotx.ir import expert_ops
+from turbotx.ir.memory_order import memory_of
 
 assert expert_ops  # imported because it registers the op
 Tensor: Any = torch.Tensor

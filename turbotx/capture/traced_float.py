@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -97,23 +98,12 @@ class TracedFloat:
             tensors.reverse()
         return self._made(compute(*values), compute(*tensors), places)
 
-    def __add__(self, other: Any) -> Any:
-        return self._with(other, operator.add, False)
-
-    def __radd__(self, other: Any) -> Any:
-        return self._with(other, operator.add, True)
-
-    def __sub__(self, other: Any) -> Any:
-        return self._with(other, operator.sub, False)
-
-    def __rsub__(self, other: Any) -> Any:
-        return self._with(other, operator.sub, True)
-
-    def __mul__(self, other: Any) -> Any:
-        return self._with(other, operator.mul, False)
-
-    def __rmul__(self, other: Any) -> Any:
-        return self._with(other, operator.mul, True)
+    __add__ = partialmethod(_with, compute=operator.add, flipped=False)
+    __radd__ = partialmethod(_with, compute=operator.add, flipped=True)
+    __sub__ = partialmethod(_with, compute=operator.sub, flipped=False)
+    __rsub__ = partialmethod(_with, compute=operator.sub, flipped=True)
+    __mul__ = partialmethod(_with, compute=operator.mul, flipped=False)
+    __rmul__ = partialmethod(_with, compute=operator.mul, flipped=True)
 
     def __truediv__(self, other: Any) -> Any:
         if type(other) is TracedFloat and not other._is_nonzero():

@@ -24,7 +24,7 @@ from torch.nn.modules import module as nn_module
 
 from turbotx.capture.composition import LeftToPyTorch, follow_property, left_to_pytorch
 from turbotx.engine.engine import Engine
-from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
+from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError, reason_of
 from turbotx.runtime.packed_parameter import PackedParameter
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -33,7 +33,6 @@ REFUSALS = (CaptureError, InputError, TrainingError)
 """Errors that do not stop a method of the model's class, such as `generate`: the call runs in eager
 PyTorch."""
 
-REASON_LENGTH = 300
 PYTORCH = str(Path(torch.__file__).parent)
 
 
@@ -240,11 +239,8 @@ def _falls_back(engine: Engine, error: Exception) -> bool:
     error."""
     if not engine.tolerates():
         return False
-    reason = str(error).strip().splitlines()
     name = type(engine.model).__name__
-    engine.count_eager(
-        f"a call of {name} runs in PyTorch, not turbotx: {' '.join(reason[:2])[:REASON_LENGTH]}"
-    )
+    engine.count_eager(f"a call of {name} runs in PyTorch, not turbotx: {reason_of(error)}")
     return True
 
 

@@ -25,6 +25,7 @@ from turbotx.kernels.schedule_selector import FOLDED, STORED
 from turbotx.kernels.tuned import GAIN, search
 from turbotx.runtime.binding import Binding
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram
+from turbotx.runtime.cuda.experts import RouteFamily
 from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.cuda.runtime import CudaRuntime
 from turbotx.runtime.cuda.variants import SequenceFamily
@@ -103,8 +104,8 @@ def tune_program(
     assert isinstance(runtime, CudaRuntime)
     tunables: dict[tuple[str, str], _Tunable] = {}
     for i, family in runtime.families.items():
-        if isinstance(family, SequenceFamily):
-            continue  # one pass over few bytes
+        if isinstance(family, (RouteFamily, SequenceFamily)):
+            continue  # one schedule, over few bytes
         one = _Tunable(family, i, *family.chosen(binding.sizes))
         if one.key[0]:
             tunables.setdefault(one.key, one)

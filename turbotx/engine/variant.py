@@ -21,12 +21,11 @@ from turbotx.capture.module_state.record import Difference
 from turbotx.engine.compiled import Compiled
 from turbotx.engine.output_builder import OutputBuilder
 from turbotx.engine.state_guard import StateGuard
-from turbotx.errors import CaptureError
+from turbotx.errors import CaptureError, reason_of
 from turbotx.runtime.tensor_watch import start_native_watch
 
 MOST_OUTCOMES = 8
 """Maximum number of captures of one kind of call for different outcomes of its decisions."""
-REASON_LENGTH = 300
 MOST_RECAPTURES = 8
 """Maximum number of recaptures caused by state that forward both reads and changes."""
 
@@ -107,8 +106,7 @@ class Recaptures:
 
     def give_up(self, key: Any, outcomes: Outcomes, error: CaptureError) -> UndecidedError:
         """Record that these outcomes cannot be captured; return the error that says so."""
-        told = " ".join(str(error).split("\n")[:2])[:REASON_LENGTH]
-        why = f"{describe_last(outcomes)}, and that way cannot be captured: {told}"
+        why = f"{describe_last(outcomes)}, and that way cannot be captured: {reason_of(error)}"
         self._undecided[key, outcomes] = why
         return UndecidedError(why)
 

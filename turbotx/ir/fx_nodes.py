@@ -88,6 +88,12 @@ def is_size(node: fx.Node) -> bool:
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
+def is_view(node: fx.Node) -> bool:
+    """Return whether a call's result shares an argument's memory, as its schema says."""
+    schema: Any = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info for r in schema.returns)
+
+
 def is_random(node: fx.Node) -> bool:
     """Return whether a call draws random numbers: its result varies, and it advances the
     generator."""

@@ -201,6 +201,15 @@ def axes_of(value: Expr, varies: Mapping[str, frozenset[str]]) -> frozenset[str]
     return axes_in(value).union(*(varies[v] for v in values_in(value)))
 
 
+def axes_along(s: Statement, varies: Mapping[str, frozenset[str]]) -> frozenset[str]:
+    """Return the names of the axes along which what a statement makes varies, or where it is
+    stored."""
+    if isinstance(s, Store):
+        return varies[s.value] | axes_of(s.access.offset, varies)
+    names = (s.value,) if isinstance(s, Check) else results_of(s)
+    return frozenset[str]().union(*(varies[n] for n in names))
+
+
 def expressions_of(s: Statement) -> list[Expr]:
     """Return the positions and sizes in a statement."""
     if isinstance(s, (Load, Store)):
@@ -267,35 +276,20 @@ class Kernel:
 
     def expressions(self) -> Iterator[Expr]:
         """Yield every size expression in the kernel: extents, offsets, index values and limits."""
-        for axis in self.axes:
-            yield axis.extent
+        yield from (axis.extent for axis in self.axes)
         for statement in self.body:
-            if isinstance(statement, (Load, Store)):
-                yield statement.access.offset
-            elif isinstance(statement, Index):
-                yield statement.value
-            elif isinstance(statement, Check):
-                yield statement.limit
+            yield from expressions_of(statement)
 
     def varies_over(self) -> dict[str, frozenset[str]]:
         """Return, for each value, the names of the axes that it varies over."""
         varies: dict[str, frozenset[str]] = {}
         reduced = frozenset(a.name for a in self.columns)
         for s in self.body:
-            if isinstance(s, Load):
-                mask = varies[s.access.mask] if s.access.mask else frozenset()
-                varies[s.result] = axes_of(s.access.offset, varies) | mask
-            elif isinstance(s, Index):
-                varies[s.result] = axes_of(s.value, varies)
-            elif isinstance(s, Constant):
-                varies[s.result] = frozenset()
-            elif isinstance(s, Compute):
-                varies[s.result] = frozenset().union(*(varies[a] for a in s.args))
-            elif isinstance(s, Reduce):
-                kept = frozenset().union(*(varies[a] for a in s.args)) - reduced
-                varies.update(dict.fromkeys(s.results, kept))
-            elif isinstance(s, Scan):
-                varies[s.result] = reduced.union(*(varies[a] for a in s.args))
+            found = frozenset[str]().union(*map(axes_in, expressions_of(s)))
+            found = found.union(*(varies[v] for v in needs_of(s)))
+            if isinstance(s, (Reduce, Scan)):
+                found = found - reduced if isinstance(s, Reduce) else found | reduced
+            varies.update(dict.fromkeys(results_of(s), found))
         return varies
 
     def phases(self) -> dict[str, int]:

@@ -9,6 +9,7 @@ not their own order. Captures depend on it, since the strides of eager's results
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -55,6 +56,13 @@ def has_version(tensor: torch.Tensor) -> bool:
         return tensor._version >= 0
     except RuntimeError:
         return False
+
+
+def memory_of(tensor: torch.Tensor) -> int | None:
+    """Return the identity of a tensor's storage; None for a tensor without one, as under vmap."""
+    with torch._C.DisableTorchFunction(), suppress(NotImplementedError):
+        return int(tensor.untyped_storage()._cdata)
+    return None
 
 
 def by_order(values: Sequence[T], order: Sequence[int] | None) -> tuple[T, ...]:

@@ -169,49 +169,31 @@ def _fake_row_scale(x: torch.Tensor, kind: torch.dtype = torch.int8) -> torch.Te
     return x.new_empty(*x.shape[:-1], 1, dtype=_wide(x).dtype)
 
 
-def _fake_quantize_rows(
+def _fake_rows(
     x: torch.Tensor, scale: torch.Tensor, kind: torch.dtype = torch.int8
 ) -> torch.Tensor:
     return x.new_empty(x.shape, dtype=kind)
 
 
-def _fake_quantize_affine(
-    x: torch.Tensor, inverse: float, shift: int, low: int, high: int
-) -> torch.Tensor:
+def _fake_affine(x: torch.Tensor, *numbers: Any) -> torch.Tensor:
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
-def _fake_if_zeros(x: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-def _fake_quantize_affine_by(
-    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, middle: int, low: int, high: int
-) -> torch.Tensor:
-    return x.new_empty(x.shape, dtype=torch.int8)
-
-
-def _fake_quantized_linear(
+def _fake_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor,
-    x_scale: torch.Tensor | None, dtype: torch.dtype,
+    x_scale: torch.Tensor | None = None, dtype: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
 
 
-def _fake_weight_only_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
 for _name, _meaning, _fake in (
     ("row_scale", _row_scale, _fake_row_scale),
-    ("quantize_rows", _quantize_rows, _fake_quantize_rows),
-    ("if_zeros", _if_zeros, _fake_if_zeros),
-    ("quantize_affine", _quantize_affine, _fake_quantize_affine),
-    ("quantize_affine.tensor", _quantize_affine_by, _fake_quantize_affine_by),
-    ("quantized_linear", _quantized_linear, _fake_quantized_linear),
-    ("weight_only_linear", _weight_only_linear, _fake_weight_only_linear),
+    ("quantize_rows", _quantize_rows, _fake_rows),
+    ("if_zeros", _if_zeros, lambda x, _: torch.empty_like(x)),
+    ("quantize_affine", _quantize_affine, _fake_affine),
+    ("quantize_affine.tensor", _quantize_affine_by, _fake_affine),
+    ("quantized_linear", _quantized_linear, _fake_linear),
+    ("weight_only_linear", _weight_only_linear, _fake_linear),
 ):
     _library.impl(_name, _meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"turbotx::{_name}", _fake, lib=_library)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from turbotx.kernels.heuristics import class_name
 from turbotx.kernels.triton.gemm_template import GemmTemplate
 
 
@@ -52,15 +53,6 @@ DEVICES = {
     "sm_100": DeviceClass(148, 224 * 1024, 4, (128, 256), 2250.0, 75.0, 8.0),
     "gfx942": DeviceClass(304, 64 * 1024, 2, tflops=1307.0, tflops_fp32=163.0, tb_per_s=5.3),
 }
-
-
-def class_name(target: str) -> str:
-    """Return the class of a target; other NVIDIA GPUs belong to the next older class."""
-    if target in DEVICES:
-        return target
-    number = int(target.removeprefix("sm_")) if target.removeprefix("sm_").isdigit() else 0
-    older = [n for n in DEVICES if n.startswith("sm_") and int(n[3:]) <= number]
-    return older[-1] if older else "sm_80"
 
 
 def device_class(target: str) -> DeviceClass:

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from turbotx.kernels.device_classes import DeviceClass, class_name, device_class
+from turbotx.kernels.device_classes import DeviceClass, device_class
+from turbotx.kernels.heuristics import class_name
 from turbotx.kernels.job import Job
 from turbotx.kernels.triton.compiler import POINTEES, fit_warps
 from turbotx.kernels.triton.gemm import print_triton_gemm

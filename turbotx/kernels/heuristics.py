@@ -50,10 +50,15 @@ TABLE: dict[str, Heuristics] = {
 DEFAULT = Heuristics()
 
 
+def class_name(target: str) -> str:
+    """Return the class of a target; other NVIDIA GPUs belong to the next older class."""
+    if target in TABLE:
+        return target
+    number = int(target.removeprefix("sm_")) if target.removeprefix("sm_").isdigit() else 0
+    older = [n for n in TABLE if n.startswith("sm_") and int(n[3:]) <= number]
+    return older[-1] if older else "sm_80"
+
+
 def heuristics_for(target: str) -> Heuristics:
-    """Return the row of a target, or of the newest NVIDIA class not newer than it."""
-    if target in TABLE or not target.startswith("sm_"):
-        return TABLE.get(target, DEFAULT)
-    number = int(target[3:])
-    older = [name for name in TABLE if name.startswith("sm_") and int(name[3:]) <= number]
-    return TABLE[max(older, key=lambda name: int(name[3:]))] if older else DEFAULT
+    """Return the row of a target's class."""
+    return TABLE[class_name(target)]

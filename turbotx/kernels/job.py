@@ -53,6 +53,12 @@ class Job:
         shown = (_triton_version(), dataclasses.astuple(code))
         return hashlib.sha256(repr(shown).encode()).hexdigest()[:24]
 
+    def split(self) -> tuple[str, str]:
+        """Return the source up to the function's first line, and from there on."""
+        begin = re.search(rf"^def {re.escape(self.name)}\([^)]*\):\n", self.source, re.MULTILINE)
+        assert begin is not None, self.source
+        return self.source[: begin.end()], self.source[begin.end() :]
+
     @property
     def taken(self) -> int:
         """Number of arguments of a launch."""

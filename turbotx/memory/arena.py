@@ -20,6 +20,7 @@ import torch
 from turbotx.memory.capture_lock import capture_lock
 from turbotx.memory.cpu_range import CpuRange, MemoryExhausted, load_libc
 from turbotx.memory.cuda_range import CudaRange
+from turbotx.memory.planner.plan import align
 
 _PROBE_BYTE = 0xA5
 
@@ -270,7 +271,7 @@ class Arena:
 
     def whole_chunks(self, nbytes: int) -> int:
         """Return `nbytes` rounded up to whole chunks."""
-        return align_up(nbytes, self._chunk_nbytes)
+        return align(nbytes, self._chunk_nbytes)
 
     def grow(self, nbytes: int) -> None:
         """Map at least `nbytes`. Raises MemoryExhausted; the arena is then unchanged or empty."""
@@ -291,8 +292,3 @@ class Arena:
             if self._memory.address != before[0] and before[1]:
                 self.generation += 1
             self.tensor = view_range(self._memory, self._device)
-
-
-def align_up(nbytes: int, unit: int) -> int:
-    """Return the smallest multiple of `unit` that is at least `nbytes`."""
-    return -(-nbytes // unit) * unit

@@ -16,6 +16,7 @@ from typing import Any
 from turbotx.errors import TurbotxError
 from turbotx.memory.capture_lock import capture_lock
 from turbotx.memory.cpu_range import MemoryExhausted
+from turbotx.memory.planner.plan import align
 
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
@@ -49,7 +50,7 @@ class CudaRange:
         self._granule = int(call(driver, "cuMemGetAllocationGranularity", self._property, flag))
         total_nbytes = int(call(driver, "cuDeviceTotalMem", device_index))
         wish = min(address_nbytes, 2 * total_nbytes)
-        self.capacity_nbytes = -(-wish // self._granule) * self._granule
+        self.capacity_nbytes = align(wish, self._granule)
         base = call(driver, "cuMemAddressReserve", self.capacity_nbytes, self._granule, 0, 0)
         self.address = int(base)
         self.mapped_nbytes = 0
@@ -67,7 +68,7 @@ class CudaRange:
     def map_to(self, nbytes: int) -> None:
         """Back at least the first `nbytes`, with one allocation; never shrinks. Raises
         MemoryExhausted beyond the reserved addresses or the device's memory."""
-        wanted = -(-nbytes // self._granule) * self._granule - self.mapped_nbytes
+        wanted = align(nbytes, self._granule) - self.mapped_nbytes
         if wanted <= 0:
             return
         most = self._end[0][0] if self._end else self.capacity_nbytes
@@ -84,7 +85,7 @@ class CudaRange:
         over all addresses, as a traceback or a debugger, reads its first and last elements, and an
         address without memory would end the device's context. Raises as `map_to`."""
         self.map_to(nbytes)
-        wanted = -(-nbytes // self._granule) * self._granule
+        wanted = align(nbytes, self._granule)
         if not self._end and self.mapped_nbytes + wanted <= self.capacity_nbytes:
             self._end.append(self._map(self.capacity_nbytes - wanted, wanted))
 

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from turbotx.errors import TurbotxError
-from turbotx.memory.arena import AddressRange, Arena, align_up, open_range
+from turbotx.memory.arena import AddressRange, Arena, open_range
 from turbotx.memory.cpu_range import MemoryExhausted
-from turbotx.memory.planner.plan import CHUNK_NBYTES
+from turbotx.memory.planner.plan import CHUNK_NBYTES, align
 
 log = logging.getLogger("turbotx.memory")
 
@@ -174,11 +174,9 @@ class ChunkPool:
         """Trim idle arenas to `keep_nbytes` or what is reserved; return the number of bytes
         freed."""
         with self._changed:
-            before = self._mapped_nbytes()
-            for arena in self._idle:
-                self._shrink(arena, keep_nbytes)
+            freed = self._shrink_idle(keep_nbytes)
             self._changed.notify_all()
-            return before - self._mapped_nbytes()
+            return freed
 
     def stats(self) -> PoolStats:
         """Return the pool's current statistics."""
@@ -279,7 +277,7 @@ class ChunkPool:
         try:
             arena.grow(nbytes)
         except MemoryExhausted:
-            if not self._empty_idle(except_for=arena):
+            if not self._shrink_idle(0, except_for=arena):
                 raise
             arena.grow(nbytes)
         self._chunk_allocations += 1
@@ -290,9 +288,9 @@ class ChunkPool:
         """Keep the pool within its limit by trimming idle arenas; raises MemoryExhausted."""
         if self.limit_nbytes is None:
             return
-        grown = align_up(nbytes, CHUNK_NBYTES) - arena.mapped_nbytes
+        grown = align(nbytes, CHUNK_NBYTES) - arena.mapped_nbytes
         if self._mapped_nbytes() + grown > self.limit_nbytes:
-            self._empty_idle(except_for=arena)
+            self._shrink_idle(0, except_for=arena)
         if self._mapped_nbytes() + grown > self.limit_nbytes:
             raise MemoryExhausted(
                 f"{nbytes} bytes are needed, but the pool may map {self.limit_nbytes} and has "
@@ -300,15 +298,15 @@ class ChunkPool:
                 f"shorter sequences"
             )
 
-    def _empty_idle(self, except_for: Arena) -> int:
+    def _shrink_idle(self, keep_nbytes: int, except_for: Arena | None = None) -> int:
         before = self._mapped_nbytes()
         for arena in self._idle:
             if arena is not except_for:
-                self._shrink(arena, 0)
+                self._shrink(arena, keep_nbytes)
         return before - self._mapped_nbytes()
 
     def _shrink(self, arena: Arena, keep_nbytes: int) -> None:
-        keep_nbytes = align_up(max(keep_nbytes, self._reserved_nbytes), CHUNK_NBYTES)
+        keep_nbytes = align(max(keep_nbytes, self._reserved_nbytes), CHUNK_NBYTES)
         if keep_nbytes < arena.mapped_nbytes:
             arena.shrink(keep_nbytes)
             self._trims += 1

@@ -8,7 +8,9 @@ kernel's body; equal statements are emitted once, and constants are folded::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial, partialmethod
 from typing import Any
 
 import sympy
@@ -40,44 +42,21 @@ class Element:
     def _with(self, op: str, other: Any, swap: bool = False) -> Element:
         return self.machine.call(op, other, self) if swap else self.machine.call(op, self, other)
 
-    def __add__(self, other: Any) -> Element:
-        return self._with("add", other)
-
-    def __radd__(self, other: Any) -> Element:
-        return self._with("add", other, swap=True)
-
-    def __sub__(self, other: Any) -> Element:
-        return self._with("sub", other)
-
-    def __rsub__(self, other: Any) -> Element:
-        return self._with("sub", other, swap=True)
-
-    def __mul__(self, other: Any) -> Element:
-        return self._with("mul", other)
-
-    def __rmul__(self, other: Any) -> Element:
-        return self._with("mul", other, swap=True)
-
-    def __truediv__(self, other: Any) -> Element:
-        return self._with("div", other)
-
-    def __rtruediv__(self, other: Any) -> Element:
-        return self._with("div", other, swap=True)
+    __add__ = partialmethod(_with, "add")
+    __radd__ = partialmethod(_with, "add", swap=True)
+    __sub__ = partialmethod(_with, "sub")
+    __rsub__ = partialmethod(_with, "sub", swap=True)
+    __mul__ = partialmethod(_with, "mul")
+    __rmul__ = partialmethod(_with, "mul", swap=True)
+    __truediv__ = partialmethod(_with, "div")
+    __rtruediv__ = partialmethod(_with, "div", swap=True)
+    __lt__ = partialmethod(_with, "lt")
+    __le__ = partialmethod(_with, "le")
+    __gt__ = partialmethod(_with, "gt")
+    __ge__ = partialmethod(_with, "ge")
 
     def __neg__(self) -> Element:
         return self.machine.call("neg", self)
-
-    def __lt__(self, other: Any) -> Element:
-        return self._with("lt", other)
-
-    def __le__(self, other: Any) -> Element:
-        return self._with("le", other)
-
-    def __gt__(self, other: Any) -> Element:
-        return self._with("gt", other)
-
-    def __ge__(self, other: Any) -> Element:
-        return self._with("ge", other)
 
 
 class KernelBuilder:
@@ -102,6 +81,18 @@ class KernelBuilder:
         self._counts[base] = k + 1
         return f"{base}{k}" if k or base[-1].isdigit() else base
 
+    def _once(
+        self, key: Any, base: str, make: Callable[[str], ir.Statement], dtype: torch.dtype,
+        value: Number | None = None, index: Expr | None = None,
+    ) -> Element:  # fmt: skip
+        """Return the element of a statement that `make` makes of its result's name, the same one
+        for equal keys."""
+        if key not in self._shared:
+            name = self._name(base)
+            self.body.append(make(name))
+            self._shared[key] = Element(self, name, dtype, value, index)
+        return self._shared[key]
+
     def constant(self, value: Number, dtype: torch.dtype) -> Element:
         """Return a literal in the compute dtype of `dtype`."""
         dtype = compute_dtype(dtype)
@@ -112,36 +103,26 @@ class KernelBuilder:
         else:
             value = int(value)
         index = sympy.Integer(value) if dtype is torch.int64 else None
-        key = ("constant", repr(value), dtype)
-        if key not in self._shared:
-            name = self._name("c")
-            self.body.append(ir.Constant(name, value, dtype))
-            self._shared[key] = Element(self, name, dtype, value, index)
-        return self._shared[key]
+        key, make = ("constant", repr(value), dtype), partial(ir.Constant, value=value, dtype=dtype)
+        return self._once(key, "c", make, dtype, value, index)
 
     def index(self, value: Expr) -> Element:
         """Return an int64 element equal to an expression of loop indices and sizes."""
         value = sympy.expand(value)
         if value.is_Integer:
             return self.constant(int(value), torch.int64)
-        key = ("index", value)
-        if key not in self._shared:
-            name = self._name("i")
-            self.body.append(ir.Index(name, value))
-            self._shared[key] = Element(self, name, torch.int64, None, value)
-        return self._shared[key]
+        make = partial(ir.Index, value=value)
+        return self._once(("index", value), "i", make, torch.int64, index=value)
 
     def emit_load(self, access: ir.Access, stored: torch.dtype) -> Element:
         """Return the element at `access` in the compute dtype of `stored`."""
-        key = ("load", access)
-        if key not in self._shared:
-            dtype = compute_dtype(stored)
-            name = self._name("x" if dtype.is_floating_point else "k")
-            self.body.append(ir.Load(name, access, dtype))
-            self._shared[key] = Element(self, name, dtype)
-            if stored in HALVES:
-                self._held[name] = stored
-        return self._shared[key]
+        dtype = compute_dtype(stored)
+        base = "x" if dtype.is_floating_point else "k"
+        make = partial(ir.Load, access=access, dtype=dtype)
+        found = self._once(("load", access), base, make, dtype)
+        if stored in HALVES:
+            self._held[found.name] = stored
+        return found
 
     def emit_reduce(self, op: str, value: Element) -> tuple[Element, ...]:
         """Return a reduction's outputs over the row axes; op: a name in `primitives.REDUCTIONS`."""
@@ -156,12 +137,8 @@ class KernelBuilder:
 
     def emit_scan(self, op: str, value: Element) -> Element:
         """Return a scan along the row axes; op: a name in `primitives.SCANS`."""
-        key = ("scan", op, value.name)
-        if key not in self._shared:
-            name = self._name(f"running_{op}")
-            self.body.append(ir.Scan(name, op, (value.name,), value.dtype))
-            self._shared[key] = Element(self, name, value.dtype)
-        return self._shared[key]
+        make = partial(ir.Scan, op=op, args=(value.name,), dtype=value.dtype)
+        return self._once(("scan", op, value.name), f"running_{op}", make, value.dtype)
 
     def reduce_one(self, op: str, value: Element) -> tuple[Element, ...]:
         """Return a reduction over a single element."""
@@ -218,30 +195,15 @@ class KernelBuilder:
         """Return the value to store for x in memory of `dtype`; the store does the rounding."""
         return self._before.get(x.name, x) if self._held.get(x.name) is dtype else x
 
-    def exp(self, x: Element) -> Element:
-        """Return e ** x."""
-        return self.call("exp", x)
-
-    def tanh(self, x: Element) -> Element:
-        """Return the hyperbolic tangent of x."""
-        return self.call("tanh", x)
-
-    def erf(self, x: Element) -> Element:
-        """Return the error function of x."""
-        return self.call("erf", x)
-
-    def sigmoid(self, x: Element) -> Element:
-        """Return 1 / (1 + e ** -x)."""
-        return self.call("sigmoid", x)
+    exp = partialmethod(call, "exp")
+    tanh = partialmethod(call, "tanh")
+    erf = partialmethod(call, "erf")
+    sigmoid = partialmethod(call, "sigmoid")
 
     def round_to_int8(self, x: Element) -> Element:
         """Return x, float32 from -127.5 to 127.5, rounded to int8, halves to even."""
-        key = ("round_to_int8", x.name)
-        if key not in self._shared:
-            name = self._name("rounded")
-            self.body.append(ir.Compute(name, "round_to_int8", (x.name,), torch.int8))
-            self._shared[key] = Element(self, name, torch.int8)
-        return self._shared[key]
+        make = partial(ir.Compute, op="round_to_int8", args=(x.name,), dtype=torch.int8)
+        return self._once(("round_to_int8", x.name), "rounded", make, torch.int8)
 
     def where(self, condition: Element, x: Any, y: Any) -> Element:
         """Return x where `condition` is nonzero, else y, in the dtype of x."""
@@ -271,13 +233,9 @@ class KernelBuilder:
             return self.constant(x.value, dtype)
         if dtype is torch.bool:
             return self.truth(x)
-        key = ("cast", x.name, dtype)
-        if key not in self._shared:
-            name = self._name("cast")
-            self.body.append(ir.Compute(name, "cast", (x.name,), dtype))
-            index = x.index if dtype is torch.int64 else None
-            self._shared[key] = Element(self, name, dtype, None, index)
-        return self._shared[key]
+        make = partial(ir.Compute, op="cast", args=(x.name,), dtype=dtype)
+        index = x.index if dtype is torch.int64 else None
+        return self._once(("cast", x.name, dtype), "cast", make, dtype, index=index)
 
     # --- folding ---
 

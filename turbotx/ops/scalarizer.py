@@ -23,10 +23,22 @@ from turbotx.ir.strides import root_layout
 from turbotx.ir.views import NeedsFactoring, input_index, is_view, reshape_index, view_source
 from turbotx.ops import OF_NUMBERS, OPS, Row
 from turbotx.ops.builder import Element, KernelBuilder
-from turbotx.ops.loop_nest import FusionConflict, LoopNest
+from turbotx.ops.loop_nest import FusionConflict, LoopNest, NeedsAxisSplit
 
 # Name of the axis that stands for a position inside a masked range.
 WITHIN = "within"
+
+
+def follow(node: fx.Node) -> tuple[Scalarizer, tuple[Expr, ...], Element | None]:
+    """Return the statements that compute one element of a node from inputs and parameters, its
+    index, and the element; None for it if no single kernel can compute it."""
+    loops = LoopNest({})
+    scalarizer = Scalarizer(lambda n: n.op in ("placeholder", "get_attr"), loops)
+    index = tuple(loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(node)))
+    try:
+        return scalarizer, index, scalarizer.element(node, index)
+    except (FusionConflict, NeedsAxisSplit):
+        return scalarizer, index, None
 
 
 class Scalarizer(KernelBuilder):

@@ -18,6 +18,7 @@ from torch import fx
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import ZERO
 from turbotx.ir.views import VIEWS
+from turbotx.passes.operands import RESHAPES
 
 aten = torch.ops.aten
 
@@ -182,9 +183,6 @@ _NO_OPS: dict[Any, Callable[[fx.Node], bool]] = {
     aten.mul.Tensor: _multiplies_by_one,
     aten.div.Tensor: _multiplies_by_one,
 }
-_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-
-
 _OF_ONES = {
     aten.unsqueeze.default,
     aten.squeeze.default,
@@ -195,10 +193,10 @@ _OF_ONES = {
 
 def _merge_views(node: fx.Node, source: fx.Node) -> fx.Node | None:
     """Fold view-of-view: two reshapes become one, two permutations become one (or none)."""
-    if node.target in _RESHAPES and (
+    if node.target in RESHAPES and (
         VIEWS.get(source.target) == "reshape"
         or source.target in _OF_ONES
-        or _moves_only_ones(source)
+        or moves_only_ones(source)
     ):
         inner = source.args[0]
         assert isinstance(inner, fx.Node)
@@ -216,7 +214,7 @@ def _merge_views(node: fx.Node, source: fx.Node) -> fx.Node | None:
     return None
 
 
-def _moves_only_ones(node: fx.Node) -> bool:
+def moves_only_ones(node: fx.Node) -> bool:
     """Return whether a permutation keeps the order of all dims larger than 1."""
     if not g.is_call(node, aten.permute.default):
         return False

@@ -19,6 +19,7 @@ from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import Expr, product
 from turbotx.ir.strides import layout_with_copies
 from turbotx.ir.views import VIEWS
+from turbotx.passes.canonicalize import moves_only_ones
 
 aten = torch.ops.aten
 
@@ -38,13 +39,7 @@ def plain_source(x: fx.Node) -> fx.Node | None:
 
 def _keeps_order(x: fx.Node) -> bool:
     """Return whether a view keeps the elements in row-major order."""
-    if VIEWS.get(x.target) == "reshape":
-        return True
-    if not g.is_call(x, aten.permute.default):
-        return False
-    shape = g.shape(g.operand(x, 0))
-    kept: list[int] = [d for d in g.argument(x, "dims") if shape[d] != 1]
-    return kept == sorted(kept)
+    return VIEWS.get(x.target) == "reshape" or moves_only_ones(x)
 
 
 @dataclass(frozen=True)

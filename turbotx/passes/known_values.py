@@ -17,8 +17,7 @@ from turbotx.ir import fx_nodes as g
 from turbotx.ir.kernel import Index
 from turbotx.ir.views import VIEWS
 from turbotx.ops import OPS
-from turbotx.ops.loop_nest import FusionConflict, LoopNest, NeedsAxisSplit
-from turbotx.ops.scalarizer import Scalarizer
+from turbotx.ops.scalarizer import follow
 from turbotx.passes.operands import number_in
 
 aten = torch.ops.aten
@@ -54,15 +53,10 @@ class KnownValues:
     def counts_along(node: fx.Node) -> int | None:
         """Return the dim (negative) along which a tensor holds 0, 1, ...; None for other
         tensors."""
-        loops = LoopNest({})
-        scalarizer = Scalarizer(lambda n: n.op in ("placeholder", "get_attr"), loops)
-        places = tuple(loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(node)))
-        try:
-            element = scalarizer.element(node, places)
-        except (FusionConflict, NeedsAxisSplit):
-            return None
+        scalarizer, places, element = follow(node)
+        name = None if element is None else element.name
         for s in scalarizer.body:
-            if isinstance(s, Index) and s.result == element.name and s.value in places:
+            if isinstance(s, Index) and s.result == name and s.value in places:
                 return places.index(s.value) - len(places)
         return None
 

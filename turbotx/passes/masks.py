@@ -17,8 +17,7 @@ from turbotx import ir
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import NO_WINDOW
 from turbotx.ir.expr import ZERO, Expr, expr
-from turbotx.ops.loop_nest import FusionConflict, LoopNest, NeedsAxisSplit
-from turbotx.ops.scalarizer import Scalarizer
+from turbotx.ops.scalarizer import follow
 
 aten = torch.ops.aten
 
@@ -91,17 +90,12 @@ class _Term:
     """One term of a mask, lowered to statements over its own index."""
 
     def __init__(self, mask: fx.Node) -> None:
-        loops = LoopNest({})
-        scalarizer = Scalarizer(lambda n: n.op in ("placeholder", "get_attr"), loops)
-        self.index = tuple(loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(mask)))
-        self.is_true = False
+        scalarizer, self.index, element = follow(mask)
         self.made: dict[str, ir.Statement] = {}
         self.compare: ir.Compute | None = None
-        try:
-            element = scalarizer.element(mask, self.index)
-        except (FusionConflict, NeedsAxisSplit):
+        self.is_true = element is not None and element.value is True
+        if element is None:
             return
-        self.is_true = element.value is True
         self.nodes = {name: node for node, name in scalarizer.params.items()}
         for s in scalarizer.body:
             self.made.update(dict.fromkeys(ir.results_of(s), s))

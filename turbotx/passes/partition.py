@@ -32,9 +32,16 @@ GEMMS = frozenset(
      aten.addmm.default, aten.baddbmm.default, grouped_linear, *QUANTIZED_LINEARS}
 )  # fmt: skip
 
+_KINDS: dict[Any, str] = {
+    attention: "attention", packed_attention: "attention", attention_scores: "product",
+    attention_values: "product", route: "route", cache_store: "store",
+    **dict.fromkeys(GEMMS, "gemm"),
+}  # fmt: skip
+
 BEGINS = "begins"
 """Meta key of a node that must start a region: its inputs are in other regions."""
 
+_OPS = {"placeholder": "input", "output": "output", "get_attr": "parameter"}
 _APART = ("gemm", "attention", "product", "route", "store", "extern")
 """The kinds of nodes outside of regions."""
 
@@ -65,22 +72,14 @@ def kind_of(node: fx.Node, hoisted: frozenset[fx.Node] = frozenset()) -> str:
     """Return the kind of a node: "input", "parameter", "hoisted", "view", "computed", "gemm",
     "attention", "product" (one of attention's two), "route" (rows to experts), "store" (rows in a
     cache), "extern", "piece" (one of several results), "size" or "output"."""
-    if node.op in ("placeholder", "output", "get_attr"):
-        return {"placeholder": "input", "output": "output", "get_attr": "parameter"}[node.op]
+    if node.op in _OPS:
+        return _OPS[node.op]
     if node in hoisted:
         return "hoisted"
     if is_view(node) or node.target in SPLITS:
         return "view"
-    if node.target in (attention, packed_attention):
-        return "attention"
-    if node.target in (attention_scores, attention_values):
-        return "product"
-    if node.target is route:
-        return "route"
-    if node.target is cache_store:
-        return "store"
-    if node.target in GEMMS:
-        return "gemm"
+    if node.target in _KINDS:
+        return _KINDS[node.target]
     value = node.meta.get("val")
     if node.target is g.GETITEM and isinstance(value, torch.Tensor):
         return "piece"

@@ -37,8 +37,7 @@ from turbotx.ir.quantized_ops import (
 )
 from turbotx.ir.views import VIEWS, is_view
 from turbotx.ops import OPS
-from turbotx.ops.loop_nest import FusionConflict, LoopNest, NeedsAxisSplit
-from turbotx.ops.scalarizer import Scalarizer
+from turbotx.ops.scalarizer import follow
 
 aten = torch.ops.aten
 OWN_INPUTS = ("bounds", "starts", "columns", "positions", "sequence_of")
@@ -150,17 +149,10 @@ class _Room:
     def _is_by_place(self, node: fx.Node) -> bool:
         """Return whether an element, computed from parameters, is the same of any number of rows,
         by the op table: a line over the diagonals begins at another for each number."""
-        loops = LoopNest({})
-        scalarizer = Scalarizer(lambda n: n.op in ("placeholder", "get_attr"), loops)
-        try:
-            scalarizer.element(
-                node, tuple(loops.make(e, f"a{d}") for d, e in enumerate(g.shape(node)))
-            )
-        except (FusionConflict, NeedsAxisSplit):
-            return False
+        scalarizer, _, element = follow(node)
         numbers = [e for s in scalarizer.body for e in ir.expressions_of(s)]
-        is_fixed = not any(self.places(n) for n in scalarizer.params)
-        return is_fixed and not loops.rows and not any(map(self._varies, numbers))
+        is_fixed = element is not None and not any(self.places(n) for n in scalarizer.params)
+        return is_fixed and not scalarizer.loops.rows and not any(map(self._varies, numbers))
 
     def _keeps_place(self, source: fx.Node, node: fx.Node) -> bool:
         """Return whether a reshape keeps the dim whole, with the same number of elements before

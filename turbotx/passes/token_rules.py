@@ -72,11 +72,6 @@ def _again(p: Packer, node: fx.Node, tokens: dict[fx.Node, ByToken]) -> fx.Node:
     return p.emit(node, target, *args, **kwargs)
 
 
-def _alone(p: Packer, node: fx.Node, x: ByToken, *args: Any) -> fx.Node:
-    """Return the node's own op on a packed tensor, with other arguments."""
-    return p.emit(node, node.target, x.node, *args, **node.kwargs)
-
-
 def _arguments(node: fx.Node) -> Any:
     return node.args
 
@@ -368,7 +363,8 @@ def softmax(p: Packer, node: fx.Node) -> ByToken:
     """Apply softmax along a dim other than tokens."""
     x = p.operand(node)
     d = p.apart(node, x, _arguments(node)[1])
-    return p.token(_alone(p, node, x, d, *node.args[2:]), x.dims)
+    made = p.emit(node, node.target, x.node, d, *node.args[2:], **node.kwargs)
+    return p.token(made, x.dims)
 
 
 RULES: dict[Any, Rule] = {

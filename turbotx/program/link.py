@@ -25,7 +25,7 @@ from turbotx.ir.sizes import Evaluate
 from turbotx.ir.strides import contiguous_strides, layout_of
 from turbotx.memory.liveness import LaunchUse, Liveness, analyze
 from turbotx.memory.planner import Workload, find_orientations
-from turbotx.program.assembly import Assembly
+from turbotx.program.assembly import Assembly, over
 from turbotx.program.executable import (
     CalledLaunch,
     CpuTables,
@@ -239,8 +239,7 @@ def _row_parts(node: fx.Node) -> tuple[WeightWindow, ...]:
         layout = layout_of(source)
         if layout is None:
             return ()
-        shape, strides = (tuple(map(int, x)) for x in (layout.shape, layout.strides))
-        found.append(WeightWindow(layout.root.name, shape, strides, int(layout.offset)))
+        found.append(weight_window(over(layout, g.dtype(source))))
     return tuple(found)
 
 

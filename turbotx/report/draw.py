@@ -104,17 +104,12 @@ def _kind(report: Record, node: fx.Node) -> str:
     if node.op != "call_function" or not tensors or node.target is g.GETITEM:
         return ""
     # A reshape that strides cannot express is a launch.
-    return "" if _is_view(node) and find_place(report, node).status != "aten" else "other"
+    return "" if g.is_view(node) and find_place(report, node).status != "aten" else "other"
 
 
 def _is_size(node: fx.Node) -> bool:
     """Sizes are known from the shape: reading one does not depend on its tensor."""
     return node.op == "call_function" and isinstance(node.meta.get("val"), torch.SymInt)
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(r.alias_info for r in schema.returns)
 
 
 def _label(report: Record, node: fx.Node) -> tuple[str, str, str]:

@@ -18,10 +18,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
-from turbotx.errors import TurbotxError, versions
+from turbotx.errors import TurbotxError, first_line, versions
 from turbotx.kernels.build import build_library, cache_directory, find_compiler
 from turbotx.kernels.openmp import share_openmp
 from turbotx.kernels.processor import processor_flags, processor_name
@@ -77,27 +78,18 @@ def _build() -> Diagnosis:
     token = int.from_bytes(os.urandom(6), "big")
     source = f'#include "storage.h"\nextern "C" long long ttx_doctor() {{ return {token}LL; }}\n'
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            before = os.environ.get("TURBOTX_CACHE_DIR")
-            os.environ["TURBOTX_CACHE_DIR"] = folder
-            try:
-                library, _ = build_library({"doctor": source})
-            finally:
-                if before is None:
-                    del os.environ["TURBOTX_CACHE_DIR"]
-                else:
-                    os.environ["TURBOTX_CACHE_DIR"] = before
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            patch.dict(os.environ, TURBOTX_CACHE_DIR=folder),
+        ):
+            library, _ = build_library({"doctor": source})
         library.ttx_doctor.restype = ctypes.c_longlong
-        right = library.ttx_doctor() == token
-        return Diagnosis(
-            "build", "ok" if right else "broken", "a C++ function compiles, loads and runs"
-        )
+        state = "ok" if library.ttx_doctor() == token else "broken"
+        return Diagnosis("build", state, "a C++ function compiles, loads and runs")
     except TurbotxError as error:
         if shutil.which("g++") is None and shutil.which("clang++") is None:
             return Diagnosis("build", "missing", "no compiler to try")
-        return Diagnosis(
-            "build", "broken", str(error).splitlines()[0], "see the compiler's message"
-        )
+        return Diagnosis("build", "broken", first_line(error), "see the compiler's message")
 
 
 def _openmp() -> Diagnosis:

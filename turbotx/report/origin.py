@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -97,19 +96,12 @@ def _shares(node: fx.Node) -> fx.Node | None:
     """Return the argument that a node's result aliases, or None."""
     if node.op != "call_function":
         return None
-    if node.target is g.GETITEM:
-        source = node.args[0]
-        return source if isinstance(source, fx.Node) and _splits(source) else None
-    schema = getattr(node.target, "_schema", None)
-    aliased = schema is not None and any(r.alias_info for r in schema.returns)
-    if (aliased or op_name(node) in SHARING) and node.args and isinstance(node.args[0], fx.Node):
-        return node.args[0]
-    return None
-
-
-def _splits(node: fx.Node) -> bool:
-    schema: Any = getattr(node.target, "_schema", None)
-    return schema is not None and any(r.alias_info for r in schema.returns)
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    is_piece = node.target is g.GETITEM
+    shares = g.is_view(source) if is_piece else g.is_view(node) or op_name(node) in SHARING
+    return source if shares else None
 
 
 def _nbytes(node: fx.Node) -> Expr:

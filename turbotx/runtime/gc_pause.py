@@ -1,7 +1,7 @@
 """GC pause: suspends Python's cyclic garbage collector where it is slow or harmful.
 
-A trace creates a million live objects, which every collection would traverse; and a collection
-during a CUDA graph's capture could destroy another graph. For example::
+In: code that creates a million live objects, which every collection would traverse, as a trace
+does, or during which no CUDA graph may be destroyed. Out: it runs without collections::
 
     with pause_gc():
         captured = capture(model, args, kwargs)

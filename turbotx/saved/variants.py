@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partialmethod
 from typing import Any, cast
 
 import sympy
@@ -70,11 +72,15 @@ class _Traced(int):
         made.text, made.places = text, places
         return made
 
-    def _join(self, sign: str, other: int, value: int, swapped: bool = False) -> _Traced:
+    def _join(
+        self, other: int, sign: str, compute: Callable[[int, int], int], swapped: bool
+    ) -> _Traced:
         text = other.text if isinstance(other, _Traced) else f"({int(other)})"
-        sides = (text, self.text) if swapped else (self.text, text)
         places = self.places | (other.places if isinstance(other, _Traced) else frozenset())
-        return self.make(value, f"({sides[0]} {sign} {sides[1]})", places)
+        sides, numbers = (self.text, text), (int(self), int(other))
+        if swapped:
+            sides, numbers = sides[::-1], numbers[::-1]
+        return self.make(compute(*numbers), f"({sides[0]} {sign} {sides[1]})", places)
 
     def bounded(self, size: int, least: int, *most: int) -> _Traced:
         """As `ir.size_functions.bounded`."""
@@ -87,26 +93,11 @@ class _Traced(int):
     def __neg__(self) -> _Traced:
         return self.make(-int(self), f"(-{self.text})", self.places)
 
-    def __floordiv__(self, other: int) -> _Traced:
-        return self._join("//", other, int(self) // int(other))
 
-    def __rfloordiv__(self, other: int) -> _Traced:
-        return self._join("//", other, int(other) // int(self), swapped=True)
-
-    def __mul__(self, other: int) -> _Traced:
-        return self._join("*", other, int(self) * int(other))
-
-    def __rmul__(self, other: int) -> _Traced:
-        return self._join("*", other, int(self) * int(other), swapped=True)
-
-    def __add__(self, other: int) -> _Traced:
-        return self._join("+", other, int(self) + int(other))
-
-    def __radd__(self, other: int) -> _Traced:
-        return self._join("+", other, int(self) + int(other), swapped=True)
-
-    def __sub__(self, other: int) -> _Traced:
-        return self._join("-", other, int(self) - int(other))
+for _sign, _op in (("//", "floordiv"), ("*", "mul"), ("+", "add"), ("-", "sub")):
+    for _swapped in (False, True):
+        _how = {"sign": _sign, "compute": getattr(operator, _op), "swapped": _swapped}
+        setattr(_Traced, f"__{'r' * _swapped}{_op}__", partialmethod(_Traced._join, **_how))
 
 
 class _ProgramSizes:

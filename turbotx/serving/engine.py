@@ -1,7 +1,7 @@
 """Batch engines: compute token rows, one array per row.
 
-An engine is called from one thread, one batch at a time. It wraps a PyTorch module, eager or
-optimized by turbotx::
+In: a PyTorch module, eager or optimized by turbotx; then rows of token ids, one batch at a time,
+from one thread. Out: a float32 array for each row::
 
     TorchEngine(SentenceModel(bert, steps), Head("embedding")).run(rows)    # (n, 384) float32
 """
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from turbotx.errors import InputError, OptionsError, PackError
+from turbotx.errors import InputError, OptionsError, PackError, first_line
 from turbotx.serving.tokens import TokenRow
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class TorchEngine:
         except (PackError, OptionsError, InputError) as error:
             if self.padding == "packed" or self.calls:
                 raise
-            log.info("served padded: %s", str(error).strip().splitlines()[0])
+            log.info("served padded: %s", first_line(error))
             self.module.pad()
             return self._run_padded(rows)
         self.calls += 1

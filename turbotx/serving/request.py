@@ -1,7 +1,7 @@
 """Request and batch, the scheduler's input and output.
 
-A ``Request`` is one sequence; a ``Batch`` is executed by one call, padded to its longest member or
-without padding::
+In: sequences of tokens, each a ``Request``. Out: a ``Batch``, which one call executes, padded to
+its longest member or without padding::
 
     Batch.of([Request("a", 5, 0.0), Request("b", 9, 1.0)], cost_ms=4.4).padded_tokens     # 18
 """

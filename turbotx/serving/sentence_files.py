@@ -9,13 +9,13 @@ data; unknown modules, options and modes are errors that name them::
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from turbotx.errors import TurbotxError
+from turbotx.errors import TurbotxError, kind_and_line
 
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 # Before version 5.4: one flag per mode; the enabled ones are joined in this order.
@@ -57,10 +57,16 @@ def loading(what: str) -> Iterator[None]:
     except TurbotxError:
         raise
     except Exception as error:
-        said = str(error).strip().splitlines() or [""]
+        raise ModelFilesError(f"{what} cannot be loaded: {kind_and_line(error)}") from error
+
+
+def refuse_missing(folder: Path, names: Iterable[str]) -> None:
+    """Raise ModelFilesError if there are names of weights that a directory lacks."""
+    if missing := sorted(names):
         raise ModelFilesError(
-            f"{what} cannot be loaded: {type(error).__name__}: {said[0]}"
-        ) from error
+            f"{folder}: the weights lack {', '.join(missing[:5])}"
+            f"{' and others' if len(missing) > 5 else ''}: they would be random"
+        )
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,18 @@ def load_tokenizer(folder: Path, lower_case: bool = False) -> TextTokenizer:
 
     lower_case: add a lower-casing normalizer before the tokenizer's own. Raises ModelFilesError.
     """
-    if not any((folder / name).is_file() for name in VOCABULARIES):
-        raise ModelFilesError(f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES)}")
+    need_tokenizer(folder)
     with loading(f"the tokenizer of {folder}"):
         found = _read(folder)
     if lower_case:
         _lower(found.tokenizer)
     return found
+
+
+def need_tokenizer(folder: Path) -> None:
+    """Raise ModelFilesError for a directory without a tokenizer's file."""
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise ModelFilesError(f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES)}")
 
 
 def _read(folder: Path) -> TextTokenizer:

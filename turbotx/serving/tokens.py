@@ -89,16 +89,14 @@ class TextTokenizer:
             raise BadInput("an input of token ids is empty")
         if len(ids) > self.max_length:
             raise TooLarge(f"an input has {len(ids)} tokens, the model takes {self.max_length}")
-        if min(ids) < 0 or max(ids) >= self.vocabulary:
-            raise BadInput(f"token ids must lie in 0 to {self.vocabulary - 1}")
+        self._check_range(ids)
         return TokenRow(tuple(ids))
 
     def texts_of(self, rows: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
         """Return the text of each row of ids. skip_special: leave special tokens out. Raises
         BadInput for ids outside the vocabulary."""
         for ids in rows:
-            if ids and (min(ids) < 0 or max(ids) >= self.vocabulary):
-                raise BadInput(f"token ids must lie in 0 to {self.vocabulary - 1}")
+            self._check_range(ids)
         found: list[str] = self.tokenizer.decode_batch(rows, skip_special_tokens=skip_special)
         return found
 
@@ -130,6 +128,10 @@ class TextTokenizer:
             return self.tokenizer.encode_batch([pair], add_special_tokens=special)[0]
         except (TypeError, UnicodeError) as error:  # lone surrogates, which JSON can carry
             raise BadInput("an input is not valid Unicode text") from error
+
+    def _check_range(self, ids: Sequence[int]) -> None:
+        if ids and (min(ids) < 0 or max(ids) >= self.vocabulary):
+            raise BadInput(f"token ids must lie in 0 to {self.vocabulary - 1}")
 
     def _cut(self, text: str, limit: int, truncate: bool, keep_end: bool) -> str:
         if len(text) <= limit:

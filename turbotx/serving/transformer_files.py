@@ -22,6 +22,7 @@ from turbotx.serving.sentence_files import (
     SentenceFiles,
     Splade,
     loading,
+    refuse_missing,
 )
 from turbotx.serving.tokens import TextTokenizer
 
@@ -99,12 +100,8 @@ def _load_transformer(folder: Path, kind: str, dtype: Any) -> Any:
         )
     # The model's pooler is unused: the chain pools the hidden states.
     headed = kind in ("classifier", "sparse")
-    missing = sorted(n for n in report["missing_keys"] if headed or not n.startswith("pooler."))
-    if missing:
-        raise ModelFilesError(
-            f"{folder}: the weights lack {', '.join(missing[:5])}"
-            f"{' and others' if len(missing) > 5 else ''}: they would be random"
-        )
+    missing = report["missing_keys"]
+    refuse_missing(folder, (n for n in missing if headed or not n.startswith("pooler.")))
     return module
 
 

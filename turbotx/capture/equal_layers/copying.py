@@ -22,8 +22,8 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor,
 )
 
-from turbotx.capture.equal_layers.layer_call import memory_of
 from turbotx.capture.equal_layers.layer_state import UnequalError
+from turbotx.ir.memory_order import memory_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def note_output(
     tensor, number or tuple of these, or shows a part of something that lives elsewhere."""
     places = {node: k for k, node in enumerate(nodes)}
     memories = {memory_of(t) for t in given}
-    seen: dict[int, fx.Node] = {}
+    seen: dict[int | None, fx.Node] = {}
 
     def one(value: Any) -> Any:
         if type(value) in (tuple, list):

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from turbotx.capture.equal_layers.layer_state import UnequalError
 from turbotx.ir.fake_results import UnknownError, describe
 from turbotx.ir.fx_nodes import draws
+from turbotx.ir.memory_order import memory_of
 
 NodeOf = Callable[[torch.Tensor], fx.Node]
 _PLAIN = (
@@ -97,7 +98,7 @@ def pattern_of(roles: Sequence[fx.Node]) -> tuple[int, ...]:
 
 
 def encode(
-    nodes: Sequence[fx.Node], roles: Sequence[fx.Node], memories: set[int]
+    nodes: Sequence[fx.Node], roles: Sequence[fx.Node], memories: set[int | None]
 ) -> tuple[Any, ...]:
     """Describe nodes by what they do, with what: nodes among them, the tensors that the call was
     given or read (`roles`, which lie in `memories`), and sizes.
@@ -142,12 +143,6 @@ def _written_by(node: fx.Node) -> Iterator[fx.Node]:
             if formal.alias_info is not None and formal.alias_info.is_write:
                 given = node.args[place] if place < len(node.args) else node.kwargs.get(formal.name)
                 yield from (x for x in pytree.tree_leaves(given) if isinstance(x, fx.Node))
-
-
-def memory_of(tensor: torch.Tensor) -> int:
-    """Return which memory a tensor lies in; what shows another lies in the same."""
-    with torch._C.DisableTorchFunction():
-        return int(tensor.untyped_storage()._cdata)
 
 
 def _encode(node: fx.Node, one: Callable[[Any], Any]) -> Any:

@@ -33,12 +33,7 @@ from turbotx.capture.equal_layers.copying import (
     make_output,
     note_output,
 )
-from turbotx.capture.equal_layers.layer_call import (
-    CallArguments,
-    encode,
-    memory_of,
-    pattern_of,
-)
+from turbotx.capture.equal_layers.layer_call import CallArguments, encode, pattern_of
 from turbotx.capture.equal_layers.layer_state import (
     LayerState,
     Read,
@@ -51,6 +46,7 @@ from turbotx.capture.module_state.names import Names
 from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.module_state.values import dict_of
 from turbotx.capture.tracing import replaced_in_thread
+from turbotx.ir.memory_order import memory_of
 
 MOST_KINDS = 6
 """Traced layers of one class that are not equal to each other; no more are compared."""

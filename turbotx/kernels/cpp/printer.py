@@ -14,7 +14,7 @@ from turbotx.ir.expr import Expr, product, to_c
 from turbotx.ir.primitives import SCANS
 from turbotx.kernels.cpp.sequential import equal_block, make_sequential
 from turbotx.kernels.cpp.sweeps import Sweeps
-from turbotx.kernels.cpp.text import STORAGE, FunctionText, start_of, var, wider
+from turbotx.kernels.cpp.text import COMBINED, STORAGE, FunctionText, start_of, var, wider
 from turbotx.kernels.cpp.tiles import print_tiles, wants_tiles
 
 __all__ = ["STORAGE", "print_kernel"]
@@ -71,24 +71,18 @@ class _Elementwise:
             text.put(f"const int64_t begin = block * {BLOCK};")
             end = text.end_of_block(extent, BLOCK)
         for s in self.kernel.body:
-            if not self._inside(s, inner):
+            if inner.name not in ir.axes_along(s, self.sweeps.varies):
                 text.statement(s)
         if not text.checks:
             text.put("#pragma omp simd")
         begin = "0" if short else "begin"
         text.open(f"for (int64_t {name} = {begin}; {name} < {end}; ++{name})")
         for s in self.kernel.body:
-            if self._inside(s, inner):
+            if inner.name in ir.axes_along(s, self.sweeps.varies):
                 text.statement(s)
         text.close()
         if loops:
             text.close_shared()
-
-    def _inside(self, s: ir.Statement, axis: ir.Axis) -> bool:
-        if isinstance(s, ir.Store):
-            return axis.name in self.sweeps.varies[s.value] | ir.axes_in(s.access.offset)
-        names = {s.value} if isinstance(s, ir.Check) else set(ir.results_of(s))
-        return any(axis.name in self.sweeps.varies[n] for n in names)
 
 
 class _Rows:
@@ -233,10 +227,8 @@ class _Rows:
     def _accumulate(self, r: ir.Reduce) -> None:
         x = var(r.args[0])
         name = f"part_{r.results[0]}" if self._in_parts(r) else total_of(r)
-        if r.op in ("sum", "prod"):
-            self.text.put(f"{name} {'+' if r.op == 'sum' else '*'}= {x};")
-        elif r.op in ("any", "all"):
-            self.text.put(f"{name} = {name} {'||' if r.op == 'any' else '&&'} {x};")
+        if r.op in COMBINED:
+            self.text.put(COMBINED[r.op].format(name, x))
         else:
             sign = ">" if r.op == "max" else "<"
             self.text.put(f"{name} = {x} {sign} {name} ? {x} : {name};")

@@ -34,7 +34,7 @@ def make_sequential(kernel: ir.Kernel) -> ir.Kernel:
         return known[key]
 
     for s in kernel.body:
-        s = _rename(s, renamed)
+        s = ir.rename(s, renamed)
         if isinstance(s, ir.Compute):
             name = compute(s.result, s.op, s.args, s.dtype) if s.op != "cast" else s.result
             if s.op == "cast":
@@ -113,13 +113,3 @@ def _moments(s: ir.Reduce, count: Expr, blocks: bool) -> list[ir.Statement]:
     # Squares of tiny numbers underflow to 0, below the rounding error.
     compute(m2, "cast", compute(f"{m2}_wide", "maximum", apart, f"{m2}_zero"), dtype=s.dtype)
     return made
-
-
-def _rename(s: ir.Statement, renamed: dict[str, str]) -> ir.Statement:
-    if isinstance(s, (ir.Compute, ir.Reduce, ir.Scan)):
-        return replace(s, args=tuple(renamed.get(a, a) for a in s.args))
-    if isinstance(s, (ir.Load, ir.Store)) and s.access.mask in renamed:
-        s = replace(s, access=replace(s.access, mask=renamed[s.access.mask]))
-    if isinstance(s, ir.Store):
-        return replace(s, value=renamed.get(s.value, s.value))
-    return s

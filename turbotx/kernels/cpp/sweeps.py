@@ -32,11 +32,7 @@ class Sweeps:
 
     def in_column(self, s: ir.Statement) -> bool:
         """Return whether a statement is inside the column loop."""
-        if isinstance(s, ir.Store):
-            return bool((self.varies[s.value] | ir.axes_in(s.access.offset)) & self.columns)
-        if isinstance(s, ir.Check):
-            return bool(self.varies[s.value] & self.columns)
-        return isinstance(s, ir.Reduce) or bool(self.varies[ir.results_of(s)[0]] & self.columns)
+        return isinstance(s, ir.Reduce) or bool(self.columns & ir.axes_along(s, self.varies))
 
     def reduces(self, sweep: int) -> list[ir.Reduce]:
         """Return the reductions of a sweep."""

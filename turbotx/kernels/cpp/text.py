@@ -24,6 +24,11 @@ STORAGE = {
     torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "uint8_t", torch.bool: "bool",
     torch.float8_e4m3fn: "ttx::f8",  # for reports only: `passes.quantize` refuses it on CPUs
 }  # fmt: skip
+COMBINED = {
+    "sum": "{0} += {1};", "prod": "{0} *= {1};", "any": "{0} = {0} || {1};",
+    "all": "{0} = {0} && {1};",
+}  # fmt: skip
+"""Reductions as a statement on their total and the next value; max and min ask for NaN too."""
 _NAMED = """
     alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t
     char32_t char8_t class co_await co_return co_yield compl concept const const_cast

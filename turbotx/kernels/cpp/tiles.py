@@ -12,7 +12,7 @@ from turbotx import ir
 from turbotx.ir.expr import product, to_c
 from turbotx.ir.primitives import SCANS
 from turbotx.kernels.cpp.sweeps import Sweeps
-from turbotx.kernels.cpp.text import FunctionText, start_of, var, wider
+from turbotx.kernels.cpp.text import COMBINED, FunctionText, start_of, var, wider
 
 # Rows of a tile: 256 bytes of floats, four AVX-512 vectors, so that whole cache lines are used.
 TILE = 64
@@ -78,8 +78,9 @@ class _Tiles:
         self._row_values(self.sweeps.count)
         text.close_shared()
 
-    def _open_lanes(self) -> None:
-        self.text.put("#pragma omp simd")
+    def _open_lanes(self, vectorized: bool = True) -> None:
+        if vectorized:
+            self.text.put("#pragma omp simd")
         self.text.open("for (int64_t k = 0; k < count; ++k)")
         self.text.put(f"const int64_t {var(self.row.name)} = begin + k;")
 
@@ -99,11 +100,7 @@ class _Tiles:
         lanes = [s for s in statements if self._varies(s)]
         if not lanes:
             return
-        if any(isinstance(s, ir.Check) for s in lanes):
-            self.text.open("for (int64_t k = 0; k < count; ++k)")
-            self.text.put(f"const int64_t {var(self.row.name)} = begin + k;")
-        else:
-            self._open_lanes()
+        self._open_lanes(not any(isinstance(s, ir.Check) for s in lanes))
         self._fetch(lanes)
         for s in lanes:
             self.text.statement(s)
@@ -112,10 +109,7 @@ class _Tiles:
         self.text.close()
 
     def _varies(self, s: ir.Statement) -> bool:
-        if isinstance(s, ir.Store):
-            return True
-        names = [s.value] if isinstance(s, ir.Check) else list(ir.results_of(s))
-        return any(self.row.name in self.sweeps.varies[n] for n in names)
+        return isinstance(s, ir.Store) or self.row.name in ir.axes_along(s, self.sweeps.varies)
 
     def _sweep(self, sweep: int) -> None:
         text = self.text
@@ -159,10 +153,8 @@ class _Tiles:
 
     def _accumulate(self, r: ir.Reduce) -> None:
         x, place = var(r.args[0]), f"total_{r.results[0]}[k]"
-        if r.op in ("sum", "prod"):
-            self.text.put(f"{place} {'+' if r.op == 'sum' else '*'}= {x};")
-        elif r.op in ("any", "all"):
-            self.text.put(f"{place} = {place} {'||' if r.op == 'any' else '&&'} {x};")
+        if r.op in COMBINED:
+            self.text.put(COMBINED[r.op].format(place, x))
         else:
             sign = ">" if r.op == "max" else "<"
             nan = f" || {x} != {x}" if r.dtype.is_floating_point else ""

@@ -155,9 +155,7 @@ def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
         if not packed and layout.strides != (ONE,):
             return False
     layout = layout_with_copies(x)
-    if not layout.shape:
-        return False
-    return has_plain_rows(layout)
+    return bool(layout.shape) and has_plain_rows(layout)
 
 
 def is_grouped(node: fx.Node) -> bool:

@@ -35,32 +35,11 @@ def drop_dead(kernel: ir.Kernel) -> ir.Kernel:
     live: set[str] = set()
     kept: list[ir.Statement] = []
 
-    def mark(value: Expr) -> None:
-        live.update(s.name[1:] for s in value.free_symbols if s.name[0] == "%")
-
     for s in reversed(kernel.body):
-        if isinstance(s, ir.Store):
-            live.add(s.value)
-            mark(s.access.offset)
-            live |= {s.access.mask} if s.access.mask else set()
-        elif isinstance(s, ir.Check):
-            if s.value not in live:
-                continue
-            live |= {s.mask} if s.mask else set()
-        elif isinstance(s, ir.Reduce):
-            if live.isdisjoint(s.results):
-                continue
-            live.update(s.args)
-        elif s.result not in live:
-            continue
-        elif isinstance(s, ir.Load):
-            mark(s.access.offset)
-            live |= {s.access.mask} if s.access.mask else set()
-        elif isinstance(s, ir.Index):
-            mark(s.value)
-        elif isinstance(s, (ir.Compute, ir.Scan)):
-            live.update(s.args)
-        kept.append(s)
+        wanted = (s.value,) if isinstance(s, ir.Check) else ir.results_of(s)
+        if isinstance(s, ir.Store) or not live.isdisjoint(wanted):
+            live.update(ir.needs_of(s))
+            kept.append(s)
     return replace(kernel, body=tuple(reversed(kept)))
 
 

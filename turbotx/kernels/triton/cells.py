@@ -12,7 +12,6 @@ first launch.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 from turbotx.kernels.job import Job
@@ -26,8 +25,7 @@ def read_cells(job: Job) -> Job:
     """Return the job of a kernel that reads its cells by address."""
     if not job.cells:
         return job
-    begin = re.search(rf"^def {re.escape(job.name)}\([^)]*\):\n", job.source, re.MULTILINE)
-    assert begin is not None, job.source
+    head, body = job.split()
     lines, signature = ["    # Of this call, on the device.\n"], []
     for name, kind in job.signature:
         if name not in job.cells:
@@ -40,7 +38,7 @@ def read_cells(job: Job) -> Job:
         else:
             signature.append((name, f"*{kind}"))
             lines.append(f"    {name} = tl.load({name})\n")
-    source = job.source[: begin.end()] + "".join(lines) + job.source[begin.end() :]
+    source = head + "".join(lines) + body
     divisible = tuple(n for n in job.divisible if n not in job.cells)
     return replace(
         job, source=source, signature=tuple(signature), divisible=divisible, cells=()

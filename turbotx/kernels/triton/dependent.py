@@ -11,7 +11,6 @@ work (`Job.before_wait`). Both instructions do nothing in an ordinary launch.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 from turbotx.kernels.job import Job
@@ -36,9 +35,7 @@ def can_depend(target: str) -> bool:
 
 def make_dependent(job: Job) -> Job:
     """Return the job of a kernel that waits for its predecessor itself."""
-    begin = re.search(rf"^def {re.escape(job.name)}\([^)]*\):\n", job.source, re.MULTILINE)
-    assert begin is not None, job.source
-    head, body = job.source[: begin.end()], job.source[begin.end() :]
+    head, body = job.split()
     language = "import triton.language as tl\n"
     head = head.replace(language, language + IMPORT)
     first, mark, rest = body.partition(f"    {MARK}\n")

@@ -65,13 +65,8 @@ class _Printer:
 
     def _in_columns(self, s: ir.Statement) -> bool:
         """Return whether a statement varies along the row, so that a looped row repeats it."""
-        if isinstance(s, ir.Reduce):
-            return True
-        if isinstance(s, ir.Store):
-            axes = self.body.varies[s.value] | self.body.axes_in(s.access.offset)
-        else:
-            axes = self.body.varies[s.value if isinstance(s, ir.Check) else ir.results_of(s)[0]]
-        return bool(axes & self.body.col_names)
+        along = ir.axes_along(s, self.body.varies)
+        return isinstance(s, ir.Reduce) or bool(along & self.body.col_names)
 
     def _needed(self, ends: Iterable[ir.Statement]) -> set[str]:
         """Return the values that `ends` need and that are not available yet."""
@@ -88,11 +83,8 @@ class _Printer:
 
     def _ends(self, sweep: int) -> list[ir.Statement]:
         """Return the statements that a sweep must compute: reductions, stores, and early loads."""
-        ends: list[ir.Statement] = []
-        for s in self.kernel.body:
-            if isinstance(s, (ir.Reduce, ir.Store)) and ir.phase_of(s, self.phase) == sweep:
-                ends.append(s)
-        return ends
+        ends = (s for s in self.kernel.body if isinstance(s, (ir.Reduce, ir.Store)))
+        return [s for s in ends if ir.phase_of(s, self.phase) == sweep]
 
     # --- text ---
 

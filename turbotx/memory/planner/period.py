@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from turbotx.memory.planner.orientation import overlap_matrix
 from turbotx.memory.planner.plan import Lifetime
 
 Ints = npt.NDArray[np.int64]
@@ -125,11 +126,7 @@ def _repeat(known: dict[int, int], order: Sequence[int], cut: range, repeats: in
 
 def _overlap(lifetimes: Sequence[Lifetime], sizes: Sequence[int], offsets: Sequence[int]) -> bool:
     """Return whether two buffers alive at the same time share a byte."""
-    begin = np.array([x.begin for x in lifetimes])
-    end = np.array([x.end for x in lifetimes])
     low = np.array(offsets)
     high = low + np.array(sizes)
-    both = (begin[:, None] < end) & (begin < end[:, None])
-    both &= (low[:, None] < high) & (low < high[:, None])
-    np.fill_diagonal(both, False)
-    return bool(both.any())
+    shared = (low[:, None] < high) & (low < high[:, None])
+    return bool((shared & overlap_matrix(lifetimes)).any())

@@ -27,8 +27,8 @@ class PlanError(TurbotxError):
 
 
 def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
-    """Return the smallest multiple of `alignment` (a power of two) that is at least `nbytes`."""
-    return (nbytes + alignment - 1) & -alignment
+    """Return the smallest multiple of `alignment` that is at least `nbytes`."""
+    return -(-nbytes // alignment) * alignment
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ function memoryTab(pane) {
     viewBox: `0 0 ${frame.W} ${frame.H}`,
   });
   const facts = make("p", { id: "memory-facts" });
-  const last = data.dims.filter((d) => !d.follows).at(-1);
+  const last = freeDims.at(-1);
   pane.append(
     make(
       "h2",
@@ -210,7 +210,7 @@ function drawFrame(chart, x) {
 const largestShape = () =>
   data.dims.map((d, k) => {
     const leader = d.follows ? data.dims.find((o) => o.name === d.follows) : d;
-    return leader === data.dims.filter((o) => !o.follows).at(-1) ? leader.end : shape.dims[k];
+    return leader === freeDims.at(-1) ? leader.end : shape.dims[k];
   });
 
 // From 1 to the end and back to where it stood, in about six seconds.

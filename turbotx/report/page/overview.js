@@ -74,11 +74,7 @@ function overviewTab(pane) {
   );
 }
 
-const timedShape = () =>
-  data.dims
-    .filter((d) => !d.follows)
-    .map((d) => `${d.name} ${d.size}`)
-    .join(", ");
+const timedShape = () => freeDims.map((d) => `${d.name} ${d.size}`).join(", ");
 
 // bars([["name", number], ...]): a row each, as long as its share of the largest.
 function bars(rows, show) {
@@ -111,8 +107,7 @@ function timeParts() {
       make(
         "pre",
         {},
-        `turbotx profile MODEL --shape ${data.dims
-          .filter((d) => !d.follows)
+        `turbotx profile MODEL --shape ${freeDims
           .map((d) => `${d.name}=${d.size}`)
           .join(",")} --report report.html`,
       ),

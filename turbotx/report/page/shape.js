@@ -5,6 +5,7 @@ const evaluate = new Function(
   ...data.dims.map((d) => d.name),
   `return [${data.formulas.join(",")}]`,
 );
+const freeDims = data.dims.filter((d) => !d.follows);
 const shape = { dims: data.dims.map((d) => d.size), values: [], listeners: [] };
 
 // number(k): formula k at the current shape.
@@ -24,33 +25,28 @@ const sizeAt = (dim, step) => Math.round(Math.exp((step / STEPS) * Math.log(dim.
 const stepAt = (dim, size) => Math.round((Math.log(size) / Math.log(Math.max(dim.end, 2))) * STEPS);
 
 function makeSliders() {
-  const sliders = data.dims
-    .filter((d) => !d.follows)
-    .map((dim) => {
-      const output = make("output", {}, String(dim.size));
-      const slider = make("input", {
-        type: "range",
-        min: 0,
-        max: STEPS,
-        value: stepAt(dim, dim.size),
-        id: `dim-${dim.name}`,
-        oninput: () => setDim(dim.name, sizeAt(dim, Number(slider.value))),
-      });
-      shape.listeners.push(() => {
-        const size = shape.dims[data.dims.indexOf(dim)];
-        output.textContent = size;
-        if (sizeAt(dim, Number(slider.value)) !== size) slider.value = stepAt(dim, size);
-      });
-      return make("label", {}, dim.name, slider, output);
+  const sliders = freeDims.map((dim) => {
+    const output = make("output", {}, String(dim.size));
+    const slider = make("input", {
+      type: "range",
+      min: 0,
+      max: STEPS,
+      value: stepAt(dim, dim.size),
+      id: `dim-${dim.name}`,
+      oninput: () => setDim(dim.name, sizeAt(dim, Number(slider.value))),
     });
+    shape.listeners.push(() => {
+      const size = shape.dims[data.dims.indexOf(dim)];
+      output.textContent = size;
+      if (sizeAt(dim, Number(slider.value)) !== size) slider.value = stepAt(dim, size);
+    });
+    return make("label", {}, dim.name, slider, output);
+  });
   document.getElementById("dims").append(...sliders);
 }
 
 const shownShape = () =>
-  data.dims
-    .filter((d) => !d.follows)
-    .map((d) => `${d.name} ${shape.dims[data.dims.indexOf(d)]}`)
-    .join(", ");
+  freeDims.map((d) => `${d.name} ${shape.dims[data.dims.indexOf(d)]}`).join(", ");
 
 // --- making elements ---
 

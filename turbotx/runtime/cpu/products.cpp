@@ -6,24 +6,14 @@
 namespace {
 
 template <class T>
-struct FloatWeight : ttx::Weight {
-  ttx::PackedWeight<T> packed;
-  FloatWeight(const std::vector<ttx::WeightPart<T>>& parts, long n, long k, bool gated)
-      : packed(parts.data(), static_cast<long>(parts.size()), n, k, gated) {}
-  FloatWeight(const void* panels, long n, long k, bool gated)
-      : packed(static_cast<const T*>(panels), n, k, gated, std::true_type()) {}
-  const void* panels() const override { return packed.panel(0); }
+struct FloatWeight : ttx::PackedPanels<ttx::PackedWeight<T>, T> {
+  using ttx::PackedPanels<ttx::PackedWeight<T>, T>::PackedPanels;
   void multiply(const ttx::Product& p) override {
     const T* a = static_cast<const T*>(p.a);
     T* c = static_cast<T*>(p.c);
-    ttx::linear(packed, a, p.lda, p.m, c, p.ldc, ttx::finish_of<T>(p, packed));
+    ttx::linear(this->packed, a, p.lda, p.m, c, p.ldc, ttx::finish_of<T>(p, this->packed));
   }
 };
-
-template <class T>
-void* pack(const ttx::PartRecord* parts, int64_t count, long n, long k, bool gated) {
-  return ttx::pack<T, FloatWeight<T>>(parts, count, n, k, gated);
-}
 
 }  // namespace
 
@@ -34,9 +24,9 @@ extern "C" {
 void* ttx_pack_weight(int dtype, const ttx::PartRecord* parts, int64_t count, int64_t n, int64_t k,
                       int gated) {
   try {
-    if (dtype == 0) return pack<float>(parts, count, n, k, gated);
-    if (dtype == 1) return pack<ttx::bf16>(parts, count, n, k, gated);
-    return pack<ttx::f16>(parts, count, n, k, gated);
+    return ttx::with_dtype(dtype, [=]<class T>(T) {
+      return ttx::pack<T, FloatWeight<T>>(parts, count, n, k, gated);
+    });
   } catch (const std::bad_alloc&) {
     return nullptr;
   }
@@ -44,16 +34,14 @@ void* ttx_pack_weight(int dtype, const ttx::PartRecord* parts, int64_t count, in
 
 // The same over panels that were packed before, of this processor's layout; they must stay there.
 void* ttx_map_weight(int dtype, const void* panels, int64_t n, int64_t k, int gated) {
-  if (dtype == 0) return static_cast<ttx::Weight*>(new FloatWeight<float>(panels, n, k, gated));
-  if (dtype == 1) return static_cast<ttx::Weight*>(new FloatWeight<ttx::bf16>(panels, n, k, gated));
-  return static_cast<ttx::Weight*>(new FloatWeight<ttx::f16>(panels, n, k, gated));
+  return ttx::with_dtype(dtype, [=]<class T>(T) -> ttx::Weight* {
+    return new FloatWeight<T>(panels, n, k, gated);
+  });
 }
 
 // How a dtype's panels are laid out: columns of a panel << 8 | neighbours of one column.
 int64_t ttx_panel_layout(int dtype) {
-  int step = dtype == 0   ? ttx::detail::PanelLayout<float>::step
-             : dtype == 1 ? ttx::detail::PanelLayout<ttx::bf16>::step
-                          : ttx::detail::PanelLayout<ttx::f16>::step;
+  int step = ttx::with_dtype(dtype, []<class T>(T) -> int { return ttx::detail::PanelLayout<T>::step; });
   return int64_t{ttx::detail::kPanel} << 8 | step;
 }
 

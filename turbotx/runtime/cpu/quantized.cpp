@@ -8,13 +8,8 @@
 
 namespace {
 
-struct Int8Weight : ttx::Weight {
-  ttx::PackedInt8 packed;
-  Int8Weight(const std::vector<ttx::WeightPart<std::int8_t>>& parts, long n, long k, bool gated)
-      : packed(parts.data(), static_cast<long>(parts.size()), n, k, gated) {}
-  Int8Weight(const void* panels, long n, long k, bool gated)
-      : packed(static_cast<const std::int8_t*>(panels), n, k, gated, std::true_type()) {}
-  const void* panels() const override { return packed.panel(0); }
+struct Int8Weight : ttx::PackedPanels<ttx::PackedInt8, std::int8_t> {
+  using PackedPanels::PackedPanels;
   template <class T>
   void multiply_as(const ttx::Product& p) {
     T* c = static_cast<T*>(p.c);
@@ -27,29 +22,20 @@ struct Int8Weight : ttx::Weight {
     }
   }
   void multiply(const ttx::Product& p) override {
-    if (p.dtype == 0) multiply_as<float>(p);
-    else if (p.dtype == 1) multiply_as<ttx::bf16>(p);
-    else multiply_as<ttx::f16>(p);
+    ttx::with_dtype(p.dtype, [&]<class T>(T) { multiply_as<T>(p); });
   }
 };
 
-struct Int4Weight : ttx::Weight {
-  ttx::PackedInt4 packed;
+struct Int4Weight : ttx::PackedPanels<ttx::PackedInt4, std::uint8_t> {
+  using PackedPanels::PackedPanels;
   ttx::GroupScales scales{};  // before the first product Python says where they are
-  Int4Weight(const std::vector<ttx::WeightPart<std::uint8_t>>& parts, long n, long k, bool gated)
-      : packed(parts.data(), static_cast<long>(parts.size()), n, k, gated) {}
-  Int4Weight(const void* panels, long n, long k, bool gated)
-      : packed(static_cast<const std::uint8_t*>(panels), n, k, gated, std::true_type()) {}
-  const void* panels() const override { return packed.panel(0); }
   template <class T>
   void multiply_as(const ttx::Product& p) {
     ttx::linear_int4(packed, scales, static_cast<const T*>(p.a), p.lda, p.m, static_cast<T*>(p.c),
                      p.ldc, ttx::finish_of<T>(p, packed));
   }
   void multiply(const ttx::Product& p) override {
-    if (p.dtype == 0) multiply_as<float>(p);
-    else if (p.dtype == 1) multiply_as<ttx::bf16>(p);
-    else multiply_as<ttx::f16>(p);
+    ttx::with_dtype(p.dtype, [&]<class T>(T) { multiply_as<T>(p); });
   }
 };
 

@@ -7,7 +7,7 @@ In: a target. Out: the device interface that creating a program needs; nothing r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -15,7 +15,6 @@ import torch
 
 from turbotx.errors import DeviceError
 from turbotx.kernels.job import Binary, Job
-from turbotx.runtime.device import Grid
 
 
 class AbsentDevice:
@@ -56,34 +55,10 @@ class AbsentDevice:
         """Return False: there is no stream."""
         return False
 
-    def launch(
-        self, function: Any, grid: Grid, addresses: Any, stream: Any, dependent: bool = False
-    ) -> None:
-        """Raise DeviceError: there is nothing to run on."""
-        self._refuse()
-
-    def stream(self) -> NoReturn:
-        """Raise DeviceError: there is nothing to run on."""
-        self._refuse()
-
-    def call(self, step: Callable[[], object]) -> None:
-        """Raise DeviceError: there is nothing to run on."""
-        self._refuse()
-
-    def recorder(self) -> NoReturn:
-        """Raise DeviceError: there is nothing to run on."""
-        self._refuse()
-
-    def clock(self) -> NoReturn:
-        """Raise DeviceError: there is nothing to run on."""
-        self._refuse()
-
-    def elapsed(self, begin: Any, end: Any) -> NoReturn:
-        """Raise DeviceError: there is nothing to run on."""
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise DeviceError(f"this program was compiled for {self.target} to be saved: run it there")
+
+    launch = stream = call = recorder = clock = elapsed = _refuse
 
 
 def absent_device(target: str) -> AbsentDevice | None:

@@ -16,13 +16,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
 from turbotx.capture.ambient import without_autocast
-from turbotx.errors import BuildWarning, DeviceError, InputError, TurbotxError
+from turbotx.errors import BuildWarning, DeviceError, InputError, TurbotxError, first_line
 from turbotx.memory.planner.plan import align
 from turbotx.memory.pool import ChunkPool, poison_enabled
 from turbotx.program.executable import Executable, WholeTensor
@@ -322,7 +323,7 @@ class CudaGraphProgram(Program):
         except TurbotxError:
             raise
         except RuntimeError as error:  # usually an op that synchronizes
-            raise _NotCapturable(str(error).splitlines()[0]) from error
+            raise _NotCapturable(first_line(error)) from error
         self.graph_captures += 1
         arguments = self.runtime.arguments(execution.table)
         return CapturedGraph(graph, inputs, outputs, stamp, execution.kept, arguments)
@@ -350,7 +351,8 @@ class CudaGraphProgram(Program):
                 "have changed: call it once before the capture, with inputs of these sizes"
             )
         device = self.runtime.torch_device
-        arena = _OwnMemory(torch.empty(binding.footprint_nbytes, dtype=torch.uint8, device=device))
+        memory = torch.empty(binding.footprint_nbytes, dtype=torch.uint8, device=device)
+        arena = SimpleNamespace(tensor=memory, data_ptr=memory.data_ptr())  # an arena's interface
         execution = Execution(len(self.executable.slots))
         self._point(execution, arena, binding)
         self.callers_reads[execution.kept.version] = execution.kept
@@ -362,11 +364,3 @@ class CudaGraphProgram(Program):
 
 class _NotCapturable(Exception):
     """A launch does something that cannot be captured."""
-
-
-class _OwnMemory:
-    """The interface of an arena over one tensor."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-        self.data_ptr = tensor.data_ptr()

@@ -14,7 +14,7 @@ from turbotx import ir
 from turbotx.kernels.gemm_heuristics import BUCKETS, bucket_of
 from turbotx.kernels.job import Job
 from turbotx.kernels.schedule_selector import gemm_neighbours
-from turbotx.kernels.triton.experts import RouteSchedule, route_job
+from turbotx.kernels.triton.experts import route_job
 from turbotx.kernels.triton.gemm_template import GemmSchedule, gemm_arguments
 from turbotx.program.executable import ArgumentLayout
 from turbotx.program.link import LaunchLayout
@@ -72,11 +72,8 @@ class ExpertsFamily(GemmFamily):
 class RouteFamily:
     """The only variant of the launch that sorts rows by expert: one program per expert."""
 
-    name = "route"
-
     def __init__(self, launch: ir.RouteLaunch, target: str, table: LaunchLayout) -> None:
         self._experts = int(launch.ends.shape[0])
-        self._rows = table.value(launch.chosen.shape[0])
         self._job = route_job(target)
 
     def pick(self, sizes: Sequence[int]) -> list[Part]:
@@ -87,29 +84,3 @@ class RouteFamily:
     def deciders(self) -> Deciders:
         """No size decides: there is one variant."""
         return Deciders((), ())
-
-    # --- tuning: there is one schedule ---
-
-    def chosen(self, sizes: Sequence[int]) -> tuple[int, RouteSchedule]:
-        """Return the number of rows, and the schedule."""
-        return sizes[self._rows], RouteSchedule()
-
-    def at(self, schedule: RouteSchedule, sizes: Sequence[int]) -> list[Part]:
-        """Return what to queue at these sizes."""
-        return self.pick(sizes)
-
-    def structure(self) -> str:
-        """Return the key of tuned schedules: the kernel's name."""
-        return self.name
-
-    def neighbours(self, schedule: RouteSchedule, length: int) -> Sequence[RouteSchedule]:
-        """Return no further schedules."""
-        return []
-
-    def bucket(self, length: int) -> str:
-        """Return one bucket for any number of rows."""
-        return "any"
-
-    def tag(self, schedule: RouteSchedule) -> str:
-        """Return the schedule's short name."""
-        return f"t{schedule.tile}w{schedule.num_warps}"

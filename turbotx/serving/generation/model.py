@@ -16,8 +16,8 @@ from typing import Any
 
 from turbotx.serving.generation.sampling import Sampling
 from turbotx.serving.model_files import DTYPES, POSITIONS, find_folder
-from turbotx.serving.sentence_files import ModelFilesError, loading
-from turbotx.serving.tokenizer_files import LONGEST, VOCABULARIES
+from turbotx.serving.sentence_files import ModelFilesError, loading, refuse_missing
+from turbotx.serving.tokenizer_files import LONGEST, need_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,7 @@ def load_generator(
     if dtype not in DTYPES:
         raise ModelFilesError(f"no dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     folder = find_folder(model)
-    if not any((folder / name).is_file() for name in VOCABULARIES):
-        raise ModelFilesError(f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES)}")
+    need_tokenizer(folder)
     with loading(str(folder)):
         plain, tokenizer = _read(folder, dtype)
     plain = plain.to(device).eval()
@@ -131,12 +130,7 @@ def _read(folder: Path, dtype: str) -> tuple[Any, Any]:
         folder, config=config, local_files_only=True, dtype=getattr(torch, dtype),
         output_loading_info=True,
     )  # fmt: skip
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelFilesError(
-            f"{folder}: the weights lack {', '.join(missing[:5])}"
-            f"{' and others' if len(missing) > 5 else ''}: they would be random"
-        )
+    refuse_missing(folder, report["missing_keys"])
     return model, tokenizer
 
 

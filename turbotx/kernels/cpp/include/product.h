@@ -55,6 +55,25 @@ Epilogue<T> finish_of(const Product& p, const Kept& packed) {
 // Rows of a weight as Python says them.
 struct PartRecord { const void* w; std::int64_t rows, stride_n, stride_k; };
 
+// A weight of elements T that Packed keeps, packed from parts or over panels that were packed before.
+template <class Packed, class T>
+struct PackedPanels : Weight {
+  Packed packed;
+  PackedPanels(const std::vector<WeightPart<T>>& parts, long n, long k, bool gated)
+      : packed(parts.data(), static_cast<long>(parts.size()), n, k, gated) {}
+  PackedPanels(const void* panels, long n, long k, bool gated)
+      : packed(static_cast<const T*>(panels), n, k, gated, std::true_type()) {}
+  const void* panels() const override { return packed.panel(0); }
+};
+
+// call(T()) for the storage type T of a dtype: 0 is float32, 1 bfloat16, 2 float16.
+template <class Call>
+auto with_dtype(int dtype, const Call& call) {
+  if (dtype == 0) return call(float());
+  if (dtype == 1) return call(bf16());
+  return call(f16());
+}
+
 // Kept is made of the parts' rows, which together make the weight of n outputs.
 template <class T, class Kept>
 Weight* pack(const PartRecord* parts, std::int64_t count, long n, long k, bool gated) {

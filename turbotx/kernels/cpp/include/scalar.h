@@ -137,20 +137,12 @@ inline T floordiv(T a, T b) {
 template <real T>
 inline T truncdiv(T a, T b) { return libm::trunc(a / b); }
 template <real T>
-inline T fmod(T a, T b) { return libm::fmod(a, b); }
-template <real T>
 inline T remainder(T a, T b) {
   T remains = libm::fmod(a, b);
   return remains != 0 && (b < 0) != (remains < 0) ? remains + b : remains;
 }
 template <real T>
 inline T sign(T x) { return x != x ? T(0) : static_cast<T>((x > 0) - (x < 0)); }
-template <real T>
-inline T floor(T x) { return libm::floor(x); }
-template <real T>
-inline T ceil(T x) { return libm::ceil(x); }
-template <real T>
-inline T trunc(T x) { return libm::trunc(x); }
 template <real T>
 inline T round(T x) { return libm::nearbyint(x); }
 template <real T>
@@ -171,34 +163,9 @@ template <integer T>
 inline T round(T x) { return x; }
 
 // Rarely needed functions: the C library's own, for float as for double.
-template <real T>
-inline T erfc(T x) { return libm::erfc(x); }
-template <real T>
-inline T log10(T x) { return libm::log10(x); }
-template <real T>
-inline T tan(T x) { return libm::tan(x); }
-template <real T>
-inline T asin(T x) { return libm::asin(x); }
-template <real T>
-inline T acos(T x) { return libm::acos(x); }
-template <real T>
-inline T atan(T x) { return libm::atan(x); }
-template <real T>
-inline T atan2(T y, T x) { return libm::atan2(y, x); }
-template <real T>
-inline T sinh(T x) { return libm::sinh(x); }
-template <real T>
-inline T cosh(T x) { return libm::cosh(x); }
-template <real T>
-inline T asinh(T x) { return libm::asinh(x); }
-template <real T>
-inline T acosh(T x) { return libm::acosh(x); }
-template <real T>
-inline T atanh(T x) { return libm::atanh(x); }
-template <real T>
-inline T hypot(T x, T y) { return libm::hypot(x, y); }
-template <real T>
-inline T copysign(T magnitude, T sign_of) { return libm::copysign(magnitude, sign_of); }
+using libm::acos, libm::acosh, libm::asin, libm::asinh, libm::atan, libm::atan2, libm::atanh,
+    libm::ceil, libm::copysign, libm::cosh, libm::erfc, libm::floor, libm::fmod, libm::hypot,
+    libm::log10, libm::sinh, libm::tan, libm::trunc;
 
 // double: the C library's functions.
 inline double exp(double x) { return libm::exp(x); }
