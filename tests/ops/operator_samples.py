@@ -144,3 +144,14 @@ def excess(ours: torch.Tensor, eager: torch.Tensor, wide: torch.Tensor) -> str |
         f"{ours.reshape(-1)[at].item():.9g} instead of {wide.reshape(-1)[at].item():.9g}, "
         f"eager {eager.reshape(-1)[at].item():.9g}, at {at}"
     )
+
+
+def find_fault(sample: Sample, result: Any) -> str | None:
+    """Return how a result breaks the error rule, or None."""
+    eager, wide = sample.eager(), sample.reference()
+    mine = pytree.tree_leaves(result)
+    for k, (a, b, c) in enumerate(zip(mine, eager, wide, strict=True)):
+        found = excess(a, b, c)
+        if found is not None:
+            return f"{sample}, result {k}: {found}"
+    return None

@@ -21,7 +21,15 @@ from typing import Any
 import torch
 
 import turbotx
-from tests.ops.operator_samples import NAMES, Batch, Sample, batches, dtypes_of, excess, samples_of
+from tests.ops.operator_samples import (
+    NAMES,
+    Batch,
+    Sample,
+    batches,
+    dtypes_of,
+    find_fault,
+    samples_of,
+)
 from turbotx.engine.optimize import engine_of
 from turbotx.errors import CaptureError
 
@@ -82,17 +90,6 @@ def explain(sample: Sample, error: Exception) -> Outcome:
             return Outcome(sample, known)
     said = f"{sample}: {type(error).__name__}: {error}".replace(f"{ROOT}/", "")
     return Outcome(sample, wrong=said[:500])
-
-
-def find_fault(sample: Sample, result: Any) -> str | None:
-    """Return how a result breaks the error rule, or None."""
-    eager, wide = sample.eager(), sample.reference()
-    mine = torch.utils._pytree.tree_leaves(result)
-    for k, (a, b, c) in enumerate(zip(mine, eager, wide, strict=True)):
-        found = excess(a, b, c)
-        if found is not None:
-            return f"{sample}, result {k}: {found}"
-    return None
 
 
 def sweep(name: str, dtypes: Sequence[torch.dtype] = DTYPES) -> tuple[list[Outcome], set[str]]:
