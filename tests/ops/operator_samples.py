@@ -18,6 +18,18 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from turbotx.errors import CaptureError
+
+# What tracing with symbolic sizes says about samples that it cannot take, and what that means.
+REFUSED = {
+    "Expected dtype int32/int64 for index": "an empty index of uint8, which only eager takes",
+    "PendingUnbackedSymbolNotFound": "a position that is the value of a tensor",
+    "changes an input": "an argument that the call changes in place (max_norm, running statistics)",
+    "depends on values, not on shapes": "a result whose shape or branch depends on values",
+    "data-dependent": "a result whose shape or branch depends on values",
+    "Could not guard": "a result whose shape or branch depends on values",
+}
+
 NAMES = tuple(Path(__file__).with_name("operators.txt").read_text().split())
 
 
@@ -155,3 +167,10 @@ def find_fault(sample: Sample, result: Any) -> str | None:
         if found is not None:
             return f"{sample}, result {k}: {found}"
     return None
+
+
+def find_refusal(error: Exception) -> str | None:
+    """Return why tracing cannot take a sample, or None if it should."""
+    if not isinstance(error, CaptureError):
+        return None
+    return next((why for said, why in REFUSED.items() if said in str(error)), None)

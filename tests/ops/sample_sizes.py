@@ -16,7 +16,14 @@ from dataclasses import replace
 import torch
 
 import turbotx
-from tests.ops.operator_samples import Batch, Sample, find_fault, samples_of
+from tests.ops.operator_samples import (
+    Batch,
+    Sample,
+    dtypes_of,
+    find_fault,
+    find_refusal,
+    samples_of,
+)
 
 SIZES = (1, 0, 2, 3)
 
@@ -35,10 +42,12 @@ def resized(sample: Sample) -> Iterator[Sample]:
 
 
 def pick_samples(name: str, count: int) -> list[Sample]:
-    """Return a few of an operator's float32 samples, spread over those that are not large."""
+    """Return a few of an operator's samples, spread over those that are not large: in float32, or
+    in int64 where it takes no floats."""
+    dtype = torch.float32 if torch.float32 in dtypes_of(name) else torch.int64
     found = [
         s
-        for s in samples_of(name, torch.float32)
+        for s in samples_of(name, dtype)
         if 1 < max((x.numel() for x in s.tensors), default=0) < 5000
     ]
     return found[:: max(1, len(found) // count)][:count]
@@ -73,7 +82,7 @@ def find_size_faults(samples: Sequence[Sample]) -> list[str]:
             results = fast(*Batch(chosen).tensors)
         except Exception:
             for old, new in zip(samples, chosen, strict=True):
-                found += _find_raising(old, [new])
+                found += _find_alone(old, new)
             continue
         found += [
             fault for pair in zip(chosen, results, strict=True) if (fault := find_fault(*pair))
@@ -91,14 +100,18 @@ def _is_taken(sample: Sample) -> bool:
     return True
 
 
-def _find_raising(sample: Sample, changed: Sequence[Sample]) -> list[str]:
-    """Return what an optimized call of one sample says of changes that eager takes."""
+def _find_alone(sample: Sample, changed: Sample) -> list[str]:
+    """Return what is wrong with a change that eager takes, called alone after the sample itself."""
     fast, found = turbotx.optimize(Batch([sample]).call), []
-    for one in (sample, *changed):
+    for one in (sample, changed):
         try:
-            fast(*Batch([one]).tensors)
+            (result,) = fast(*Batch([one]).tensors)
         except Exception as error:
-            found.append(f"{one}: raises {type(error).__name__}: {str(error).splitlines()[0]}")
+            if find_refusal(error) is None:
+                found.append(f"{one}: raises {type(error).__name__}: {str(error).splitlines()[0]}")
+            continue
+        fault = find_fault(one, result)
+        found += [fault] if fault else []
     return found
 
 
