@@ -49,7 +49,7 @@ test: $(VENV)/test.stamp ## the whole test suite, slow tests included
 test-fast: $(VENV)/test.stamp ## the inner loop: no slow tests, stop at the first failure
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" -x -q $(PYTEST_ARGS)
 
-sweep: $(VENV)/test.stamp ## what takes hours: every operator's samples, every kernel on every target
+sweep: $(VENV)/test.stamp ## what takes an hour of CPU time: every operator's samples, every kernel on every target
 	TURBOTX_SWEEP=$(SLICE) $(BIN)/python -m pytest $(PARALLEL) -m sweep $(PYTEST_ARGS)
 
 fuzz: $(VENV)/test.stamp ## random programs against eager; failures as files in build/fuzz

@@ -1,24 +1,27 @@
 """What options promise, asked of any model: ways to make a fast one, and a check of its calls.
 
-In: a model, and one of `WAYS`. Out: assertions: results by the 1.5 x rule, or near those of the
-same integers in PyTorch; one capture for all shapes; nothing in eager; no warning::
+In: a model, one of `ROUTES`, and a choice of each of `OPTIONS`. Out: assertions: results by the
+1.5 x rule, or near those of the same integers in PyTorch; one capture for all shapes; nothing in
+eager; no warning::
 
-    fast = WAYS["released"].optimized(model, cases[0])
-    check_calls(WAYS["released"], fast, plain, cases)
+    way = way_of({"route": "saved", "weights": "released"})
+    check_calls(way, way.optimized(model, cases[0]), plain, cases)
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
+import operator
 import pickle
 import tempfile
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +81,7 @@ class Way:
     its result after a first call. captures: how many the calls of one kind take; None if the result
     does not count them."""
 
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     make: Callable[..., Any] = turbotx.optimize
     then: Callable[[Any], Any] | None = None
     captures: int | None = 1
@@ -93,23 +96,8 @@ class Way:
         return fast if self.then is None else self.then(call_first(fast, inputs))
 
 
-RELEASED = {"keep_weights": False}
-WAYS = {
-    "plain": Way(),
-    "released": Way(RELEASED),
-    "unpacked": Way({"pack_weights": False}),
-    "aten": Way({"backend": "aten"}),
-    "int8": Way({"quantize": "int8"}),
-    "int8-weights": Way({"quantize": "int8-weights"}),
-    "int4-weights": Way({"quantize": "int4-weights"}),
-    "flash": Way({"attention": "flash"}),
-    "fused-softmax": Way({"attention": "fused-softmax"}),
-    "no epilogues": Way({"epilogues": False}),
-    "chunked": Way({"planner": "chunked"}),
-    "greedy": Way({"planner": "greedy"}),
-    "norms stored": Way({"norms": "store"}),
-    "one shape": Way({"max_shapes": 1, "max_arenas": 1}),
-    "launch ranges": Way({"launch_ranges": True}),
+ROUTES = {
+    "module": Way(),
     "in place": Way({"in_place": True}),
     "function": Way(make=as_function),
     "class": Way(make=of_class),
@@ -118,26 +106,47 @@ WAYS = {
     "pickle": Way(then=pickled),
     "saved": Way(then=through_file, captures=None),
     "saved panels": Way(then=lambda fast: through_file(fast, panels=["native"]), captures=None),
-    "int8 released": Way(RELEASED | {"quantize": "int8"}),
-    "int8-weights released": Way(RELEASED | {"quantize": "int8-weights"}),
-    "int4-weights released": Way(RELEASED | {"quantize": "int4-weights"}),
-    "released saved": Way(RELEASED, then=through_file, captures=None),
-    "released saved floats": Way(
-        RELEASED, then=lambda fast: through_file(fast, panels=[]), captures=None
-    ),
-    "int8 released saved": Way(
-        RELEASED | {"quantize": "int8"}, then=through_file, captures=None
-    ),
-    "int4 saved": Way({"quantize": "int4-weights"}, then=through_file, captures=None),
-    "released deepcopy": Way(RELEASED, then=copy.deepcopy),
-    "released pickle": Way(RELEASED, then=pickled),
-    "released in place": Way(RELEASED | {"in_place": True}),
-    "released function": Way(RELEASED, make=as_function),
-    "released class": Way(RELEASED, make=of_class),
-    "int8 dynamo": Way({"quantize": "int8"}, make=by_dynamo, captures=None),
-    "released fused-softmax": Way(RELEASED | {"attention": "fused-softmax"}),
-    "released no epilogues": Way(RELEASED | {"epilogues": False}),
-}  # fmt: skip
+    "saved floats": Way(then=lambda fast: through_file(fast, panels=[]), captures=None),
+}
+QUANTIZED = ("int8", "int8-weights", "int4-weights")
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "weights": {"kept": {}, "released": {"keep_weights": False}},
+    "numbers": {"floats": {}, **{name: {"quantize": name} for name in QUANTIZED}},
+    "kernels": {
+        "as chosen": {},
+        "flash": {"attention": "flash"},
+        "fused-softmax": {"attention": "fused-softmax"},
+        "no epilogues": {"epilogues": False},
+        "norms stored": {"norms": "store"},
+        "unpacked": {"pack_weights": False},
+        "aten": {"backend": "aten"},
+    },
+    "memory": {
+        "symbolic": {},
+        "chunked": {"planner": "chunked"},
+        "greedy": {"planner": "greedy"},
+        "one shape": {"max_shapes": 1, "max_arenas": 1},
+        "launch ranges": {"launch_ranges": True},
+    },
+}
+SAVED = ("saved", "saved panels", "saved floats")
+REFUSED: list[dict[str, Sequence[str]]] = [
+    {"weights": ("released",), "kernels": ("unpacked", "aten")},
+    {"weights": ("released",), "route": ("dynamo",)},
+    {"weights": ("released",), "numbers": QUANTIZED, "route": ("saved floats",)},
+    # In PyTorch's ops it is what it would be compared with.
+    {"numbers": QUANTIZED, "kernels": ("unpacked", "aten")},
+    {"route": SAVED, "kernels": ("aten",)},
+]
+"""Levels that do not go together, and what raises or warns by name where they are asked for."""
+
+
+def way_of(levels: Mapping[str, str]) -> Way:
+    """Return the way of a level of each of `ROUTES` and `OPTIONS`; of the first, where none is
+    given."""
+    route = ROUTES[levels.get("route", "module")]
+    chosen = [of[levels[name]] for name, of in OPTIONS.items() if name in levels]
+    return replace(route, options=functools.reduce(operator.or_, chosen, dict(route.options)))
 
 
 @contextlib.contextmanager

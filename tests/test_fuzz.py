@@ -58,14 +58,15 @@ def test_larger_inputs_lie_in_memory_as_the_first_ones_do() -> None:
 
 
 @needs_compiler
-def test_programs_of_a_few_seeds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(200, marks=pytest.mark.sweep)])
+def test_programs_of_a_few_seeds(count: int, tmp_path: Path) -> None:
     # By its command, as a user runs it: the fuzzer forks, and a team of OpenMP threads that this
     # process has started would not be there in its children (in PyTorch's own kernels too).
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", "programs", "--count", "2", "--out", tmp_path],
+        [sys.executable, "-m", "tests.fuzz", "programs", "--count", f"{count}", "--out", tmp_path],
         capture_output=True, text=True, check=True, cwd=Path(turbotx.__file__).parents[1],
     )  # fmt: skip
-    assert done.stdout.splitlines()[-1].endswith("2 programs, 0 failing")
+    assert done.stdout.splitlines()[-1].endswith(f"{count} programs, 0 failing")
     assert not list(tmp_path.iterdir())
 
 

@@ -155,14 +155,6 @@ def test_compiled_programs(drawn: list[Step], given_inputs: Values) -> None:
     check_compiled((drawn, given_inputs))
 
 
-@pytest.mark.sweep
-@needs_compiler
-@settings(max_examples=200, **patient)
-@given(steps, inputs(FLOATS, 33))
-def test_many_compiled_programs(drawn: list[Step], given_inputs: Values) -> None:
-    check_compiled((drawn, given_inputs))
-
-
 def check_triton(drawn: list[Step], given_inputs: Values) -> None:
     pytest.importorskip("triton", reason="Triton is for Linux only")
     from tests.kernels.triton.triton_runner import TritonRunner

@@ -13,9 +13,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import turbotx
 from turbotx.capture import trace
 from turbotx.capture.fake_mode import RememberingFakeMode
 from turbotx.capture.trace import Captured, capture
+from turbotx.errors import CaptureError
 from turbotx.ir.expr import expr
 
 
@@ -148,3 +150,24 @@ def test_what_says_more_than_its_sizes_is_asked_again(mode: RememberingFakeMode)
     with mode:
         two, three = torch.tensor(2), torch.tensor(3)
         assert (two + 0).item() == 2 and (three + 0).item() == 3
+
+
+def test_group_norm_s_numbers_are_those_of_its_tensors() -> None:
+    """PyTorch's own fake results compare only some of them."""
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.native_group_norm(x, weight, weight, 0, 4, 1, 2, 1e-5)[0]
+
+    fast = turbotx.optimize(norm, backend="aten")
+    assert fast(torch.randn(0, 4), torch.randn(4)).shape == (0, 4)
+    for channels in (1, 2, 0):
+        given = torch.randn(0, channels), torch.randn(channels)
+        with pytest.raises(RuntimeError):
+            norm(*given)
+        with pytest.raises(CaptureError, match="native_group_norm"):
+            fast(*given)
+
+    other = turbotx.optimize(lambda x: torch.native_group_norm(x, None, None, 2, 6, 3, 2, 1e-5))
+    other(torch.randn(2, 6, 3))
+    with pytest.raises(CaptureError, match="N=2, C=6 and HxW=3 of a tensor of other sizes"):
+        other(torch.randn(1, 12, 3))  # of four groups, of which two are in one channel

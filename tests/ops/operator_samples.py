@@ -18,6 +18,18 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from turbotx.errors import CaptureError
+
+# What tracing with symbolic sizes says about samples that it cannot take, and what that means.
+REFUSED = {
+    "Expected dtype int32/int64 for index": "an empty index of uint8, which only eager takes",
+    "PendingUnbackedSymbolNotFound": "a position that is the value of a tensor",
+    "changes an input": "an argument that the call changes in place (max_norm, running statistics)",
+    "depends on values, not on shapes": "a result whose shape or branch depends on values",
+    "data-dependent": "a result whose shape or branch depends on values",
+    "Could not guard": "a result whose shape or branch depends on values",
+}
+
 NAMES = tuple(Path(__file__).with_name("operators.txt").read_text().split())
 
 
@@ -144,3 +156,21 @@ def excess(ours: torch.Tensor, eager: torch.Tensor, wide: torch.Tensor) -> str |
         f"{ours.reshape(-1)[at].item():.9g} instead of {wide.reshape(-1)[at].item():.9g}, "
         f"eager {eager.reshape(-1)[at].item():.9g}, at {at}"
     )
+
+
+def find_fault(sample: Sample, result: Any) -> str | None:
+    """Return how a result breaks the error rule, or None."""
+    eager, wide = sample.eager(), sample.reference()
+    mine = pytree.tree_leaves(result)
+    for k, (a, b, c) in enumerate(zip(mine, eager, wide, strict=True)):
+        found = excess(a, b, c)
+        if found is not None:
+            return f"{sample}, result {k}: {found}"
+    return None
+
+
+def find_refusal(error: Exception) -> str | None:
+    """Return why tracing cannot take a sample, or None if it should."""
+    if not isinstance(error, CaptureError):
+        return None
+    return next((why for said, why in REFUSED.items() if said in str(error)), None)

@@ -1,20 +1,29 @@
 """torch's own operator samples at small sizes: captured at a sample's own, called at 0 to 3.
 
-In: a sample of an operator. Out: the same call with one size of its tensors changed wherever that
+In: samples of an operator. Out: the same calls with one size of their tensors changed wherever that
 number occurs, and what differs between eager and turbotx over all of those, for example::
 
-    find_size_faults(sample)  ->  ["softmax of float32[0, 20], -1: raises CaptureError"]
+    find_size_faults([sample])  ->  ["softmax of float32[0, 20], -1: raises CaptureError"]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 import turbotx
-from tests.ops.operator_samples import Sample, excess, flat_results, samples_of
+from tests.ops.operator_samples import (
+    Batch,
+    Sample,
+    dtypes_of,
+    find_fault,
+    find_refusal,
+    samples_of,
+)
 
 SIZES = (1, 0, 2, 3)
 
@@ -33,10 +42,12 @@ def resized(sample: Sample) -> Iterator[Sample]:
 
 
 def pick_samples(name: str, count: int) -> list[Sample]:
-    """Return a few of an operator's float32 samples, spread over those that are not large."""
+    """Return a few of an operator's samples, spread over those that are not large: in float32, or
+    in int64 where it takes no floats."""
+    dtype = torch.float32 if torch.float32 in dtypes_of(name) else torch.int64
     found = [
         s
-        for s in samples_of(name, torch.float32)
+        for s in samples_of(name, dtype)
         if 1 < max((x.numel() for x in s.tensors), default=0) < 5000
     ]
     return found[:: max(1, len(found) // count)][:count]
@@ -51,27 +62,67 @@ def _resize(x: torch.Tensor, old: int, new: int) -> torch.Tensor:
     return x
 
 
-def find_size_faults(sample: Sample) -> list[str]:
-    """Return where one optimized function differs from eager: values, shapes, or who raises."""
-    fast = turbotx.optimize(lambda *tensors: sample.call(iter(tensors)))
-    found = []
-    for given in (sample, *resized(sample)):
+def find_size_faults(samples: Sequence[Sample]) -> list[str]:
+    """Return where optimized samples differ from eager: values, shapes, or who raises.
+
+    What eager takes is called side by side, a change of each sample at a time; what eager refuses
+    is called alone, after a call at the sample's own sizes.
+    """
+    if not samples:
+        return []
+    taken, refused = [], []
+    for sample in samples:
+        changed = [(one, _is_taken(one)) for one in resized(sample)]
+        taken.append([sample, *(one for one, takes in changed if takes)])
+        refused.append([one for one, takes in changed if not takes])
+    fast, found = turbotx.optimize(Batch(samples).call), list[str]()
+    for given in itertools.zip_longest(*taken):
+        chosen = [new or old for new, old in zip(given, samples, strict=True)]
         try:
-            eager = given.eager()
+            results = fast(*Batch(chosen).tensors)
         except Exception:
-            eager = None
+            for old, new in zip(samples, chosen, strict=True):
+                found += _find_alone(old, new)
+            continue
+        found += [
+            fault for pair in zip(chosen, results, strict=True) if (fault := find_fault(*pair))
+        ]
+    for sample, ones in zip(samples, refused, strict=True):
+        found += _find_accepting(sample, ones)
+    return found
+
+
+def _is_taken(sample: Sample) -> bool:
+    try:
+        sample.eager()
+    except Exception:
+        return False
+    return True
+
+
+def _find_alone(sample: Sample, changed: Sample) -> list[str]:
+    """Return what is wrong with a change that eager takes, called alone after the sample itself."""
+    fast, found = turbotx.optimize(Batch([sample]).call), []
+    for one in (sample, changed):
         try:
-            ours = flat_results(fast(*given.tensors))
+            (result,) = fast(*Batch([one]).tensors)
         except Exception as error:
-            if eager is not None:
-                what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                found.append(f"{given}: raises {what}")
+            if find_refusal(error) is None:
+                found.append(f"{one}: raises {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
-        if eager is None:
-            found.append(f"{given}: eager raises")
-            continue
-        for a, b, c in zip(ours, eager, given.reference(), strict=True):
-            fault = excess(a, b, c)
-            if fault:
-                found.append(f"{given}: {fault}")
+        fault = find_fault(one, result)
+        found += [fault] if fault else []
+    return found
+
+
+def _find_accepting(sample: Sample, changed: Sequence[Sample]) -> list[str]:
+    """Return the changes that eager refuses and an optimized call takes."""
+    if not changed:
+        return []
+    fast, found = turbotx.optimize(Batch([sample]).call), []
+    for one in (sample, *changed):
+        with contextlib.suppress(Exception):
+            fast(*Batch([one]).tensors)
+            if one is not sample:
+                found.append(f"{one}: eager raises")
     return found

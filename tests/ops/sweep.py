@@ -21,9 +21,17 @@ from typing import Any
 import torch
 
 import turbotx
-from tests.ops.operator_samples import NAMES, Batch, Sample, batches, dtypes_of, excess, samples_of
+from tests.ops.operator_samples import (
+    NAMES,
+    Batch,
+    Sample,
+    batches,
+    dtypes_of,
+    find_fault,
+    find_refusal,
+    samples_of,
+)
 from turbotx.engine.optimize import engine_of
-from turbotx.errors import CaptureError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "operators.json"
@@ -33,15 +41,6 @@ INTEGERS = (
     "add", "sub", "mul", "where", "clamp", "cat", "floor_divide", "remainder", "bitwise_and",
     "sum", "amax", "argmax", "eq",
 )  # fmt: skip
-# What tracing with symbolic sizes says about samples that it cannot take, and what that means.
-REFUSED = {
-    "Expected dtype int32/int64 for index": "an empty index of uint8, which only eager takes",
-    "PendingUnbackedSymbolNotFound": "a position that is the value of a tensor",
-    "changes an input": "an argument that the call changes in place (max_norm, running statistics)",
-    "depends on its inputs' values": "a result whose shape or branch depends on values",
-    "data-dependent": "a result whose shape or branch depends on values",
-    "Could not guard": "a result whose shape or branch depends on values",
-}
 
 
 @dataclass(frozen=True)
@@ -76,23 +75,11 @@ def run_batch(batch: Batch, externs: set[str]) -> Iterator[Outcome]:
 
 def explain(sample: Sample, error: Exception) -> Outcome:
     """Tell what tracing cannot take from what is a mistake of ours."""
-    if isinstance(error, CaptureError):
-        known = next((why for said, why in REFUSED.items() if said in str(error)), None)
-        if known is not None:
-            return Outcome(sample, known)
+    known = find_refusal(error)
+    if known is not None:
+        return Outcome(sample, known)
     said = f"{sample}: {type(error).__name__}: {error}".replace(f"{ROOT}/", "")
     return Outcome(sample, wrong=said[:500])
-
-
-def find_fault(sample: Sample, result: Any) -> str | None:
-    """Return how a result breaks the error rule, or None."""
-    eager, wide = sample.eager(), sample.reference()
-    mine = torch.utils._pytree.tree_leaves(result)
-    for k, (a, b, c) in enumerate(zip(mine, eager, wide, strict=True)):
-        found = excess(a, b, c)
-        if found is not None:
-            return f"{sample}, result {k}: {found}"
-    return None
 
 
 def sweep(name: str, dtypes: Sequence[torch.dtype] = DTYPES) -> tuple[list[Outcome], set[str]]:

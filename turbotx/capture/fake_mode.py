@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import (
 from turbotx.capture.ambient import read_ambient
 from turbotx.capture.recurrent_layers import describe_recurrent, is_recurrent
 from turbotx.capture.tracing import replaced_in_thread
+from turbotx.errors import CaptureError
 from turbotx.ir.fake_results import UnknownError, describe, describe_arguments, is_sized_by
 from turbotx.ir.memory_order import memory_of
 
@@ -82,6 +83,8 @@ class RememberingFakeMode(FakeTensorMode):
                 return self._make(found, args, kwargs)
         if is_recurrent(func):
             return describe_recurrent(func, args, kwargs)
+        if func is torch.ops.aten.native_group_norm.default:
+            _check_group_norm(*args, **kwargs)
         result = super()._dispatch_impl(func, types, args, kwargs)
         if key is not None:
             with torch._C.DisableTorchFunction():
@@ -152,6 +155,24 @@ class RememberingFakeMode(FakeTensorMode):
             else:
                 raw = torch.as_strided(given[part.shows], part.shape, part.strides, part.offset)
         return FakeTensor(self, raw, part.device)
+
+
+def _check_group_norm(
+    input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    N: Size, C: Size, HxW: Size, group: int, eps: float,
+) -> None:  # fmt: skip
+    """Raise CaptureError if the numbers given to `native_group_norm` are not its tensors' sizes.
+
+    PyTorch's rule for fake results compares only some of them. Eager mode refuses most of what is
+    refused here, and otherwise normalises what the memory holds, whatever sizes the tensor has.
+    """
+    sizes = input.shape
+    fits = len(sizes) >= 2 and sizes[0] == N and sizes[1] == C and input.numel() == N * C * HxW
+    if not fits or any(p is not None and p.numel() != C for p in (weight, bias)):
+        raise CaptureError(
+            f"cannot capture native_group_norm with N={N}, C={C} and HxW={HxW} of a tensor of "
+            "other sizes: view it as (N, C, ...), and give a weight and a bias of C numbers each"
+        )
 
 
 def _owns(made: _Made | int | None) -> bool:
