@@ -211,7 +211,7 @@ def _capture(
         with recorder.installed(), no_autocast_cache(), watch_reads(ambient) as asked:
             unfollowed = Unfollowed(model)
             recorder.also_meet = unfollowed.meet
-            code_names = find_model_names(model, recorder)
+            code_names = find_model_names(model, recorder, leaves)
             unfollowed.note_functions(code_names.functions)
             flat = FlatCall(model, leaves, spec, recorder, values, expanded)
             flat.given, flat.layers.names = describe_arguments(model, names, tensors), code_names

@@ -105,11 +105,12 @@ class StateRecord:
 _TRACERS = ("torch.fx.", "torch._dynamo.", "torch._higher_order_ops.", "turbotx.capture.flat_call")
 
 
-def find_model_names(model: nn.Module, recorder: StateRecorder) -> Names:
+def find_model_names(model: nn.Module, recorder: StateRecorder, given: Iterable[Any] = ()) -> Names:
     """Return the names in the code of a model's modules, and pass all objects that they refer to to
-    the recorder. Call before the trace, with the recorder installed."""
+    the recorder. Call before the trace, with the recorder installed. given: the arguments'
+    leaves."""
     recorder.modules = list(model.modules())
-    names = Names()
+    names = Names(given)
     scope = vars(torch.nn.modules.module)
     for hooks in _GLOBAL_HOOKS:
         names.enter(scope[hooks])
