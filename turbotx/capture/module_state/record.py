@@ -89,7 +89,7 @@ class StateRecord:
         known = self.looks[i]
         same = all(
             getattr(look, kind).keys() == getattr(known, kind).keys()
-            for kind in ("dicts", "lists", "cells", "tensors", "sets")
+            for kind in ("dicts", "lists", "cells", "tensors", "sets", "ordered")
         )
         if not same:
             self.looks[i] = look
