@@ -36,7 +36,7 @@ from turbotx.capture.module_state.values import MISSING, is_library, is_watchabl
 MAX_FUNCTIONS = 2000
 """The most functions analyzed for one model."""
 _GLOBAL = frozenset(("LOAD_GLOBAL", "LOAD_NAME"))
-_ATTRIBUTE = frozenset(("LOAD_ATTR", "LOAD_METHOD"))
+_ATTRIBUTE = frozenset(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"))
 _CLASS = frozenset(("type", "__class__", "cls"))
 """Names by which code gets an object's class, whose attributes it then reads unrecorded."""
 _UNCALLED = frozenset(
@@ -131,6 +131,8 @@ class Names:
                         self._follow_given(chain)
                         if owner is not None:
                             self._follow_method(owner, chain, bool(by_class))
+                            if "super" in code.co_names:
+                                self._follow_bases(owner, chain)
 
     def _follow_given(self, chain: tuple[str, ...]) -> None:
         """Record what may be read from a class, module, function or enum among the arguments."""
@@ -146,6 +148,13 @@ class Names:
         self.enter(find_in_class(owner, chain[0]), owner)
         if by_class and find_in_class(owner, chain[0]) is not MISSING:
             self._follow_class(owner, chain)
+
+    def _follow_bases(self, owner: type, chain: tuple[str, ...]) -> None:
+        """Record what `super()` finds in the bases of a class, and queue methods there."""
+        for base in owner.__mro__[1:]:
+            if chain[0] in vars(base) and not is_library(base.__module__):
+                self._follow_class(base, chain)
+                self.enter(vars(base)[chain[0]], owner)
 
     def _follow(self, scope: dict[str, Any], chain: tuple[str, ...], home: str = "") -> None:
         """Record a global's value, and what is read from it if it is a module or a class."""
