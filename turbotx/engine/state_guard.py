@@ -56,8 +56,9 @@ class StateGuard:
             same = all(map(operator.eq, *self._sets))
             ordered, orders = self._ordered
             same = same and all(map(operator.eq, map(list, ordered), orders))
-            if same and (tensors is None or not tensors.changed()):
-                return self._failed is None
+            same = same and (tensors is None or not tensors.changed())
+            if same and self._failed is None:
+                return True
         with self._lock:
             return self._compare()
 

@@ -183,3 +183,17 @@ def test_the_order_of_an_ordered_dict(depth: int) -> None:
     table.move_to_end("a")
     torch.testing.assert_close(fast(x), model(x))
     assert fast.stats()["captures"] == len(changes) + 1
+
+
+def test_a_set_that_is_as_before_finds_its_capture() -> None:
+    known, x = {1, 2}, torch.randn(2, 3)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x * len(known)
+
+    fast = turbotx.optimize(model, backend="aten")
+    for change in (set().add, known.add, known.discard, known.add, known.discard):
+        change(3)
+        for n in (1, 2):
+            torch.testing.assert_close(fast(x[:n]), model(x[:n]))
+    assert fast.stats()["captures"] == 2
