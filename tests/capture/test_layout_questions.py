@@ -101,3 +101,14 @@ def test_where_only_contiguity_is_asked_such_strides_are_taken() -> None:
     fast = turbotx.optimize(lambda x: x * 2 if x.is_contiguous() else x, backend="aten")
     x = torch.randn(1, 5, 8)[:, :1]
     torch.testing.assert_close(fast(x), x * 2)
+
+
+@pytest.mark.parametrize(
+    "asks", [torch.is_conj, torch.Tensor.is_conj, torch.is_neg, lambda x: x.is_neg()]
+)
+def test_bits_that_a_trace_resolves_are_refused_by_name(asks: Callable[[Any], bool]) -> None:
+    fast = turbotx.optimize(lambda x: x * 2 if asks(x) else x + 1, backend="aten")
+    z = torch.randn(3, dtype=torch.complex64)
+    for x in (z, z.conj(), z.conj().imag):
+        with pytest.raises(CaptureError, match=r"asks for is_(conj|neg)\(\) of a tensor"):
+            fast(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import turbotx
+from turbotx.errors import CaptureError
 
 SIZES = (3, 7, 11, 13, 1)
 
@@ -113,3 +115,43 @@ def test_a_size_is_an_int_to_the_models_code() -> None:
         torch.testing.assert_close(fast(torch.ones(2, n)), model(torch.ones(2, n)))
     assert fast.stats()["captures"] == 1
     assert "__class__" not in vars(torch.SymInt)
+
+
+DIVISIONS: dict[str, Callable[[int], Any]] = {
+    "truediv": lambda n: 6 / (n - 2),
+    "of a quotient": lambda n: 1 / (1 / (n - 3)),
+    "floordiv": lambda n: 7 // (n - 2),
+    "of a rounded size": lambda n: n // (n // 4),
+    "mod": lambda n: 10 % (n - 2),
+    "divmod": lambda n: divmod(n, n - 2)[1],
+    "by a float": lambda n: n / (0.5 * n - 1),
+    "negative power": lambda n: (n - 2) ** -2,
+    "power of a size": lambda n: 0 ** (3 - n),
+}
+
+
+@pytest.mark.parametrize("name", DIVISIONS)
+def test_a_division_by_zero_raises_as_pythons(name: str) -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x * DIVISIONS[name](x.shape[0])
+
+    def careful(x: torch.Tensor) -> torch.Tensor:
+        try:
+            return x + DIVISIONS[name](x.shape[0])
+        except ZeroDivisionError:
+            return x - 100
+
+    fast, caught = turbotx.optimize(model, backend="aten"), turbotx.optimize(careful)
+    raised = 0
+    for n in (7, 2, 3, 4, 1):
+        x = torch.arange(1.0, n + 1)
+        torch.testing.assert_close(caught(x), careful(x))
+        try:
+            wanted = model(x)
+        except ZeroDivisionError:
+            raised += 1
+            with pytest.raises(CaptureError, match="ZeroDivisionError"):
+                fast(x)
+        else:
+            torch.testing.assert_close(fast(x), wanted)
+    assert raised

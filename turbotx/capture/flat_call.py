@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from turbotx.capture.arguments import Structure, changed_arguments, is_float, rebuild
+from turbotx.capture.caught_errors import CaughtErrors
 from turbotx.capture.composition import calls_forward
 from turbotx.capture.equal_layers.layers import EqualLayers
 from turbotx.capture.expanded_inputs import ExpandedInputs
@@ -81,10 +82,14 @@ class FlatCall(nn.Module):
         model = self.model
         try:
             self.seen.begin(given)
-            with self.recorder.on(tensors), ReplacedCalls() as replaced, self.layouts, self.values:
+            with (
+                self.recorder.on(tensors), ReplacedCalls() as replaced, self.layouts,
+                CaughtErrors() as caught, self.values,
+            ):  # fmt: skip
                 # Hooks of the model itself are skipped: they run around the program.
                 called = model.forward if self.calls_forward else model
                 output = called(*args, **kwargs)
+            caught.finish()
             _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
             flat, self.seen.out_spec, self.seen.constants = take_apart(output, type(model).__name__)
             results = [*map(read_floats, flat), *self.seen.finish(), *self.values.finish()]

@@ -36,7 +36,14 @@ _OF_STRIDES = (Tensor.stride, Tensor.dim_order)
 _MODES = {getattr(Tensor, name).__get__: name for name in ("requires_grad", "grad_fn")} | {
     Tensor.is_inference: "is_inference()"
 }
-_METHODS = ("torch.overrides", "torch._tensor", "turbotx.capture.value_questions")
+_BITS = {
+    Tensor.is_conj: "is_conj()", torch.is_conj: "is_conj()",
+    Tensor.is_neg: "is_neg()", torch.is_neg: "is_neg()",
+}  # fmt: skip
+_METHODS = (
+    "torch.overrides", "torch._tensor", "turbotx.capture.value_questions",
+    "turbotx.capture.caught_errors",
+)  # fmt: skip
 _STORAGES = frozenset((Tensor.untyped_storage, Tensor.storage))
 
 
@@ -74,6 +81,12 @@ class LayoutQuestions(TorchFunctionMode):
                 f"its code asks for the {_MODES[func]} of a tensor, which a trace does not know, "
                 "since it runs without gradients: use torch.is_grad_enabled() or "
                 "is_inference_mode_enabled()"
+            )
+        if func in _BITS and not is_library(_find_asker()):
+            raise CaptureError(
+                f"its code asks for {_BITS[func]} of a tensor, which a trace does not know, since "
+                "it computes with resolved tensors: call resolve_conj() or resolve_neg() without "
+                "asking"
             )
         asks = func in _QUESTIONS or func in _STORAGES
         if asks and not is_library(_find_asker()):
@@ -116,7 +129,7 @@ def _find_sizes(tensor: torch.Tensor) -> set[Expr]:
 
 def _find_asker() -> str | None:
     """Return the module whose code makes the query, skipping tensor methods written in Python and
-    the mode around this one."""
+    the modes inside this one."""
     frame = sys._getframe(2)
     while frame.f_globals.get("__name__") in _METHODS and frame.f_back is not None:
         frame = frame.f_back

@@ -1,10 +1,12 @@
 """Size operators: Python's arithmetic operators on symbolic sizes.
 
-In: a trace. Out: the same trace, in which floats are computed step by step as in Python, a size
-written into a string is a number (with a guard), and `isinstance` sees an int. Optionally, the
-model's comparisons are evaluated at once, since some ops accept only a bool::
+In: a trace. Out: the same trace, in which floats are computed step by step as in Python, a division
+by zero raises as in Python (with a guard), a size written into a string is a number (with a guard),
+and `isinstance` sees an int. Optionally, the model's comparisons are evaluated at once, since some
+ops accept only a bool::
 
     with python_operators():    n * 0.1 * 3  ->  (0.1 * n) * 3, not 0.30000000000000004 * n
+                                10 % (n - 2)  ->  Mod(10, n - 2), with the guard n != 2
                                 f"layer_{n}"  ->  "layer_5", with the guard n == 5
     with relations_answered():  is_causal=n > 1  ->  True, with the guard n > 1
 """
@@ -30,13 +32,20 @@ from turbotx.capture.module_state.values import is_library, is_library_or_sympy
 _COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
 _SUMS = ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__")
 """The only operators whose constants sympy would merge with those of the next one."""
+_DIVISIONS = ("__truediv__", "__floordiv__", "__mod__", "__divmod__")
 _NUMBERS: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+_SYMBOLIC = (torch.SymInt, torch.SymFloat)
 
 
 def python_operators() -> ExitStack:
-    """Context manager: make float sums and products opaque operands of later expressions, and make
-    sizes numbers when they are formatted; in this thread."""
+    """Context manager: make float sums and products opaque operands of later expressions, refuse
+    divisions by zero, and make sizes numbers when they are formatted; in this thread."""
     stack = _replaced(_SUMS, _as_step)
+    stack.enter_context(_replaced(_DIVISIONS, before=_refuse_zero))
+    reflected = [f"__r{name[2:]}" for name in _DIVISIONS]
+    stack.enter_context(_replaced(reflected, before=lambda a, b, asker: _refuse_zero(b, a, asker)))
+    stack.enter_context(_replaced(("__pow__",), before=_refuse_power))
+    stack.enter_context(_replaced(("__rpow__",), before=lambda a, b, c: _refuse_power(b, a, c)))
     thread = threading.get_ident()
     for cls in (torch.SymInt, torch.SymFloat, torch.SymBool):
         for name in ("__repr__", "__format__"):
@@ -90,6 +99,12 @@ def relations_answered() -> ExitStack:
     return _replaced(_COMPARISONS, _as_bool)
 
 
+def _refuse_zero(dividend: Any, divisor: Any, asker: str | None) -> None:
+    """Raise ZeroDivisionError where the model's code divides by zero; a guard where it does not."""
+    if not is_library_or_sympy(asker) and isinstance(divisor, _SYMBOLIC) and divisor == 0:
+        raise ZeroDivisionError("division by zero")
+
+
 def _as_step(found: Any, asker: str | None) -> Any:
     made = found.node._expr if isinstance(found, torch.SymFloat) else None
     if isinstance(made, (sympy.Add, sympy.Mul)):
@@ -113,22 +128,41 @@ def _spelling(show: Callable[..., str], thread: int) -> Callable[..., str]:
     return spell
 
 
-def _replaced(names: Sequence[str], change: Callable[[Any, str | None], Any]) -> ExitStack:
-    """Pass the results of size operators through `change`, with the module of the calling code."""
+def _refuse_power(base: Any, exponent: Any, asker: str | None) -> None:
+    """Raise ZeroDivisionError where the model's code takes a negative power of zero."""
+    numbers = all(isinstance(x, (int, float, *_SYMBOLIC)) for x in (base, exponent))
+    if numbers and not is_library_or_sympy(asker) and exponent < 0 and base == 0:
+        raise ZeroDivisionError("zero cannot be raised to a negative power")
+
+
+def _unchanged(found: Any, asker: str | None) -> Any:
+    return found
+
+
+def _replaced(
+    names: Sequence[str],
+    change: Callable[[Any, str | None], Any] = _unchanged,
+    before: Callable[[Any, Any, str | None], None] | None = None,
+) -> ExitStack:
+    """Pass the operands of size operators to `before`, and their results through `change`, with the
+    module of the calling code."""
     thread = threading.get_ident()
 
     def changed(operator: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(operator)
         def operate(self: Any, other: Any) -> Any:
-            found = operator(self, other)
             if threading.get_ident() != thread:
-                return found
-            return change(found, sys._getframe(1).f_globals.get("__name__"))
+                return operator(self, other)
+            asker = sys._getframe(1).f_globals.get("__name__")
+            if before is not None:
+                before(self, other, asker)
+            return change(operator(self, other), asker)
 
         return operate
 
     stack = ExitStack()
-    for cls in (torch.SymInt, torch.SymFloat):
+    for cls in _SYMBOLIC:
         for name in names:
-            stack.enter_context(patch.object(cls, name, changed(getattr(cls, name))))
+            if hasattr(cls, name):
+                stack.enter_context(patch.object(cls, name, changed(getattr(cls, name))))
     return stack

@@ -79,6 +79,7 @@ from turbotx.capture.size_rules import find_size_rules
 from turbotx.capture.stack_traces import remembered_stack_traces
 from turbotx.capture.stride_corrections import corrected_strides
 from turbotx.capture.symint_tensors import SizeTensors
+from turbotx.capture.tensor_attributes import find_attributes, have_attributes, watch_attributes
 from turbotx.capture.trace_errors import (
     Stopped,
     capture_error,
@@ -87,7 +88,7 @@ from turbotx.capture.trace_errors import (
 )
 from turbotx.capture.traced_float import FloatInput
 from turbotx.capture.tracing import tracing
-from turbotx.capture.unlift import FRESH, unlift
+from turbotx.capture.unlift import FRESH, fresh_constants, unlift
 from turbotx.capture.value_questions import ValueQuestions, erase_numbers
 from turbotx.capture.widen import Places, widen
 from turbotx.errors import CaptureError
@@ -141,6 +142,7 @@ class Captured:
     effects: tuple[Effect, ...] = ()
     decisions: Decisions | None = None
     layers: LayerCalls = field(default_factory=LayerCalls)
+    sought: frozenset[str] = frozenset()
     state: StateRecord | None = None
 
     @property
@@ -155,8 +157,10 @@ class Captured:
         return ShapeMatcher(rules)
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Return whether the floats that its Python code read have the same values."""
-        return all(x.takes(tensors) for x in self.floats)
+        """Return whether the floats that its Python code read have the same values, and no tensor
+        has an attribute that it looked for."""
+        same = all(x.takes(tensors) for x in self.floats)
+        return same and not have_attributes(self.sought, tensors)
 
     def serves(self, ambient: Ambient, tensors: Sequence[torch.Tensor], outcomes: Outcomes) -> bool:
         """Return whether it serves a call, apart from sizes, whose first data-dependent conditions
@@ -208,10 +212,11 @@ def _capture(
     ambient = read_ambient()
     with tracing(), quiet_torch():
         recorder = StateRecorder()
-        with recorder.installed(), no_autocast_cache(), watch_reads(ambient) as asked:
+        sought, reads = watch_attributes(), watch_reads(ambient)
+        with recorder.installed(), no_autocast_cache(), reads as asked, sought as attributes:
             unfollowed = Unfollowed(model)
             recorder.also_meet = unfollowed.meet
-            code_names = find_model_names(model, recorder)
+            code_names = find_model_names(model, recorder, leaves)
             unfollowed.note_functions(code_names.functions)
             flat = FlatCall(model, leaves, spec, recorder, values, expanded)
             flat.given, flat.layers.names = describe_arguments(model, names, tensors), code_names
@@ -227,6 +232,7 @@ def _capture(
         with without_autocast():
             captured = _describe(exported, model, flat, name, names, ambient, tuple(sorted(asked)))
         code_names.places |= {place.key: place for place in variables.values()}
+        code_names.places |= find_attributes(attributes, model, names, tensors)
         state = make_record(model, recorder, code_names, captured.effects)
         if not drawn and ((generators := recorder.find_moved()) or moved):
             again = partial(_export_with_relations, flat, tensors, least, fixed, name)
@@ -237,7 +243,7 @@ def _capture(
                 "repeat in every call. Draw with torch.rand(()) or the like, which runs in every "
                 "call, or pass the number as an argument"
             )
-    return replace(captured, state=state)
+    return replace(captured, state=state, sought=frozenset(attributes))
 
 
 def _export_with_floats(
@@ -334,7 +340,7 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
         erase_numbers(exported.graph)
         write_casts(exported.graph)
         kept = KEPT_WHOLE | recurrent_ops()
-        before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
+        before, fresh = copy.deepcopy(exported.graph), fresh_constants(exported)
         squeezed, shown = find_squeezed(exported.graph), find_shown(exported.graph)
         write_out_of_place(exported.graph)
         written = find_written(exported.graph)
@@ -348,15 +354,6 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
         FRESH: fresh, SQUEEZED: squeezed, SHOWN: shown, WRITTEN: written,
     }  # fmt: skip
     return exported
-
-
-def _fresh_constants(exported: Any) -> set[str]:
-    """Return the constants created by the trace itself, as for torch.tensor(0.5) in the model's
-    code: the user has no name by which to change them later."""
-    targets = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.target}
-    lift = torch.ops.aten.lift_fresh_copy.default
-    nodes = [n for n in exported.graph_module.graph.nodes if n.name in targets]
-    return {targets[n.name] for n in nodes if all(u.target is lift for u in n.users)}
 
 
 def _describe(

@@ -176,3 +176,12 @@ def _assign(holder: nn.Module, path: str, value: torch.Tensor) -> None:
         holder.register_parameter(leaf, value)
     else:
         holder.register_buffer(leaf, value, persistent=False)
+
+
+def fresh_constants(exported: Any) -> set[str]:
+    """Return the constants created by the trace itself, as for torch.tensor(0.5) in the model's
+    code: the user has no name by which to change them later."""
+    targets = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.target}
+    lift = torch.ops.aten.lift_fresh_copy.default
+    nodes = [n for n in exported.graph_module.graph.nodes if n.name in targets]
+    return {targets[n.name] for n in nodes if all(u.target is lift for u in n.users)}

@@ -13,7 +13,7 @@ import ctypes
 import operator
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -42,7 +42,9 @@ class StateGuard:
         self._with_tensors: list[int] = []
         # Sets have no version; they are rare, so each is kept with a copy to compare with.
         self._sets: tuple[list[set[Any]], list[set[Any]]] = ([], [])
-        self._with_sets: list[int] = []
+        # Nor has the order of an OrderedDict.
+        self._ordered: tuple[list[Iterable[Any]], list[list[Any]]] = ([], [])
+        self._with_sets: list[int] = []  # or with an order
         self._arm()
         self._failed = record.differing(self._everything)  # changes made before the watch started
 
@@ -52,8 +54,11 @@ class StateGuard:
         if watch is not None and not self._compared and watch.first_touched(0) < 0:
             tensors = self._tensors
             same = all(map(operator.eq, *self._sets))
-            if same and (tensors is None or not tensors.changed()):
-                return self._failed is None
+            ordered, orders = self._ordered
+            same = same and all(map(operator.eq, map(list, ordered), orders))
+            same = same and (tensors is None or not tensors.changed())
+            if same and self._failed is None:
+                return True
         with self._lock:
             return self._compare()
 
@@ -146,6 +151,8 @@ class StateGuard:
         self._with_tensors = [i for i, look in enumerate(looks) if look.tensors]
         sets = [*{id(x): x for look in looks for x in look.sets.values()}.values()]
         self._sets = (sets, [set(x) for x in sets])
-        self._with_sets = [i for i, look in enumerate(looks) if look.sets]
+        ordered = [*{id(x): x for look in looks for x in look.ordered.values()}.values()]
+        self._ordered = (ordered, [list(x) for x in ordered])  # type: ignore[assignment]
+        self._with_sets = [i for i, look in enumerate(looks) if look.sets or look.ordered]
         self._tensors = make_watch(native, [*tensors.values()]) if tensors else None
         self._watch = watch

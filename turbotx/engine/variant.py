@@ -50,7 +50,8 @@ class Variant:
         self.guard = None if state is None else StateGuard(state, _find_library(compiled))
         self.holds: Callable[[], bool] = self.guard.holds if self.guard else lambda: True
         floats = compiled.captured.floats
-        self._takes = compiled.captured.takes if any(x.is_particular for x in floats) else None
+        looks = any(x.is_particular for x in floats) or compiled.captured.sought
+        self._takes = compiled.captured.takes if looks else None
 
     def recency(self) -> int:
         """Sort key: among captures of one call with different decisions, the most recently used
@@ -75,7 +76,7 @@ class Variant:
         return list(outputs[:count])
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Return whether it serves a call with these numbers among its arguments."""
+        """Return whether it serves a call with these numbers and tensors among its arguments."""
         return self._takes is None or self._takes(tensors)
 
     def numbers(self, tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:

@@ -153,3 +153,47 @@ def test_what_a_thread_or_a_context_has_of_its_own(model: Any, change: Any) -> N
     change(3.0)
     assert torch.equal(fast(x), x * 3)
     assert fast.stats()["captures"] == 2
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_order_of_an_ordered_dict(depth: int) -> None:
+    table = collections.OrderedDict(a=2.0, b=torch.ones(3), c=3.0)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        for value in table.values() if depth else model.own.values():  # type: ignore[attr-defined]
+            x = x * value + 1
+        return x
+
+    model.own = table  # type: ignore[attr-defined]
+    fast, x = turbotx.optimize(model, backend="aten"), torch.randn(2, 3)
+    changes: list[Callable[[], Any]] = [
+        lambda: None,
+        lambda: table.move_to_end("a"),
+        lambda: table.move_to_end("c", last=False),
+        lambda: table.update(a=7.0),
+        lambda: table.popitem(last=False),
+    ]
+    for change in changes:
+        change()
+        torch.testing.assert_close(fast(x), model(x))
+        torch.testing.assert_close(fast(x[:1]), model(x[:1]))
+    assert fast.stats()["captures"] == len(changes)
+    table.move_to_end("b")
+    torch.testing.assert_close(fast(x), model(x))
+    table.move_to_end("a")
+    torch.testing.assert_close(fast(x), model(x))
+    assert fast.stats()["captures"] == len(changes) + 1
+
+
+def test_a_set_that_is_as_before_finds_its_capture() -> None:
+    known, x = {1, 2}, torch.randn(2, 3)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x * len(known)
+
+    fast = turbotx.optimize(model, backend="aten")
+    for change in (set().add, known.add, known.discard, known.add, known.discard):
+        change(3)
+        for n in (1, 2):
+            torch.testing.assert_close(fast(x[:n]), model(x[:n]))
+    assert fast.stats()["captures"] == 2

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import builtins
 import dis
+import enum
 import functools
 import sys
 import types
@@ -35,7 +36,7 @@ from turbotx.capture.module_state.values import MISSING, is_library, is_watchabl
 MAX_FUNCTIONS = 2000
 """The most functions analyzed for one model."""
 _GLOBAL = frozenset(("LOAD_GLOBAL", "LOAD_NAME"))
-_ATTRIBUTE = frozenset(("LOAD_ATTR", "LOAD_METHOD"))
+_ATTRIBUTE = frozenset(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"))
 _CLASS = frozenset(("type", "__class__", "cls"))
 """Names by which code gets an object's class, whose attributes it then reads unrecorded."""
 _UNCALLED = frozenset(
@@ -46,6 +47,10 @@ _UNCALLED = frozenset(
     )
 )  # fmt: skip
 """Methods that Python calls only to print, copy, pickle or subclass."""
+
+
+_HOLDERS = (types.ModuleType, types.FunctionType, enum.Enum)
+"""What has a dict of its own and is told from others by identity, as an argument."""
 
 
 def find_names(
@@ -64,11 +69,19 @@ def find_names(
 class Names:
     """What the functions analyzed so far refer to."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Iterable[Any] = ()) -> None:
+        """given: the leaves of a call's arguments. Of those that are told apart by identity, as
+        classes and modules are, code may read attributes that no name leads to."""
+        found = [x for x in given if isinstance(x, (type, *_HOLDERS)) and not is_library(_home(x))]
+        self._holders = [x for x in found if not isinstance(x, type)]
+        classes = (x if isinstance(x, type) else type(x) for x in found)
+        self._classes = [x for x in dict.fromkeys(classes) if x not in _HOLDERS]
         self.places: dict[Any, StatePlace] = {}
         self.meet: Callable[[Any], None] = lambda value: None
         self._entered: dict[tuple[int, type | None], types.FunctionType] = {}
         self._to_do: list[tuple[types.FunctionType, type | None]] = []
+        for value in (*self._holders, *self._classes):
+            self.enter(value)
 
     @property
     def codes(self) -> list[types.CodeType] | None:
@@ -114,14 +127,38 @@ class Names:
                         self._follow(function.__globals__, chain)
                     elif kind == "import":
                         self._import(chain[0], attributes)
-                    elif owner is not None:
-                        self.enter(find_in_class(owner, chain[0]), owner)
-                        if by_class and find_in_class(owner, chain[0]) is not MISSING:
-                            self._follow_class(owner, chain)
+                    else:
+                        self._follow_given(chain)
+                        if owner is not None:
+                            self._follow_method(owner, chain, bool(by_class))
+                            if "super" in code.co_names:
+                                self._follow_bases(owner, chain)
 
-    def _follow(self, scope: dict[str, Any], chain: tuple[str, ...]) -> None:
+    def _follow_given(self, chain: tuple[str, ...]) -> None:
+        """Record what may be read from a class, module, function or enum among the arguments."""
+        for cls in self._classes:
+            if any(chain[0] in vars(c) and not is_library(c.__module__) for c in cls.__mro__):
+                self._follow_method(cls, chain, True)
+        for holder in self._holders:
+            if chain[0] in vars(holder):
+                self._follow(vars(holder), chain, str(getattr(holder, "__name__", holder)))
+
+    def _follow_method(self, owner: type, chain: tuple[str, ...], by_class: bool) -> None:
+        """Queue a method of a class. by_class: record that it is read from the class, too."""
+        self.enter(find_in_class(owner, chain[0]), owner)
+        if by_class and find_in_class(owner, chain[0]) is not MISSING:
+            self._follow_class(owner, chain)
+
+    def _follow_bases(self, owner: type, chain: tuple[str, ...]) -> None:
+        """Record what `super()` finds in the bases of a class, and queue methods there."""
+        for base in owner.__mro__[1:]:
+            if chain[0] in vars(base) and not is_library(base.__module__):
+                self._follow_class(base, chain)
+                self.enter(vars(base)[chain[0]], owner)
+
+    def _follow(self, scope: dict[str, Any], chain: tuple[str, ...], home: str = "") -> None:
         """Record a global's value, and what is read from it if it is a module or a class."""
-        home = scope.get("__name__", "")
+        home = home or scope.get("__name__", "")
         for i, name in enumerate(chain):
             if name not in scope:
                 if i == 0 and not hasattr(builtins, name):
@@ -165,6 +202,10 @@ class Names:
             return
         self.meet(value)
         self.enter(value)
+
+
+def _home(value: Any) -> str:
+    return str(value.__name__ if isinstance(value, types.ModuleType) else value.__module__)
 
 
 def _is_layer(function: types.FunctionType) -> bool:

@@ -18,7 +18,7 @@ import gc
 import types
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,14 @@ from torch import nn
 
 from turbotx.capture.module_state.recorder import ALL, TABLES
 from turbotx.capture.module_state.values import (
+    MAX_ITEMS,
     MISSING,
     Look,
     content_of,
     describe_own_tensor,
     describe_table,
     dict_of,
+    held_by,
     is_watchable,
 )
 
@@ -227,10 +229,22 @@ class CellPlace(StatePlace):
         return look(self.read())
 
 
-class Ties:
-    """Which names of modules share a tensor, as last read."""
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a value: itself, or in containers, partials and the like."""
+    seen, to_do = set[int](), [value]
+    while to_do and len(seen) <= MAX_ITEMS:
+        found = to_do.pop()
+        if isinstance(found, torch.Tensor):
+            yield found
+        elif id(found) not in seen:
+            seen.add(id(found))
+            to_do += held_by(found)
 
-    def __init__(self, places: Sequence[AttributePlace]) -> None:
+
+class Ties:
+    """Which names of modules share a tensor, as last read, and which other places hold it."""
+
+    def __init__(self, places: Sequence[StatePlace]) -> None:
         self.places = places
         self._held: list[list[int]] = []
         self._names: dict[int, list[int]] = {}
@@ -247,9 +261,7 @@ class Ties:
         return tuple(tuple(self._names[key]) for i in mine for key in self._held[i])
 
     def _read(self, i: int) -> list[int]:
-        value = self.places[i].read()
-        values = value.values() if isinstance(value, dict) else (value,)
-        return [id(x) for x in values if isinstance(x, torch.Tensor)]
+        return [id(x) for x in tensors_in(self.places[i].read())]
 
 
 class TiedPlace(StatePlace):

@@ -33,6 +33,7 @@ from turbotx.capture.module_state.places import (
     StatePlace,
     TiedPlace,
     Ties,
+    tensors_in,
 )
 from turbotx.capture.module_state.recorder import StateRecorder, Write
 from turbotx.capture.module_state.values import Look, dict_of, is_library, is_watchable, show
@@ -89,7 +90,7 @@ class StateRecord:
         known = self.looks[i]
         same = all(
             getattr(look, kind).keys() == getattr(known, kind).keys()
-            for kind in ("dicts", "lists", "cells", "tensors", "sets")
+            for kind in ("dicts", "lists", "cells", "tensors", "sets", "ordered")
         )
         if not same:
             self.looks[i] = look
@@ -105,11 +106,12 @@ class StateRecord:
 _TRACERS = ("torch.fx.", "torch._dynamo.", "torch._higher_order_ops.", "turbotx.capture.flat_call")
 
 
-def find_model_names(model: nn.Module, recorder: StateRecorder) -> Names:
+def find_model_names(model: nn.Module, recorder: StateRecorder, given: Iterable[Any] = ()) -> Names:
     """Return the names in the code of a model's modules, and pass all objects that they refer to to
-    the recorder. Call before the trace, with the recorder installed."""
+    the recorder. Call before the trace, with the recorder installed. given: the arguments'
+    leaves."""
     recorder.modules = list(model.modules())
-    names = Names()
+    names = Names(given)
     scope = vars(torch.nn.modules.module)
     for hooks in _GLOBAL_HOOKS:
         names.enter(scope[hooks])
@@ -139,7 +141,12 @@ def make_record(
     _refuse_changes(model, writes, paths)
     scope = vars(torch.nn.modules.module)
     hooks = [ItemPlace(scope, name, f"torch.nn's {name}") for name in _GLOBAL_HOOKS]
-    every: list[StatePlace] = [*places, *_find_ties(places), *hooks, *names.places.values()]
+    every: list[StatePlace] = [
+        *places,
+        *_find_ties(model, places, names),
+        *hooks,
+        *names.places.values(),
+    ]
     every += [OwnTensorsPlace(x, name, _text(paths, x, name)) for x, name in recorder.kept.values()]
     if recorder.gradients:
         every.append(GradientsPlace([*{id(m): m for m in recorder.gradients}.values()]))
@@ -195,15 +202,21 @@ def _text(paths: dict[int, str], owner: Any, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _find_ties(places: Iterable[AttributePlace]) -> Iterator[TiedPlace]:
-    """Yield, for each module whose tensors were read, which other modules share them."""
-    tensors = [
-        place
-        for place in places
-        if isinstance(place.owner, nn.Module)
-        and (place.name in TABLES[:2] or isinstance(place.read(), torch.Tensor))
-    ]
-    ties = Ties(tensors)
+def _find_ties(
+    model: nn.Module, places: Iterable[AttributePlace], names: Names
+) -> Iterator[TiedPlace]:
+    """Yield, for each module whose tensors were read, which other modules share them, and which
+    lists, globals and the like hold them too."""
+    tensors, others = list[AttributePlace](), list[StatePlace](names.places.values())
+    for place in places:
+        shown = place.name in TABLES[:2] or isinstance(place.read(), torch.Tensor)
+        if isinstance(place.owner, nn.Module) and shown:
+            tensors.append(place)
+        elif place.name not in TABLES:
+            others.append(place)
+    own = {id(x) for m in model.modules() for t in TABLES[:2] for x in vars(m)[t].values()}
+    others = [p for p in others if any(id(x) in own for x in tensors_in(p.read()))]
+    ties = Ties([*tensors, *others])
     by_owner: dict[int, list[int]] = {}
     for i, place in enumerate(tensors):
         by_owner.setdefault(id(dict_of(place.owner)), []).append(i)

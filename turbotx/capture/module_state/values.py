@@ -151,8 +151,8 @@ def held_by(value: Any) -> list[Any]:
 
 
 class Look:
-    """Describes values; afterwards `dicts`, `lists`, `cells`, `tensors` and `sets` are the objects
-    to watch for changes, and `unversioned` says that some content can only be compared."""
+    """Describes values; afterwards `dicts`, `lists`, `cells`, `tensors`, `sets` and `ordered` are
+    the objects to watch, and `unversioned` says that some content can only be compared."""
 
     def __init__(self, left_out: Mapping[int, frozenset[Any] | None] | None = None) -> None:
         """Create a Look. left_out: by the id of a container, the keys to ignore, or None for all
@@ -164,6 +164,7 @@ class Look:
         self.cells: dict[int, types.CellType] = {}
         self.tensors: dict[int, torch.Tensor] = {}
         self.sets: dict[int, set[Any]] = {}
+        self.ordered: dict[int, collections.OrderedDict[Any, Any]] = {}
         self.kept: list[Any] = []  # keeps ids valid
         self.unversioned = False
         self._items = 0
@@ -209,6 +210,10 @@ class Look:
             if isinstance(value, dict):
                 self.dicts[id(value)] = value
                 items: Iterable[tuple[Any, Any]] = dict.items(value)
+                if isinstance(value, collections.OrderedDict) and len(value) > 1:
+                    self.ordered[id(value)] = value  # move_to_end touches no dict
+                    keys = collections.OrderedDict.__iter__(value)
+                    items = [(k, dict.__getitem__(value, k)) for k in keys]
                 if hidden:
                     self.kept.append(value)
                     items = [(k, v) for k, v in items if k not in hidden]
