@@ -25,6 +25,7 @@ from turbotx.capture.module_state.gradients import note_gradients
 from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.replaced_calls import ReplacedCalls
 from turbotx.capture.returned import take_apart
+from turbotx.capture.returned_arguments import find_containers, find_returned
 from turbotx.capture.sandbox.sandbox import Sandbox
 from turbotx.capture.trace_errors import Stopped
 from turbotx.capture.traced_float import FloatInput, FloatReads, read_floats
@@ -79,6 +80,7 @@ class FlatCall(nn.Module):
             number = leaves[position]
             leaves[position] = tensor if number is None else self.floats.make(number, tensor, k)
         args, kwargs = rebuild(leaves, self.in_spec)
+        passed = find_containers(args, kwargs)
         model = self.model
         try:
             self.seen.begin(given)
@@ -91,6 +93,7 @@ class FlatCall(nn.Module):
                 output = called(*args, **kwargs)
             caught.finish()
             _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
+            self.seen.returned = find_returned(passed, output)
             flat, self.seen.out_spec, self.seen.constants = take_apart(output, type(model).__name__)
             results = [*map(read_floats, flat), *self.seen.finish(), *self.values.finish()]
             replaced.finish(results)

@@ -71,6 +71,7 @@ from turbotx.capture.recurrent_layers import recurrent_layers_whole, recurrent_o
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
 from turbotx.capture.result_layouts import ASKED, ORDER, find_shown, note_layouts
 from turbotx.capture.returned import put_constants
+from turbotx.capture.returned_arguments import Returned
 from turbotx.capture.sandbox.effects import Effect
 from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.size_operators import python_operators, relations_answered, wants_bool
@@ -142,6 +143,7 @@ class Captured:
     effects: tuple[Effect, ...] = ()
     decisions: Decisions | None = None
     layers: LayerCalls = field(default_factory=LayerCalls)
+    returned: tuple[Returned, ...] = ()
     sought: frozenset[str] = frozenset()
     state: StateRecord | None = None
 
@@ -393,5 +395,5 @@ def _describe(
     return Captured(
         graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
         flat.seen.out_spec, ambient, asked, expanded, flat.describe_floats(), flat.seen.effects,
-        decisions, flat.layers.calls,
+        decisions, flat.layers.calls, flat.seen.returned,
     )  # fmt: skip

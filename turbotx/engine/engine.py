@@ -111,7 +111,7 @@ class Engine(EagerCalls):
         except UndecidedError as error:
             self.count_eager(str(error))
             return self.run_eager(args, kwargs)
-        return variant.build_output(outputs)
+        return variant.build(outputs, args, kwargs)
 
     def run_flat(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run = run_bound

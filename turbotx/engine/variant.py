@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 from turbotx.capture.decisions import Outcomes, UndecidedError, describe_last
 from turbotx.capture.module_state.record import Difference
+from turbotx.capture.returned_arguments import give_back
 from turbotx.engine.compiled import Compiled
 from turbotx.engine.output_builder import OutputBuilder
 from turbotx.engine.state_guard import StateGuard
@@ -42,6 +43,7 @@ class Variant:
         self.matcher = compiled.captured.matcher
         self.out_spec = compiled.captured.out_spec
         self.build_output = OutputBuilder(self.out_spec)
+        self._returned = compiled.captured.returned
         self.effects, self.decisions = compiled.captured.effects, compiled.captured.decisions
         self.needs_post_run = bool(self.effects) or self.decisions is not None
         """Whether a run is followed by more work than returning its results."""
@@ -52,6 +54,11 @@ class Variant:
         floats = compiled.captured.floats
         looks = any(x.is_particular for x in floats) or compiled.captured.sought
         self._takes = compiled.captured.takes if looks else None
+
+    def build(self, leaves: Sequence[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return the output of these leaves, with the arguments that it holds filled anew."""
+        output = self.build_output(leaves)
+        return give_back(self._returned, args, kwargs, output) if self._returned else output
 
     def recency(self) -> int:
         """Sort key: among captures of one call with different decisions, the most recently used

@@ -20,6 +20,7 @@ from turbotx.capture.ambient import Ambient, differences, read_ambient, read_ask
 from turbotx.capture.arguments import carry, describe_leaf, flatten_call, is_float
 from turbotx.capture.call_key import describe_kind
 from turbotx.capture.decisions import Decisions, Outcomes, describe_last
+from turbotx.capture.returned_arguments import Returned, give_back
 from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.traced_float import FloatInput, describe_floats
 from turbotx.errors import InputError, SavedFileError, TrainingError
@@ -46,6 +47,7 @@ class SavedCall:
     decisions: what it assumes of tensor values.
     out: the nesting of its output's leaves, as JSON.
     stepping: the indices of the dims that grow with every step of a decoder.
+    returned: the containers of the arguments that the output holds.
     """
 
     program: Program
@@ -56,6 +58,7 @@ class SavedCall:
     decisions: Decisions | None
     out: Mapping[str, Any]
     stepping: tuple[int, ...] = ()
+    returned: tuple[Returned, ...] = ()
 
     def run(
         self, binding: Binding, tensors: list[torch.Tensor], run: Run = run_bound
@@ -121,7 +124,8 @@ class CallTable:
         call, leaves = self._run(args, kwargs, run_bound)
         if swap:
             leaves = [swap.get(x, x) if type(x) is str else x for x in leaves]
-        return decode_tree(call.out, leaves.__getitem__)
+        output = decode_tree(call.out, leaves.__getitem__)
+        return give_back(call.returned, args, kwargs, output)
 
     def _run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run

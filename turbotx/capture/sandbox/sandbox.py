@@ -19,6 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from turbotx.capture.returned_arguments import Returned
 from turbotx.capture.sandbox.effects import Effect, SizesNeeded, find_effects
 from turbotx.capture.sandbox.reach import Reach
 from turbotx.capture.sandbox.shadow import Shadow
@@ -28,9 +29,11 @@ from turbotx.ir.expr import expr
 
 
 class Sandbox:
-    """model: the copy to trace. out_spec, constants, effects: of the latest run of the code."""
+    """model: the copy to trace. out_spec, returned, constants, effects: of the latest run of the
+    code."""
 
     out_spec: pytree.TreeSpec
+    returned: tuple[Returned, ...]
     constants: dict[int, Any]
 
     def __init__(self, model: nn.Module) -> None:

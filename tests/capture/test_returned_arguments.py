@@ -1,0 +1,140 @@
+"""Lists and dicts that a call changes and returns are the caller's own, as in eager mode.
+
+In: functions that fill what they are given and return it, whole or in part. Out: the same object as
+was passed, with the same contents as eager mode leaves in it; also from a saved file.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+import turbotx
+from tests.kernels.cpp.cpp_probe import needs_compiler
+from turbotx.capture.returned_arguments import (
+    Returned,
+    find_containers,
+    find_returned,
+    give_back,
+)
+
+Pair = namedtuple("Pair", "first second")
+
+
+def fill(d: Any) -> Any:
+    d["y"] = d["x"] * 2 + 1
+    return d
+
+
+def grow(items: list[Any]) -> Any:
+    items.append(items[0] * 2)
+    del items[1]
+    return items
+
+
+def replace(d: Any) -> Any:
+    d["x"] = d["x"] + 1
+    d.pop("gone")
+    return {"result": d, "other": d["x"]}
+
+
+def nested(d: Any) -> Any:
+    d["in"]["y"] = d["x"] * 2
+    d["all"] = [d["in"]]
+    return Pair(d["in"], (d, [d["x"] - 1]))
+
+
+def untouched(d: Any) -> Any:
+    return d, d["x"] * 2
+
+
+def make(function: Callable[[Any], Any], n: int) -> Any:
+    x = torch.arange(n).float()
+    return {
+        fill: {"x": x},
+        grow: [x, x * 3],
+        replace: OrderedDict(gone=x, x=x - 1),
+        nested: {"x": x, "in": {"z": x}},
+        untouched: {"x": x, "k": 3},
+    }[function]
+
+
+FUNCTIONS = (fill, grow, replace, nested, untouched)
+
+
+def same(one: Any, other: Any) -> bool:
+    (a, left), (b, right) = pytree.tree_flatten(one), pytree.tree_flatten(other)
+    return left == right and all(torch.equal(torch.as_tensor(x), torch.as_tensor(y))
+                                 for x, y in zip(a, b, strict=True))  # fmt: skip
+
+
+def places(given: Any, output: Any) -> tuple[Returned, ...]:
+    return find_returned(find_containers((given,), {}), output)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_callers_containers_are_filled(function: Callable[[Any], Any]) -> None:
+    fast = turbotx.optimize(function, backend="aten")
+    for n in (3, 5, 3, 1, 0):
+        given = make(function, n)
+        wanted_given = copy.copy(given)
+        if function is nested:
+            wanted_given["in"] = dict(given["in"])
+        came, wanted = fast(given), function(wanted_given)
+        assert same(came, wanted) and same(given, wanted_given)
+        assert places(given, came) == places(wanted_given, wanted) != ()
+
+
+def test_tensors_that_stay_are_the_callers_own() -> None:
+    given = {"x": torch.ones(3), "mask": torch.ones(3)}
+    x, mask = given["x"], given["mask"]
+    came = turbotx.optimize(fill, backend="aten")(given)
+    assert came is given and given["x"] is x and given["mask"] is mask
+
+
+def test_named_arguments_and_the_same_container_twice() -> None:
+    def function(a: Any, *, b: Any) -> Any:
+        b.append(a["x"])
+        return [b, a, b]
+
+    fast = turbotx.optimize(function, backend="aten")
+    a, b = {"x": torch.ones(2)}, [torch.zeros(2)]
+    came = fast(a, b=b)
+    assert came[0] is b and came[1] is a and came[2] is b and len(b) == 2
+
+
+def test_other_mappings_by_their_own_methods() -> None:
+    given = UserDict(x=1)
+    returned = places(given, [given])
+    assert returned == (Returned((0,), (0,)),)
+    output = give_back(returned, (given,), {}, [UserDict(y=2)])
+    assert output[0] is given and given == {"y": 2}
+
+
+@needs_compiler
+def test_a_saved_file_fills_them_too(tmp_path: Path) -> None:
+    class Filling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            batch["y"] = self.linear(batch["x"]).relu()
+            return batch
+
+    model = Filling().eval()
+    fast = turbotx.optimize(model)
+    fast({"x": torch.ones(2, 4)})
+    turbotx.save(fast, tmp_path / "filling.ttx")
+    loaded = turbotx.load(tmp_path / "filling.ttx")
+    given = {"x": torch.randn(3, 4)}
+    assert loaded(given) is given
+    assert torch.allclose(given["y"], model({"x": given["x"]})["y"], atol=1e-5)
