@@ -20,7 +20,7 @@ from torch import nn
 import turbotx
 from tests.kernels.cpp.cpp_probe import needs_compiler
 from turbotx.capture.returned_arguments import (
-    Returned,
+    ReturnedContainer,
     find_containers,
     find_returned,
     give_back,
@@ -76,7 +76,7 @@ def same(one: Any, other: Any) -> bool:
                                  for x, y in zip(a, b, strict=True))  # fmt: skip
 
 
-def places(given: Any, output: Any) -> tuple[Returned, ...]:
+def places(given: Any, output: Any) -> tuple[ReturnedContainer, ...]:
     return find_returned(find_containers((given,), {}), output)
 
 
@@ -114,7 +114,7 @@ def test_named_arguments_and_the_same_container_twice() -> None:
 def test_other_mappings_by_their_own_methods() -> None:
     given = UserDict(x=1)
     returned = places(given, [given])
-    assert returned == (Returned((0,), (0,)),)
+    assert returned == (ReturnedContainer((0,), (0,)),)
     output = give_back(returned, (given,), {}, [UserDict(y=2)])
     assert output[0] is given and given == {"y": 2}
 

@@ -3,7 +3,7 @@
 In: a traced call's arguments and output. Out: where in both the same container is. A call then
 fills the caller's own container and returns that, as eager mode does::
 
-    batch["y"] = f(batch["x"]); return batch  ->  (Returned(given=(0,), made=()),)
+    batch["y"] = f(batch["x"]); return batch  ->  (ReturnedContainer(given=(0,), made=()),)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Path = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
-class Returned:
+class ReturnedContainer:
     """A container of the arguments and of the output.
 
     given: its path from the arguments, the first step a position or a name. made: from the output.
@@ -34,11 +34,11 @@ def find_containers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tupl
     return [found for name, value in named for found in _containers(value, (name,))]
 
 
-def find_returned(passed: Sequence[tuple[Path, Any]], output: Any) -> tuple[Returned, ...]:
+def find_returned(passed: Sequence[tuple[Path, Any]], output: Any) -> tuple[ReturnedContainer, ...]:
     """Return which of the containers that were passed are in the output, innermost first."""
     paths = {id(container): path for path, container in reversed(passed)}
     found = [
-        Returned(paths[id(container)], path)
+        ReturnedContainer(paths[id(container)], path)
         for path, container in _containers(output, ())
         if id(container) in paths
     ]
@@ -46,7 +46,10 @@ def find_returned(passed: Sequence[tuple[Path, Any]], output: Any) -> tuple[Retu
 
 
 def give_back(
-    returned: Sequence[Returned], args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    returned: Sequence[ReturnedContainer],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    output: Any,
 ) -> Any:
     """Fill the caller's containers with what a call has made of them; return the output that holds
     them."""

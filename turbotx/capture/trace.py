@@ -71,7 +71,7 @@ from turbotx.capture.recurrent_layers import recurrent_layers_whole, recurrent_o
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
 from turbotx.capture.result_layouts import ASKED, ORDER, find_shown, note_layouts
 from turbotx.capture.returned import put_constants
-from turbotx.capture.returned_arguments import Returned
+from turbotx.capture.returned_arguments import ReturnedContainer
 from turbotx.capture.sandbox.effects import Effect
 from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.size_operators import python_operators, relations_answered, wants_bool
@@ -143,7 +143,7 @@ class Captured:
     effects: tuple[Effect, ...] = ()
     decisions: Decisions | None = None
     layers: LayerCalls = field(default_factory=LayerCalls)
-    returned: tuple[Returned, ...] = ()
+    returned: tuple[ReturnedContainer, ...] = ()
     sought: frozenset[str] = frozenset()
     state: StateRecord | None = None
 

@@ -20,7 +20,7 @@ from turbotx.capture.ambient import Ambient, differences, read_ambient, read_ask
 from turbotx.capture.arguments import carry, describe_leaf, flatten_call, is_float
 from turbotx.capture.call_key import describe_kind
 from turbotx.capture.decisions import Decisions, Outcomes, describe_last
-from turbotx.capture.returned_arguments import Returned, give_back
+from turbotx.capture.returned_arguments import ReturnedContainer, give_back
 from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.traced_float import FloatInput, describe_floats
 from turbotx.errors import InputError, SavedFileError, TrainingError
@@ -58,7 +58,7 @@ class SavedCall:
     decisions: Decisions | None
     out: Mapping[str, Any]
     stepping: tuple[int, ...] = ()
-    returned: tuple[Returned, ...] = ()
+    returned: tuple[ReturnedContainer, ...] = ()
 
     def run(
         self, binding: Binding, tensors: list[torch.Tensor], run: Run = run_bound

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from turbotx.capture.cache_argument import split_cache
-from turbotx.capture.returned_arguments import Returned
+from turbotx.capture.returned_arguments import ReturnedContainer
 from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.memory.pool import ChunkPool
@@ -110,7 +110,7 @@ def load(
         stepping = tuple(tables.get("stepping", ()))
         state = (ambient, asked, decisions)
         paths = tables.get("returned", ())
-        returned = tuple(Returned(tuple(given), tuple(of)) for given, of in paths)
+        returned = tuple(ReturnedContainer(tuple(given), tuple(of)) for given, of in paths)
         out = tables["out"], stepping, returned
         made = SavedCall(program, ShapeMatcher(rules), floats, *state, *out)
         table = model._parts.setdefault(part, CallTable(place)) if part else model._table

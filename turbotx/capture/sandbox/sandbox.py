@@ -19,7 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from turbotx.capture.returned_arguments import Returned
+from turbotx.capture.returned_arguments import ReturnedContainer
 from turbotx.capture.sandbox.effects import Effect, SizesNeeded, find_effects
 from turbotx.capture.sandbox.reach import Reach
 from turbotx.capture.sandbox.shadow import Shadow
@@ -33,7 +33,7 @@ class Sandbox:
     code."""
 
     out_spec: pytree.TreeSpec
-    returned: tuple[Returned, ...]
+    returned: tuple[ReturnedContainer, ...]
     constants: dict[int, Any]
 
     def __init__(self, model: nn.Module) -> None:
