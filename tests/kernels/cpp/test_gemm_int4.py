@@ -82,10 +82,14 @@ def check(
     assert out[:, n:].isnan().all(), "the padding between rows was written"
     exact, finite = made(torch.float64), x.isfinite().all(-1)
     # Of a few numbers one order of the sums may come out exact by chance: eager's worst of some.
-    eager = torch.stack([made(torch.float32, torch.randperm(k)).to(dtype) for _ in range(8)])
+    few = exact.numel() <= 64
+    orders = 100 if few else 8
+    eager = torch.stack([made(torch.float32, torch.randperm(k)).to(dtype) for _ in range(orders)])
     if finite.any():
-        allowed = 1.5 * (eager - exact)[:, finite].abs().max()
-        allowed += 2 * torch.finfo(dtype).eps * exact[finite].abs().max()
+        allowed = (2 if few else 1.5) * (eager - exact)[:, finite].abs().max()
+        # The residual may cancel what it is added to.
+        largest = (exact.abs() + residual.abs())[finite].max()
+        allowed += 2 * torch.finfo(dtype).eps * largest
         assert (out[:, :n] - exact)[finite].abs().max() <= allowed
     return out[:, :n]
 
