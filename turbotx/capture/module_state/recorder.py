@@ -179,7 +179,7 @@ class StateRecorder:
         attributes = dict_of(owner)
         key = id(owner) if attributes is None else id(attributes)
         names = self._reads.setdefault(key, (self.find_own(owner), {}))[1]
-        for name in [*(attributes or ()), *_slots(type(owner))]:
+        for name in [*(attributes or ()), *slots_of(type(owner))]:
             if (key, name) not in self._writes:
                 names[name] = None
                 self.meet(getattr(owner, name, None), depth + 1)
@@ -320,7 +320,8 @@ def _global_hooks_inside() -> Iterator[None]:
                 hooks[key] = hook
 
 
-def _slots(cls: type) -> list[str]:
+def slots_of(cls: type) -> list[str]:
+    """Return the names of the slots of a class and its bases."""
     found = [base.__dict__.get("__slots__", ()) for base in cls.__mro__]
     return [n for names in found for n in ((names,) if isinstance(names, str) else names)]
 
