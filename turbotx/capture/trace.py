@@ -379,14 +379,13 @@ def _describe(
     expanded = replace(flat.expanded, decisive=find_decisive(graph_module.graph))
     squeezed = exported.graph_module.meta[SQUEEZED]
     guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
-    guards += guard_squeezed(squeezed, symbols) + guard_asked(
-        flat.layouts.sizes, find_replaced(shape_env, symbols) | symbols
-    )
-    guards += guard_written(exported.graph_module.meta[WRITTEN], symbols)
+    known = find_replaced(shape_env, symbols) | symbols
+    guards += guard_squeezed(squeezed, known) + guard_asked(flat.layouts.sizes, known)
+    guards += guard_written(exported.graph_module.meta[WRITTEN], known)
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in shape) for shape in shapes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
     hints = find_hints(shape_env, symbols)
-    decisions = flat.values.describe(find_replaced(shape_env, symbols) | symbols, dims)
+    decisions = flat.values.describe(known, dims)
     if decisions is not None and any(map(is_random, graph_module.graph.nodes)):
         raise CaptureError(
             f"cannot capture {name}: it draws random numbers and branches on a value, as at "
