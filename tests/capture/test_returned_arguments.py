@@ -183,6 +183,14 @@ def test_changes_that_no_call_could_do_are_refused(
     assert str(passed) == before and not getattr(passed, "mark", 0)
 
 
+def test_a_dict_whose_keys_are_tensors_is_refused() -> None:
+    x = torch.ones(2)
+    fast = turbotx.optimize(lambda x, d: d[x] if x in d else x * 2, backend="aten")
+    with pytest.raises(CaptureError, match="argument number 1 has a dict whose keys are tensors"):
+        fast(x, {x: torch.zeros(2)})
+    assert torch.equal(fast(x, {"x": x}), x * 2)
+
+
 def test_a_container_that_is_passed_twice_and_changed_is_refused() -> None:
     def function(a: Any, b: Any) -> Any:
         a.append(a[0] * 2)

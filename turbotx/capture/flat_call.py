@@ -85,9 +85,9 @@ class FlatCall(nn.Module):
             number = leaves[position]
             leaves[position] = tensor if number is None else self.floats.make(number, tensor, k)
         args, kwargs = rebuild(leaves, self.in_spec)
-        passed = PassedArguments(args, kwargs)
         model = self.model
         try:
+            passed = PassedArguments(args, kwargs)
             self.seen.begin(given)
             with (
                 self.recorder.on(tensors), ReplacedCalls() as replaced, self.layouts,

@@ -16,10 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from turbotx.capture.arguments import is_leaf
 from turbotx.capture.module_state.recorder import slots_of
 from turbotx.capture.module_state.values import dict_of
-from turbotx.errors import InputError
+from turbotx.errors import CaptureError, InputError
 
 Path = tuple[int | str, ...]
 """The keys and indices that lead to a part of a value."""
@@ -40,14 +42,23 @@ class ReturnedContainer:
 
 
 class PassedArguments:
-    """A call's arguments as they are before its code runs."""
+    """A call's arguments as they are before its code runs.
+
+    Raises CaptureError for a dict with tensors as keys: the code would find none of them.
+    """
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        named = [*enumerate(args), *kwargs.items()]
+        named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         self._paths = {id(x): path for path, x in reversed(find_containers(args, kwargs))}
         self._before = [
             (name, part, _contents(part)) for name, value in named for part in _parts(value, set())
         ]
+        for name, part, _ in self._before:
+            if isinstance(part, dict) and any(isinstance(key, torch.Tensor) for key in part):
+                raise CaptureError(
+                    f"its argument {_show(name)} has a dict whose keys are tensors, which a "
+                    "program does not see: pass a list of pairs"
+                )
 
     def find_returned(self, output: Any) -> tuple[ReturnedContainer, ...]:
         """Return which containers are in the output, innermost first."""
@@ -67,7 +78,7 @@ class PassedArguments:
         for name, part, before in self._before:
             now, filled = _contents(part), id(part) in returned and _can_be_filled(part)
             if now.attributes != before.attributes or (now.items != before.items and not filled):
-                lost[repr(name) if isinstance(name, str) else f"number {name}"] = None
+                lost[_show(name)] = None
         return list(lost)
 
 
@@ -116,6 +127,10 @@ def _containers(tree: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     elif isinstance(tree, (*_LISTS, tuple)):
         for k, value in enumerate(tree):
             yield from _containers(value, (*path, k))
+
+
+def _show(name: int | str) -> str:
+    return repr(name) if isinstance(name, str) else f"number {name}"
 
 
 def _can_be_filled(container: Any) -> bool:
