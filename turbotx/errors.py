@@ -8,7 +8,9 @@ to do about it, for example::
 
 from __future__ import annotations
 
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 
 def versions() -> dict[str, str]:
@@ -40,8 +42,33 @@ def kind_and_line(error: BaseException) -> str:
     return kind if line == kind else f"{kind}: {line}"
 
 
+_noting = threading.local()
+
+
 class TurbotxError(Exception):
     """Base of every error that turbotx raises on purpose."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        note_error(self)
+
+
+@contextmanager
+def noted_errors() -> Iterator[list[Exception]]:
+    """Context manager: collect the errors of turbotx that this thread makes, also those that a
+    model's code catches, and what `note_error` is given."""
+    before, _noting.errors = getattr(_noting, "errors", None), []
+    try:
+        yield _noting.errors
+    finally:
+        _noting.errors = before
+
+
+def note_error(error: Exception) -> None:
+    """Add an error to those that this thread collects, if it does."""
+    errors = getattr(_noting, "errors", None)
+    if errors is not None:
+        errors.append(error)
 
 
 class OptionsError(TurbotxError, ValueError):

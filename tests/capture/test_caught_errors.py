@@ -59,6 +59,63 @@ def test_code_that_catches_an_error_is_refused_by_name(name: str) -> None:
         fast(x, y)
 
 
+TABLE = {2: 5.0, 3: 7.0}
+
+
+def by_a_number(x: torch.Tensor) -> torch.Tensor:
+    try:
+        return x * len(range(int(x.sum().item())))
+    except Exception:
+        return x
+
+
+def by_its_text(x: torch.Tensor) -> torch.Tensor:
+    try:
+        return x * len(f"{x.sum().item():.0f}")
+    except Exception:
+        return x
+
+
+def by_the_storage(x: torch.Tensor) -> torch.Tensor:
+    with contextlib.suppress(Exception):
+        return x * x.untyped_storage().nbytes()
+    return x
+
+
+def by_gradients(x: torch.Tensor) -> torch.Tensor:
+    try:
+        return x * 2 if x.requires_grad else x * 3
+    except Exception:
+        return x
+
+
+REFUSED: dict[Callable[..., Any], str] = {
+    by_a_number: "number that a tensor holds|catches an error",
+    by_its_text: "number that a tensor holds",
+    by_the_storage: "reads the storage of an input",
+    by_gradients: "requires_grad of a tensor",
+}
+
+
+@pytest.mark.parametrize("function", REFUSED)
+def test_code_that_catches_a_refusal_is_refused(function: Callable[..., Any]) -> None:
+    with pytest.raises(CaptureError, match=REFUSED[function]):
+        turbotx.optimize(function, backend="aten")(torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_an_error_of_a_size_in_a_table_is_not_believed() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        try:
+            return x * TABLE[x.shape[0]]
+        except Exception:
+            return x
+
+    fast = turbotx.optimize(function, backend="aten")
+    for n in (2, 3, 4, 2):
+        x = torch.randn(n)
+        torch.testing.assert_close(fast(x), function(x))
+
+
 def test_where_nothing_is_raised_it_is_captured_and_broadcasts() -> None:
     fast, y = turbotx.optimize(adds, backend="aten"), torch.randn(2, 3)
     torch.testing.assert_close(fast(y, y), y + y)

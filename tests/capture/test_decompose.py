@@ -179,3 +179,14 @@ def test_what_nothing_reads_is_not_decomposed() -> None:
     decompose_nodes(program.graph_module, KEPT_WHOLE)
     kept = ops_of(program.graph)
     assert kept["aten._to_copy.default"] == 1 and "aten.promote_types.default" not in kept
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten"])
+def test_an_op_that_pytorch_decomposes_to_other_values_is_kept(backend: str) -> None:
+    fast = turbotx.optimize(
+        lambda x, t: nn.functional.multilabel_margin_loss(x, t), backend=backend
+    )
+    for n in (4, 1):
+        x, classes = torch.randn(n, 5), torch.tensor([[1, 2, -1, 0, 0]]).expand(n, 5)
+        wanted = nn.functional.multilabel_margin_loss(x, classes)
+        torch.testing.assert_close(fast(x, classes), wanted)

@@ -60,6 +60,7 @@ def test_a_position_outside_of_its_dim_is_refused_as_in_eager(
 WRITES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "a row": lambda x: x.select_scatter(torch.zeros(x.shape[1]), 0, 3),
     "a row from the end": lambda x: x.select_scatter(torch.zeros(x.shape[1]), 0, -4),
+    "a row of a fixed size": lambda x: x.select_scatter(torch.ones(3), 0, -1),
     "a column by a size": lambda x: x.select_scatter(torch.zeros(x.shape[0]), 1, x.shape[0]),
     "rows": lambda x: x.slice_scatter(torch.zeros(2, x.shape[1]), 0, 2, 4),
     "rows from the end": lambda x: x.slice_scatter(torch.zeros(2, x.shape[1]), 0, -2),

@@ -191,3 +191,44 @@ def test_a_size_in_a_tensor_stays_a_size() -> None:
     for n in (3, 5):
         x = torch.randn(n, 2)
         torch.testing.assert_close(fast(x), model(x))
+
+
+def test_data_is_read_and_written_as_in_eager_mode() -> None:
+    layer = torch.nn.Linear(3, 3).eval()
+
+    def function(x: torch.Tensor) -> Any:
+        y = x.data * 2
+        y.data[0] = 5.0
+        z = torch.nn.functional.linear(x.T.data.T, layer.weight.data, layer.bias.data)
+        return y, z, x.data.sum(0)
+
+    fast = turbotx.optimize(function, backend="aten")
+    for n in (3, 1, 2):
+        x = torch.randn(n, 3)
+        for came, wanted in zip(fast(x), function(x), strict=True):
+            torch.testing.assert_close(came, wanted)
+        with torch.no_grad():
+            layer.weight.mul_(2)
+
+
+def test_setting_data_is_refused_by_name() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y.data = x
+        return y
+
+    with pytest.raises(CaptureError, match=r"sets the \.data of a tensor"):
+        turbotx.optimize(function, backend="aten")(torch.ones(3))
+
+
+def test_packed_sequences_are_refused_by_name() -> None:
+    layer = torch.nn.GRU(3, 4, batch_first=True).eval()
+
+    def function(x: torch.Tensor, lengths: torch.Tensor) -> Any:
+        packed = torch.nn.utils.rnn.pack_padded_sequence(
+            x, lengths, batch_first=True, enforce_sorted=False
+        )
+        return layer(packed)[1]
+
+    with pytest.raises(CaptureError, match="packs sequences by their lengths"):
+        turbotx.optimize(function, backend="aten")(torch.ones(2, 5, 3), torch.tensor([5, 2]))

@@ -7,7 +7,7 @@ was passed, with the same contents as eager mode leaves in it; also from a saved
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, UserDict, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,8 @@ from torch import nn
 
 import turbotx
 from tests.kernels.cpp.cpp_probe import needs_compiler
-from turbotx.capture.returned_arguments import (
-    ReturnedContainer,
-    find_containers,
-    find_returned,
-    give_back,
-)
+from turbotx.capture.returned_arguments import PassedArguments, ReturnedContainer
+from turbotx.errors import CaptureError, InputError
 
 Pair = namedtuple("Pair", "first second")
 
@@ -56,6 +52,16 @@ def untouched(d: Any) -> Any:
     return d, d["x"] * 2
 
 
+def shift(items: Any) -> Any:
+    items.append(items.popleft() * 2)
+    return [items]
+
+
+def inner(d: Any) -> Any:
+    d["in"].append(d["x"] * 2)
+    return d["in"]
+
+
 def make(function: Callable[[Any], Any], n: int) -> Any:
     x = torch.arange(n).float()
     return {
@@ -64,10 +70,12 @@ def make(function: Callable[[Any], Any], n: int) -> Any:
         replace: OrderedDict(gone=x, x=x - 1),
         nested: {"x": x, "in": {"z": x}},
         untouched: {"x": x, "k": 3},
+        shift: deque([x, x * 3], 2),
+        inner: {"x": x, "in": [x - 1]},
     }[function]
 
 
-FUNCTIONS = (fill, grow, replace, nested, untouched)
+FUNCTIONS = (fill, grow, replace, nested, untouched, shift, inner)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -77,7 +85,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def places(given: Any, output: Any) -> tuple[ReturnedContainer, ...]:
-    return find_returned(find_containers((given,), {}), output)
+    return PassedArguments((given,), {}).find_returned(output)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -86,8 +94,8 @@ def test_the_callers_containers_are_filled(function: Callable[[Any], Any]) -> No
     for n in (3, 5, 3, 1, 0):
         given = make(function, n)
         wanted_given = copy.copy(given)
-        if function is nested:
-            wanted_given["in"] = dict(given["in"])
+        if function in (nested, inner):
+            wanted_given["in"] = copy.copy(given["in"])
         came, wanted = fast(given), function(wanted_given)
         assert same(came, wanted) and same(given, wanted_given)
         assert places(given, came) == places(wanted_given, wanted) != ()
@@ -111,12 +119,90 @@ def test_named_arguments_and_the_same_container_twice() -> None:
     assert came[0] is b and came[1] is a and came[2] is b and len(b) == 2
 
 
-def test_other_mappings_by_their_own_methods() -> None:
-    given = UserDict(x=1)
-    returned = places(given, [given])
-    assert returned == (ReturnedContainer((0,), (0,)),)
-    output = give_back(returned, (given,), {}, [UserDict(y=2)])
-    assert output[0] is given and given == {"y": 2}
+def test_what_is_not_changed_is_not_filled() -> None:
+    returned = places({"x": 1, "in": [2]}, [])
+    assert returned == ()
+    given: Any = {"x": 1, "in": [2]}
+    passed = PassedArguments((given,), {})
+    given["in"].append(3)
+    inside, whole = passed.find_returned([given])
+    assert inside == ReturnedContainer((0, "in"), (0, "in"), changed=True)
+    assert whole == ReturnedContainer((0,), (0,), changed=False)
+    assert passed.find_lost([given]) == [] and passed.find_lost(given["in"]) == []
+    assert passed.find_lost([given["x"]]) == ["number 0"]
+
+
+class Marked(dict[str, Any]):
+    """A dict with an attribute."""
+
+    mark = 0
+
+
+def fill_and_return_a_part(d: Any) -> Any:
+    d["y"] = d["x"] * 2
+    return d["in"]
+
+
+def mark(d: Any) -> Any:
+    d.mark = 1
+    d["y"] = d["x"] * 2
+    return d
+
+
+def count(d: Any) -> Any:
+    d["sizes"].add(len(d["sizes"]))
+    return d["x"] * 2
+
+
+def below_another_key(d: Any) -> Any:
+    d[0, 1].append(d["x"])
+    return d
+
+
+def popped(d: Any) -> Any:
+    d.pop("in").append(d["x"])
+    return d
+
+
+LOST: tuple[tuple[Callable[[Any], Any], Callable[[], Any]], ...] = (
+    (fill_and_return_a_part, lambda: {"x": torch.ones(2), "in": {"z": torch.ones(2)}}),
+    (mark, lambda: Marked(x=torch.ones(2))),
+    (count, lambda: {"x": torch.ones(2), "sizes": {7}}),
+    (below_another_key, lambda: {"x": torch.ones(2), (0, 1): []}),
+    (popped, lambda: {"x": torch.ones(2), "in": []}),
+)
+
+
+@pytest.mark.parametrize(("function", "given"), LOST, ids=lambda x: getattr(x, "__name__", ""))
+def test_changes_that_no_call_could_do_are_refused(
+    function: Callable[[Any], Any], given: Callable[[], Any]
+) -> None:
+    passed, before = given(), str(given())
+    with pytest.raises(CaptureError, match="changes its argument number 0"):
+        turbotx.optimize(function, backend="aten")(passed)
+    assert str(passed) == before and not getattr(passed, "mark", 0)
+
+
+def test_a_dict_whose_keys_are_tensors_is_refused() -> None:
+    x = torch.ones(2)
+    fast = turbotx.optimize(lambda x, d: d[x] if x in d else x * 2, backend="aten")
+    with pytest.raises(CaptureError, match="argument number 1 has a dict whose keys are tensors"):
+        fast(x, {x: torch.zeros(2)})
+    assert torch.equal(fast(x, {"x": x}), x * 2)
+
+
+def test_a_container_that_is_passed_twice_and_changed_is_refused() -> None:
+    def function(a: Any, b: Any) -> Any:
+        a.append(a[0] * 2)
+        return a, torch.stack(b)
+
+    fast, items = turbotx.optimize(function, backend="aten"), [torch.ones(2)]
+    for _ in range(2):
+        with pytest.raises(InputError, match="passed in 2 places"):
+            fast(items, items)
+    assert len(items) == 1
+    came = fast(items, list(items))
+    assert came[0] is items and len(items) == 2 and came[1].shape == (1, 2)
 
 
 @needs_compiler

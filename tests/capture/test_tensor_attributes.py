@@ -67,3 +67,51 @@ def test_what_forward_itself_sets_is_seen() -> None:
 
     x = torch.randn(4)
     torch.testing.assert_close(turbotx.optimize(model, backend="aten")(x), model(x))
+
+
+GLOBAL = torch.ones(3)
+
+
+def set_on_an_argument(x: Any) -> Any:
+    x.seen = True
+    return x * 2
+
+
+def set_on_a_result(x: Any) -> Any:
+    y: Any = x * 2
+    y.seen = x.shape[0]
+    return [y]
+
+
+def set_on_a_global(x: Any) -> Any:
+    GLOBAL.seen = x  # type: ignore[attr-defined]
+    return x * GLOBAL
+
+
+class Marking(nn.Module):
+    """Sets an attribute of its weight, or of a tensor that it keeps."""
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__()
+        self.linear, self.keeps, self.kept = nn.Linear(3, 3), keeps, torch.ones(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: Any = self.linear(x)
+        if self.keeps:
+            y.seen, self.kept = True, y
+        else:
+            self.linear.weight.seen = True  # type: ignore[assignment]
+        return y * 2
+
+
+@pytest.mark.parametrize(
+    "model", [set_on_an_argument, set_on_a_result, set_on_a_global, Marking(True), Marking(False)],
+    ids=lambda x: getattr(x, "__name__", f"{x}"[:7]),
+)  # fmt: skip
+def test_an_attribute_that_would_be_lost_is_refused_by_name(model: Any) -> None:
+    model = model.eval() if isinstance(model, nn.Module) else model
+    fast, x = turbotx.optimize(model, backend="aten"), torch.ones(3)
+    for _ in range(2):
+        with pytest.raises(CaptureError, match="sets 'seen' of a tensor"):
+            fast(x)
+    assert not hasattr(GLOBAL, "seen") and not hasattr(x, "seen")

@@ -18,7 +18,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.autograd import grad_mode
 
+from turbotx.capture.inner_modes import InnerModes
 from turbotx.errors import CaptureError
 
 Ambient = tuple[Any, ...]
@@ -167,16 +169,17 @@ def watch_reads(ambient: Ambient) -> Iterator[set[int]]:
     """Context manager: collect the indices in NAMES of the settings that this thread's code reads.
 
     A trace runs without gradients, so code outside PyTorch that asks for the gradient mode gets the
-    caller's mode; PyTorch's own code asks all the time, and its results do not depend on it. Not
-    reentrant.
+    caller's mode, or what it has set itself; PyTorch's own code asks all the time, and its results
+    do not depend on it. Not reentrant.
     """
     asked: set[int] = set()
-    thread = threading.get_ident()
+    thread, modes = threading.get_ident(), InnerModes()
     with ExitStack() as stack:
+        stack.enter_context(modes.followed())
         for owner, name, place in _WATCHED:
             original = getattr(owner, name, None)
             if original is not None:
-                watched = _watched(original, place, ambient, asked, thread)
+                watched = _watched(original, place, ambient, asked, modes)
                 stack.enter_context(patch.object(owner, name, watched))
         setter = "_set_default_dtype"  # private: every public setter calls it
         if hasattr(_C, setter):
@@ -202,18 +205,23 @@ def _refusing(original: Callable[[Any], None], thread: int) -> Callable[[Any], N
 
 
 def _watched(
-    original: Callable[[], Any], place: int, ambient: Ambient, asked: set[int], thread: int
+    original: Callable[[], Any], place: int, ambient: Ambient, asked: set[int], modes: InnerModes
 ) -> Callable[[], Any]:
-    mode = NAMES[place] in ("torch.is_grad_enabled", "torch.is_inference_mode_enabled")
+    mode = {"torch.is_grad_enabled": "grad", "torch.is_inference_mode_enabled": "inference"}.get(
+        NAMES[place]
+    )
 
     def ask() -> Any:
-        if threading.get_ident() != thread:
+        if threading.get_ident() != modes.thread:
             return original()
-        if not mode:
-            asked.add(place)
-        elif not sys._getframe(1).f_code.co_filename.startswith(_INSIDE):
-            asked.add(place)
-            return ambient[place]
-        return original()
+        asker = sys._getframe(1).f_code.co_filename
+        if mode == "grad" and asker == grad_mode.__file__ and modes.is_active():
+            return modes.look()
+        if mode is not None and asker.startswith(_INSIDE):
+            return original()
+        if mode is not None and (own := getattr(modes, mode)) is not None:
+            return own
+        asked.add(place)
+        return original() if mode is None else ambient[place]
 
     return ask

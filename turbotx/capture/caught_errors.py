@@ -1,30 +1,42 @@
-"""Caught errors: refuses code that goes on after an operator has raised.
+"""Caught errors: refuses code that goes on after an operator, or turbotx itself, has raised.
 
-In: the model's code, traced while this mode is active. Out: nothing, or a CaptureError that names
-the line whose error the code has caught. For which sizes and values an operator raises is not
-known to a trace, so that a program could not tell which way a call goes::
+In: the model's code, traced while this mode is active. Out: nothing, or an error that names the
+line whose error the code has caught. For which sizes and values an operator raises is not known to
+a trace, so that a program could not tell which way a call goes; and what a trace refuses, eager
+mode does::
 
-    try:  y = x.view(-1)
-    except RuntimeError:  y = x.reshape(-1)
+    try:  y = x.view(-1)                         try:  n = int(x.sum())
+    except RuntimeError:  y = x.reshape(-1)      except Exception:  n = 0
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
 from turbotx.capture.module_state.values import is_library
-from turbotx.errors import CaptureError, kind_and_line
+from turbotx.errors import CaptureError, kind_and_line, noted_errors
 
 
 class CaughtErrors(TorchFunctionMode):
-    """While active, notes the first operator that raises."""
+    """While active, notes the first operator that raises, and the refusals of the trace."""
 
     def __init__(self) -> None:
         super().__init__()
         self._first: tuple[Exception, str] | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> CaughtErrors:
+        self._refusals = self._stack.enter_context(noted_errors())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._stack.close()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -38,7 +50,10 @@ class CaughtErrors(TorchFunctionMode):
             raise
 
     def finish(self) -> None:
-        """Raise CaptureError if an operator has raised, once the code has returned all the same."""
+        """Raise what was raised before the code has returned all the same: the first refusal, or a
+        CaptureError that names the operator."""
+        for refusal in self._refusals:
+            raise refusal
         if self._first is not None:
             error, place = self._first
             raise CaptureError(

@@ -8,6 +8,8 @@ tensor leaves and returns the leaves of the output, then the call's effects::
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from turbotx.capture.arguments import Structure, changed_arguments, is_float, rebuild
+from turbotx.capture.arguments import Structure, is_float, rebuild
 from turbotx.capture.caught_errors import CaughtErrors
 from turbotx.capture.composition import calls_forward
 from turbotx.capture.equal_layers.layers import EqualLayers
@@ -25,8 +27,9 @@ from turbotx.capture.module_state.gradients import note_gradients
 from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.replaced_calls import ReplacedCalls
 from turbotx.capture.returned import take_apart
-from turbotx.capture.returned_arguments import find_containers, find_returned
+from turbotx.capture.returned_arguments import PassedArguments
 from turbotx.capture.sandbox.sandbox import Sandbox
+from turbotx.capture.tensor_attributes import TensorAttributes
 from turbotx.capture.trace_errors import Stopped
 from turbotx.capture.traced_float import FloatInput, FloatReads, read_floats
 from turbotx.capture.value_questions import ValueQuestions
@@ -57,6 +60,7 @@ class FlatCall(nn.Module):
         self.orders = [memory_order(x) if isinstance(x, torch.Tensor) else None for x in carried]
         self.floats, self.expanded = FloatReads(), expanded
         self.layouts, self.values = LayoutQuestions(partial(note_gradients, recorder)), values
+        self.attributes = TensorAttributes()
         self.layers = EqualLayers(self.seen.model, recorder, self._look_around)
         self.calls_forward = calls_forward(model)
         self.in_spec = spec
@@ -68,11 +72,12 @@ class FlatCall(nn.Module):
 
         Raises Stopped around any exception of the model's code.
         """
-        leaves = list(self.constants)
+        leaves: list[Any] = [copy.copy(x) if isinstance(x, set) else x for x in self.constants]
         self.floats.begin()
         self.layouts.begin(tensors)
         self.values.begin()
         self.layers.begin()
+        self.attributes.written.clear()
         given = self.expanded.expand(
             [in_memory(t, inverse(o)) for t, o in zip(tensors, self.orders, strict=True)]
         )
@@ -80,9 +85,9 @@ class FlatCall(nn.Module):
             number = leaves[position]
             leaves[position] = tensor if number is None else self.floats.make(number, tensor, k)
         args, kwargs = rebuild(leaves, self.in_spec)
-        passed = find_containers(args, kwargs)
         model = self.model
         try:
+            passed = PassedArguments(args, kwargs)
             self.seen.begin(given)
             with (
                 self.recorder.on(tensors), ReplacedCalls() as replaced, self.layouts,
@@ -92,11 +97,13 @@ class FlatCall(nn.Module):
                 called = model.forward if self.calls_forward else model
                 output = called(*args, **kwargs)
             caught.finish()
-            _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
-            self.seen.returned = find_returned(passed, output)
+            _refuse_changes(passed.find_lost(output))
+            self.seen.returned = passed.find_returned(output)
             flat, self.seen.out_spec, self.seen.constants = take_apart(output, type(model).__name__)
             results = [*map(read_floats, flat), *self.seen.finish(), *self.values.finish()]
             replaced.finish(results)
+            owned = itertools.chain(model.parameters(), model.buffers())
+            self.attributes.refuse_lost((*given, *owned, *results))
             return results
         except Exception as error:
             raise Stopped(error) from error

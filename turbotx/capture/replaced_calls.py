@@ -1,9 +1,9 @@
 """Replaced calls: calls of the model that PyTorch would not trace as they are, as ops that it does.
 
-In: x[:, i], x.select(1, i) and x.narrow(1, i, n) whose i is a 0-d tensor; `grouped_mm` of any dtype
-and width that eager mode accepts. Out: an op that reads i when the program runs, where PyTorch
-would read the number while tracing; turbotx's op, since PyTorch's fake kernel accepts only bfloat16
-with rows of multiples of 16 bytes::
+In: x[:, i], x.select(1, i) and x.narrow(1, i, n) whose i is a 0-d tensor; x.data; `grouped_mm` of
+any dtype and width that eager mode accepts. Out: an op that reads i when the program runs, where
+PyTorch would read the number while tracing; turbotx's op, since PyTorch's fake kernel accepts only
+bfloat16 with rows of multiples of 16 bytes::
 
     x[:, i]                       ->  x.index_select(1, i.reshape(1))[:, 0]
     x[:, i] = y                   ->  x[:, i.reshape(1)] = y[:, None]
@@ -33,6 +33,18 @@ Tensor: Any = torch.Tensor
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The public function, and the private op that it calls.
 _GROUPED = ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm"))
+
+_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__
+_PACKS = (
+    "it packs sequences by their lengths (torch.nn.utils.rnn), so that sizes depend on values of "
+    "tensors: run the layer over the padded sequences, or pack outside of the optimized module"
+)
+_REFUSED: dict[Any, str] = {
+    torch._VF._pack_padded_sequence: _PACKS,
+    torch._VF._pad_packed_sequence: _PACKS,
+    _SET_DATA: "it sets the .data of a tensor, which a program cannot do: make a new tensor, or "
+    "write into it by copy_",
+}
 
 
 @dataclass(eq=False)
@@ -75,6 +87,10 @@ class ReplacedCalls(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _REFUSED:
+            raise CaptureError(_REFUSED[func])
+        if func == _GET_DATA:
+            return args[0].detach()
         if func is not None and any(func is getattr(m, name, None) for m, name in _GROUPED):
             names = ("mat_a", "mat_b", "offs", "bias", "out_dtype")
             given = dict(zip(names, args, strict=False)) | kwargs

@@ -1,20 +1,31 @@
-"""Returned arguments: lists and dicts among a call's arguments that its output holds.
+"""Returned arguments: what a call changes among its arguments, and which of that it returns.
 
-In: a traced call's arguments and output. Out: where in both the same container is. A call then
-fills the caller's own container and returns that, as eager mode does::
+In: a call's arguments, before and after its code has run, and its output. Out: the containers that
+both the arguments and the output hold. A call then fills the caller's own container and returns
+that, as eager mode does; what changes and is not returned is named, to be refused::
 
-    batch["y"] = f(batch["x"]); return batch  ->  (ReturnedContainer(given=(0,), made=()),)
+    batch["y"] = f(batch["x"]); return batch  ->  (ReturnedContainer(given=(0,), made=(), ...),)
+    batch["y"] = f(batch["x"]); return x      ->  ["'batch'"]
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+
+from turbotx.capture.arguments import is_leaf
+from turbotx.capture.module_state.recorder import slots_of
+from turbotx.capture.module_state.values import dict_of
+from turbotx.errors import CaptureError, InputError
 
 Path = tuple[int | str, ...]
 """The keys and indices that lead to a part of a value."""
+_LISTS = (list, deque)
 
 
 @dataclass(frozen=True)
@@ -22,27 +33,59 @@ class ReturnedContainer:
     """A container of the arguments and of the output.
 
     given: its path from the arguments, the first step a position or a name. made: from the output.
+    changed: whether the call changes its entries, and not only what lies in them.
     """
 
     given: Path
     made: Path
+    changed: bool = True
+
+
+class PassedArguments:
+    """A call's arguments as they are before its code runs.
+
+    Raises CaptureError for a dict with tensors as keys: the code would find none of them.
+    """
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        self._paths = {id(x): path for path, x in reversed(find_containers(args, kwargs))}
+        self._before = [
+            (name, part, _contents(part)) for name, value in named for part in _parts(value, set())
+        ]
+        for name, part, _ in self._before:
+            if isinstance(part, dict) and any(isinstance(key, torch.Tensor) for key in part):
+                raise CaptureError(
+                    f"its argument {_show(name)} has a dict whose keys are tensors, which a "
+                    "program does not see: pass a list of pairs"
+                )
+
+    def find_returned(self, output: Any) -> tuple[ReturnedContainer, ...]:
+        """Return which containers are in the output, innermost first."""
+        changed = {id(part) for _, part, before in self._before if _contents(part) != before}
+        found = [
+            ReturnedContainer(self._paths[id(container)], path, id(container) in changed)
+            for path, container in _containers(output, ())
+            if id(container) in self._paths
+        ]
+        return tuple(sorted(found, key=lambda one: -len(one.made)))
+
+    def find_lost(self, output: Any) -> list[str]:
+        """Return the names of the arguments in which something was changed that is not returned, or
+        that cannot be filled anew."""
+        returned = {id(x) for _, x in _containers(output, ())} & self._paths.keys()
+        lost: dict[str, None] = {}
+        for name, part, before in self._before:
+            now, filled = _contents(part), id(part) in returned and _can_be_filled(part)
+            if now.attributes != before.attributes or (now.items != before.items and not filled):
+                lost[_show(name)] = None
+        return list(lost)
 
 
 def find_containers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Path, Any]]:
-    """Return the containers among the arguments, before code changes them, and their paths."""
+    """Return the containers among the arguments that can be filled anew, and their paths."""
     named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     return [found for name, value in named for found in _containers(value, (name,))]
-
-
-def find_returned(passed: Sequence[tuple[Path, Any]], output: Any) -> tuple[ReturnedContainer, ...]:
-    """Return which of the containers that were passed are in the output, innermost first."""
-    paths = {id(container): path for path, container in reversed(passed)}
-    found = [
-        ReturnedContainer(paths[id(container)], path)
-        for path, container in _containers(output, ())
-        if id(container) in paths
-    ]
-    return tuple(sorted(found, key=lambda one: -len(one.made)))
 
 
 def give_back(
@@ -52,32 +95,99 @@ def give_back(
     output: Any,
 ) -> Any:
     """Fill the caller's containers with what a call has made of them; return the output that holds
-    them."""
+    them. Raises InputError if one of them is passed in two places, of which the call's code has
+    seen one change."""
     passed = [_at(args if isinstance(r.given[0], int) else kwargs, r.given) for r in returned]
+    changed = {id(x): one.given for one, x in zip(returned, passed, strict=True) if one.changed}
+    if changed:
+        counts = Counter(id(x) for _, x in find_containers(args, kwargs))
+        for key, path in changed.items():
+            if counts[key] > 1:
+                raise InputError(
+                    f"the call changes its argument {path[0]!r}, and the same container is passed "
+                    f"in {counts[key]} places: pass a copy in each place"
+                )
     for one, given in zip(returned, passed, strict=True):
-        made = _at(output, one.made)
-        if isinstance(given, list):
-            given[:] = made
-        else:
+        if one.changed:
+            made = _at(output, one.made)
             given.clear()
-            given.update(made)
+            (given.extend if isinstance(given, _LISTS) else given.update)(made)
         output = _put(output, one.made, given)
     return output
 
 
 def _containers(tree: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    """Yield the lists and mappings of a tree that can be filled anew, with their paths."""
-    # transformers' outputs are dicts and dataclasses, whose entries cannot be replaced at once.
-    is_mapping = isinstance(tree, MutableMapping) and not dataclasses.is_dataclass(tree)
-    if is_mapping or type(tree) is list:
+    """Yield the lists, deques and dicts of a tree, with their paths."""
+    if isinstance(tree, dict) or type(tree) in _LISTS:
         yield path, tree
-    if is_mapping:
+    if isinstance(tree, dict):
         for key, value in tree.items():
             if isinstance(key, (int, str)):
                 yield from _containers(value, (*path, key))
-    elif isinstance(tree, (list, tuple)):
+    elif isinstance(tree, (*_LISTS, tuple)):
         for k, value in enumerate(tree):
             yield from _containers(value, (*path, k))
+
+
+def _show(name: int | str) -> str:
+    return repr(name) if isinstance(name, str) else f"number {name}"
+
+
+def _can_be_filled(container: Any) -> bool:
+    """Return whether a container's entries can be replaced: not those of transformers' outputs,
+    which are dicts and dataclasses."""
+    return not dataclasses.is_dataclass(container)
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What an object holds directly, each value as what tells it from others. kept: the values, so
+    that no other can have their ids."""
+
+    items: tuple[Any, ...]
+    attributes: tuple[Any, ...]
+    kept: list[Any] = field(compare=False)
+
+
+def _contents(value: Any) -> _Contents:
+    items, attributes = _held(value)
+    return _Contents(
+        tuple((_tell(a), _tell(b)) for a, b in items),
+        tuple((name, _tell(x)) for name, x in attributes),
+        [items, attributes],
+    )
+
+
+def _held(value: Any) -> tuple[list[tuple[Any, Any]], list[tuple[str, Any]]]:
+    """Return the items and the attributes of a container or an object."""
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        items += dict.items(value)
+    elif isinstance(value, (*_LISTS, tuple)):
+        items += enumerate(value)
+    elif isinstance(value, (set, frozenset)):
+        items += ((None, x) for x in sorted(value, key=id))
+    slots = [n for n in slots_of(type(value)) if hasattr(value, n)]
+    own = [(n, getattr(value, n)) for n in slots]
+    return items, [*own, *(dict_of(value) or {}).items()]
+
+
+def _tell(value: Any) -> Any:
+    """Return what tells a value from others: a plain one's class and text, or which it is."""
+    plain = value is None or type(value) in (bool, int, float, str)
+    return (type(value), repr(value)) if plain else id(value)
+
+
+def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
+    """Yield the containers and objects in a value that is no leaf, at any depth."""
+    if (is_leaf(value) and not isinstance(value, set)) or id(value) in seen:
+        return
+    seen.add(id(value))
+    yield value
+    items, attributes = _held(value)
+    for first, second in (*items, *attributes):
+        yield from _parts(first, seen)
+        yield from _parts(second, seen)
 
 
 def _at(tree: Any, path: Iterable[int | str]) -> Any:

@@ -28,6 +28,7 @@ from torch.utils._sympy.functions import Identity
 
 from turbotx.capture.module_state.places import class_dict
 from turbotx.capture.module_state.values import is_library, is_library_or_sympy
+from turbotx.errors import note_error
 
 _COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
 _SUMS = ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__")
@@ -50,6 +51,7 @@ def python_operators() -> ExitStack:
     for cls in (torch.SymInt, torch.SymFloat, torch.SymBool):
         for name in ("__repr__", "__format__"):
             stack.enter_context(patch.object(cls, name, _spelling(getattr(cls, name), thread)))
+        stack.enter_context(patch.object(cls, "__hash__", _hashing(cls.__hash__, thread)))
         _set_class(cls, property(_kind(cls, thread)))
         stack.callback(_set_class, cls, None)
     return stack
@@ -126,6 +128,23 @@ def _spelling(show: Callable[..., str], thread: int) -> Callable[..., str]:
         return format(number, *form) if form else repr(number)
 
     return spell
+
+
+def _hashing(own: Callable[[Any], int], thread: int) -> Callable[[Any], int]:
+    """Return a size's `__hash__`, which raises for most, that notes the error if it is the model's
+    code that asks, as by `table[n]`: that may catch it, and eager mode has a number."""
+
+    @functools.wraps(own)
+    def __hash__(self: Any) -> int:
+        try:
+            return own(self)
+        except Exception as error:
+            asker = sys._getframe(1).f_globals.get("__name__")
+            if threading.get_ident() == thread and not is_library_or_sympy(asker):
+                note_error(error)
+            raise
+
+    return __hash__
 
 
 def _refuse_power(base: Any, exponent: Any, asker: str | None) -> None:

@@ -25,9 +25,12 @@ from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from turbotx.capture import size_operators
 from turbotx.capture.conditions import decides_nothing
+from turbotx.capture.module_state.values import is_library
 from turbotx.capture.sandbox.effects import SizesNeeded
 from turbotx.capture.tracing import replaced_in_thread
+from turbotx.errors import note_error
 
 # PyTorch functions that query a tensor's memory layout: no size and no element of a result
 # depends on it.
@@ -42,6 +45,8 @@ _CHOOSES = ("torch._subclasses.fake_impls", "conv")
 # A query from C++ about whether the destination overlaps itself, which a size of 1 cannot cause.
 _WRITES = ("torch._meta_registrations", "meta_copy_")
 Answer: TypeAlias = Callable[..., bool | None]
+_NUMBERS = ("torch", size_operators.__name__)
+"""The modules of `int(number)`, `f"{number}"` and the like."""
 _PASS_ON = {__name__, sym_node.__name__, symbolic_shapes.__name__}
 
 
@@ -75,7 +80,11 @@ class SizesFromOne(ShapeEnv):
             assumed = self.answer(question) if fallback_value is None else None
             if assumed is not None:
                 return sympy.true if assumed else sympy.false
-            return super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
+            try:
+                return super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
+            except Exception as error:
+                _note_users(error)
+                raise
         said = sympy.true if answer else sympy.false
         if answer == fallback_value:  # guard_or_true and the like accept either
             return said
@@ -114,6 +123,15 @@ class SizesFromOne(ShapeEnv):
         sizes = set[sympy.Basic]().union(*(x.free_symbols for x in rounded))
         if len(sizes) > 1 and any(a.is_Integer for a in whole.args):
             raise SizesNeeded(frozenset(map(str, whole.free_symbols)))
+
+
+def _note_users(error: Exception) -> None:
+    """Note an error of a question that the user's code asks: that may catch it."""
+    frame: FrameType | None = _find_asker()
+    while frame is not None and frame.f_globals.get("__name__") in _NUMBERS:
+        frame = frame.f_back
+    if frame is not None and not is_library(frame.f_globals.get("__name__")):
+        note_error(error)
 
 
 def _is_idle(question: sympy.Basic, answer: bool, has_fallback: bool) -> bool:

@@ -215,12 +215,13 @@ def _capture(
     with tracing(), quiet_torch():
         recorder = StateRecorder()
         sought, reads = watch_attributes(), watch_reads(ambient)
-        with recorder.installed(), no_autocast_cache(), reads as asked, sought as attributes:
+        with recorder.installed(), no_autocast_cache(), reads as asked, sought as found:
             unfollowed = Unfollowed(model)
             recorder.also_meet = unfollowed.meet
             code_names = find_model_names(model, recorder, leaves)
             unfollowed.note_functions(code_names.functions)
             flat = FlatCall(model, leaves, spec, recorder, values, expanded)
+            flat.attributes = found
             flat.given, flat.layers.names = describe_arguments(model, names, tensors), code_names
             before = look_at_generators()
             with (
@@ -234,7 +235,7 @@ def _capture(
         with without_autocast():
             captured = _describe(exported, model, flat, name, names, ambient, tuple(sorted(asked)))
         code_names.places |= {place.key: place for place in variables.values()}
-        code_names.places |= find_attributes(attributes, model, names, tensors)
+        code_names.places |= find_attributes(found.sought, model, names, tensors)
         state = make_record(model, recorder, code_names, captured.effects)
         if not drawn and ((generators := recorder.find_moved()) or moved):
             again = partial(_export_with_relations, flat, tensors, least, fixed, name)
@@ -245,7 +246,7 @@ def _capture(
                 "repeat in every call. Draw with torch.rand(()) or the like, which runs in every "
                 "call, or pass the number as an argument"
             )
-    return replace(captured, state=state, sought=frozenset(attributes))
+    return replace(captured, state=state, sought=frozenset(found.sought))
 
 
 def _export_with_floats(
@@ -378,14 +379,13 @@ def _describe(
     expanded = replace(flat.expanded, decisive=find_decisive(graph_module.graph))
     squeezed = exported.graph_module.meta[SQUEEZED]
     guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
-    guards += guard_squeezed(squeezed, symbols) + guard_asked(
-        flat.layouts.sizes, find_replaced(shape_env, symbols) | symbols
-    )
-    guards += guard_written(exported.graph_module.meta[WRITTEN], symbols)
+    known = find_replaced(shape_env, symbols) | symbols
+    guards += guard_squeezed(squeezed, known) + guard_asked(flat.layouts.sizes, known)
+    guards += guard_written(exported.graph_module.meta[WRITTEN], known)
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in shape) for shape in shapes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
     hints = find_hints(shape_env, symbols)
-    decisions = flat.values.describe(find_replaced(shape_env, symbols) | symbols, dims)
+    decisions = flat.values.describe(known, dims)
     if decisions is not None and any(map(is_random, graph_module.graph.nodes)):
         raise CaptureError(
             f"cannot capture {name}: it draws random numbers and branches on a value, as at "

@@ -127,7 +127,17 @@ def _make_class(model: nn.Module, plain: nn.Module, options: Options, in_place: 
         engine = self._turbotx_engine
         return _optimized_again, (engine.model, engine.options, in_place)
 
+    cls: Any = type(model)
+
+    @functools.wraps(cls.__init__)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        # A new object, as fast[:2] makes of nn.Sequential, is not the one of this class.
+        if type(self) is made:
+            self.__class__ = cls
+        cls.__init__(self, *args, **kwargs)
+
     body: dict[str, Any] = {
+        "__init__": init,
         # Functions here must not hold the engine: a class is freed late, the engine immediately.
         "_turbotx_engine": _make_engine(plain, options),
         "__repr__": lambda self: f"turbotx.optimize({self._turbotx_engine.model!r})",
@@ -139,7 +149,8 @@ def _make_class(model: nn.Module, plain: nn.Module, options: Options, in_place: 
     }
     if in_place:
         body["_turbotx_in_place"] = True
-    return _new_class(type(model), body, _names_of(model))
+    made: Any = _new_class(cls, body, _names_of(model))
+    return cast(type, made)
 
 
 def _new_class(cls: Any, body: dict[str, Any], names: Any) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 
 from turbotx.errors import SavedFileError
 
-FORMAT = 11
+FORMAT = 12
 """Raised whenever an older reader would misunderstand what is written: since 4, what a program
 assumes of the state around a call; since 5, conditions on sizes of 0 and 1; since 6, programs are
 `Executable`s; since 7, decisions by values of tensors; since 8, weights packed from their parts;

@@ -48,7 +48,7 @@ def describe_call(compiled: Compiled) -> dict[str, Any]:
         "packing": encode(captured.packing) if isinstance(captured, PackedCapture) else None,
         "ambient": encode_ambient(captured.ambient, captured.asked),
         "out": encode_tree(out),
-        "returned": [[list(x.given), list(x.made)] for x in captured.returned],
+        "returned": [[list(x.given), list(x.made), x.changed] for x in captured.returned],
         "weights": _describe_weights(program.runtime.weights),
     }
 

@@ -110,7 +110,9 @@ def load(
         stepping = tuple(tables.get("stepping", ()))
         state = (ambient, asked, decisions)
         paths = tables.get("returned", ())
-        returned = tuple(ReturnedContainer(tuple(given), tuple(of)) for given, of in paths)
+        returned = tuple(
+            ReturnedContainer(tuple(given), tuple(made), changed) for given, made, changed in paths
+        )
         out = tables["out"], stepping, returned
         made = SavedCall(program, ShapeMatcher(rules), floats, *state, *out)
         table = model._parts.setdefault(part, CallTable(place)) if part else model._table

@@ -197,3 +197,38 @@ def test_a_set_that_is_as_before_finds_its_capture() -> None:
         for n in (1, 2):
             torch.testing.assert_close(fast(x[:n]), model(x[:n]))
     assert fast.stats()["captures"] == 2
+
+
+class Lookup:
+    """Gives what a dict of its own holds, which it reads past `__getattribute__`."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "_held", {"gain": 2.0})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return object.__getattribute__(self, "_held")[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._held[name] = value
+
+
+def test_attributes_that_a_class_computes() -> None:
+    class Scaling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.settings: Any = Lookup()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.settings.gain + getattr(self.settings, "shift", 0.0)
+
+    model = Scaling().eval()
+    fast = turbotx.optimize(model, backend="aten")
+    for change in ({}, {"gain": 5.0}, {"shift": 7.0}):
+        for name, value in change.items():
+            setattr(model.settings, name, value)
+        torch.testing.assert_close(fast(X), model(X))
+    assert fast.stats()["captures"] == 3 and torch.equal(fast(X), model(X))
+    assert fast.stats()["captures"] == 3

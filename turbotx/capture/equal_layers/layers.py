@@ -42,6 +42,7 @@ from turbotx.capture.equal_layers.layer_state import (
     describe_places,
     describe_reads,
 )
+from turbotx.capture.inner_modes import told_modes
 from turbotx.capture.module_state.names import Names
 from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.module_state.values import dict_of
@@ -176,7 +177,7 @@ class _Call:
         tensors = (*self._given, *self._subtree.tensors())
         self._nodes = {id(t): self._node_of(t) for t in tensors}  # before the code has run
         described = arguments.described, pattern_of([self._nodes[id(t)] for t in self._given])
-        self._here = _Here(read_ambient(), _frames(), described)
+        self._here = _Here((read_ambient(), told_modes()), _frames(), described)
         self._known = layers.known.setdefault(type(self._recorder.find_own(layer)), [])
         self.is_compared = True
 

@@ -31,6 +31,7 @@ from turbotx.capture.module_state.attribute_methods import active, patch, releas
 from turbotx.capture.module_state.dependence import depends_on_values
 from turbotx.capture.module_state.values import (
     MAX_DEPTH,
+    MISSING,
     dict_of,
     held_by,
     is_library,
@@ -179,7 +180,7 @@ class StateRecorder:
         attributes = dict_of(owner)
         key = id(owner) if attributes is None else id(attributes)
         names = self._reads.setdefault(key, (self.find_own(owner), {}))[1]
-        for name in [*(attributes or ()), *_slots(type(owner))]:
+        for name in [*(attributes or ()), *slots_of(type(owner))]:
             if (key, name) not in self._writes:
                 names[name] = None
                 self.meet(getattr(owner, name, None), depth + 1)
@@ -209,8 +210,13 @@ class StateRecorder:
         names[name] = None
         if attributes is not None and name in attributes:
             self.meet(attributes[name])
-        else:  # a class attribute, perhaps a descriptor of the user's
-            self.meet(next((vars(c)[name] for c in type(owner).__mro__ if name in vars(c)), None))
+            return
+        # A class attribute, perhaps a descriptor of the user's.
+        held = next((vars(c)[name] for c in type(owner).__mro__ if name in vars(c)), MISSING)
+        if held is not MISSING:
+            self.meet(held)
+        elif attributes is not None and _computes_attributes(owner):
+            self._note_whole(owner, 0)  # of which it may make what it gives
 
     def note_write(self, owner: Any, name: str, value: Any) -> None:
         """Record that the traced code sets an attribute; raises CaptureError if the write could not
@@ -320,7 +326,15 @@ def _global_hooks_inside() -> Iterator[None]:
                 hooks[key] = hook
 
 
-def _slots(cls: type) -> list[str]:
+def _computes_attributes(owner: Any) -> bool:
+    """Return whether a class of the user's gives attributes that its objects do not have, perhaps
+    of a dict that it reads past all records, by `object.__getattribute__`."""
+    getter = getattr(type(owner), "__getattr__", None)
+    return not isinstance(owner, nn.Module) and not is_library(getattr(getter, "__module__", None))
+
+
+def slots_of(cls: type) -> list[str]:
+    """Return the names of the slots of a class and its bases."""
     found = [base.__dict__.get("__slots__", ()) for base in cls.__mro__]
     return [n for names in found for n in ((names,) if isinstance(names, str) else names)]
 
