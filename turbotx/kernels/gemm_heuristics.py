@@ -161,6 +161,9 @@ def _widest_that_fills(
     held = template.widened or (template.gated and template.x_nbytes == 4)
     if template.quantizes and held:  # x in registers: 128 x 128 spilled 14 to 1107 words
         widest = min(widest, 128 // (1 + template.gated))
+    # Two int4 weights are unpacked in registers: 64 x 64 x 128 spilled 31 to 81 words on sm_80.
+    if template.group and template.gated and bucket <= FEW_TOKENS:
+        widest = 32
     for n_tile in (256, 128, 64):
         tiles = -(-bucket // m_tile) * -(-template.n // n_tile)
         if n_tile <= widest and tiles >= device.processors:

@@ -75,17 +75,22 @@ def test_builds_with_every_operand(q_len: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "target"),
     [
-        kernel(64, causal=True, keys="mask"),
-        kernel(256, bias="boolean", blind_nan=True),
-        kernel(256, causal=True, keys="mask", bias="boolean"),
-        kernel(256, causal=True, window=(127, -1), keys="lengths", bias="storage"),
+        (kernel(64, causal=True, keys="mask"), "sm_80"),
+        (kernel(64, causal=True, bias="storage"), "sm_90"),
+        (kernel(64, causal=True, window=(3, -1), keys="mask"), "sm_90"),
+        (kernel(64, torch.float16, window=(2, 2), keys="mask"), "sm_80"),
+        (kernel(80, bias="boolean", blind_nan=True), "sm_80"),
+        (kernel(80, causal=True, bias="boolean"), "sm_90"),
+        (kernel(256, bias="boolean", blind_nan=True), "sm_80"),
+        (kernel(256, causal=True, keys="mask", bias="boolean"), "sm_80"),
+        (kernel(256, causal=True, window=(127, -1), keys="lengths", bias="storage"), "sm_80"),
     ],
-    ids=lambda k: k.name,
+    ids=lambda x: x if isinstance(x, str) else x.name,
 )
-def test_full_products_beside_masks_do_not_spill(case: AttentionKernel) -> None:
-    (built,) = build([attention_job(case, "sm_80")])
+def test_products_beside_masks_do_not_spill(case: AttentionKernel, target: str) -> None:
+    (built,) = build([attention_job(case, target)])
     assert built.resources.spills == 0, built.resources
     assert built.resources.load_bits == 128, built.resources
 

@@ -114,9 +114,10 @@ def jobs_of(how: str, made: Any, tokens: int, target: str) -> Any:
 
 @pytest.mark.parametrize("how", HOWS)
 def test_builds_without_spills(how: str) -> None:
-    """Every template for few rows, over the targets; the next test has all buckets."""
-    check_built(jobs_of(how, made, 16, target)
-                for made, target in zip(TEMPLATES, DEVICES, strict=True))  # fmt: skip
+    """Every template for few rows, over the targets, and what holds most at 64 rows; the next test
+    has all buckets."""
+    few = [jobs_of(how, made, 16, target) for made, target in zip(TEMPLATES, DEVICES, strict=True)]
+    check_built([*few, jobs_of(how, TEMPLATES[2], 64, "sm_80")])
 
 
 @pytest.mark.sweep

@@ -91,15 +91,18 @@ def _tiles_for(kernel: AttentionKernel, q_len: int | None) -> AttentionSchedule:
     if kernel.dtype.itemsize >= 4:
         # Full float32 products run on the ordinary units: small tiles keep them in registers.
         # (The assembler of Triton 3.6 spills at depth 16 with 16 rows, at 56 registers.)
-        q_tile = 32 if depth == 16 or (depth == 64 and not few) else 16
-        # 32 x 32 scores beside a bias and sums of depth 64 spilled 3 words of 4 warps on sm_90,
-        # beside causality and a key mask 2 on sm_80. A bias beside sums of depth 256 spilled 10
-        # there, and without a second tile in flight 2 of eight warps.
+        # 32 x 32 scores beside sums of depth 64 spilled 3 words of 4 warps on sm_90 with a bias and
+        # 2 on sm_80 with causality and a key mask; of 8 warps 6 on sm_90, also with a window.
         full = kernel.bias == "storage" or (kernel.causal and kernel.keys == "mask")
+        q_tile = 32 if depth == 16 or (depth == 64 and not few and not full) else 16
+        # A bias beside sums of depth 256 spilled 10 there, and without a second tile in flight 2 of
+        # eight warps. So did rows of 80, of which tiles hold 128, beside a bias, lengths or
+        # causality; beside a boolean bias and causality two tiles in flight spilled 6 on sm_90.
         deep = depth > 128 and kernel.bias != "none"
-        wide = depth == 128 or deep or (q_tile == 32 and depth == 64 and full)
-        stages = 2 if deep else 1
-        return AttentionSchedule(q_tile, 32 if depth <= 64 else 16, 8 if wide else 4, stages)
+        padded = depth == 128 and kernel.head_dim < depth
+        stages = 2 if deep or (padded and not (kernel.causal and kernel.bias == "boolean")) else 1
+        warps = 8 if deep or depth == 128 else 4
+        return AttentionSchedule(q_tile, 32 if depth <= 64 else 16, warps, stages)
     if few:
         return AttentionSchedule(16, 64 if depth <= 128 else 32, 4)
     if depth == 16 and kernel.bias != "none":
@@ -109,7 +112,10 @@ def _tiles_for(kernel: AttentionKernel, q_len: int | None) -> AttentionSchedule:
     # A bias in flight beside the scores does not fit the registers of four warps, nor, beside
     # sums of depth 128, those of eight with 64 keys.
     wide = depth > 64 or kernel.bias == "storage"
-    short = depth > 128 or (depth == 128 and kernel.bias != "none")
+    # A window beside a key mask took 168 to 252 registers on sm_80 with 64 keys, and spilled 4
+    # words of ModernBERT's.
+    windowed = kernel.window != NO_WINDOW and kernel.keys == "mask" and depth == 64
+    short = depth > 128 or (depth == 128 and kernel.bias != "none") or windowed
     # With two tiles in flight a boolean bias beside sums of depth 128 spilled 2 words on sm_100
     # (Triton 3.6).
     stages = 1 if depth == 128 and kernel.bias == "boolean" else 2
