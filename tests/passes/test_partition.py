@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import turbotx
 from tests.graphs import captured_graph
 from turbotx.capture.trace import capture
 from turbotx.ir.verifier import check_region
 from turbotx.passes.canonicalize import canonicalize
-from turbotx.passes.partition import find_hoisted, kind_of, op_name, partition
+from turbotx.passes.partition import MOST_DEEP, find_hoisted, kind_of, op_name, partition
 
 W = torch.randn(8, 8)
 X = torch.randn(3, 8)
@@ -106,3 +107,25 @@ def test_values_of_parameters_alone_are_prepared() -> None:
     kinds = {op_name(n): kind_of(n, hoisted) for n in graph.nodes if n.op == "call_function"}
     assert kinds["exp"] == "hoisted"
     assert kinds["mul"] == "computed"
+
+
+def test_what_gets_too_deep_is_cut() -> None:
+    """Lowering goes down a path by calls: a hundred sines and additions were too many."""
+
+    def function(x):
+        for _ in range(MOST_DEEP):
+            x = x.sin() + 1
+        return x
+
+    assert [len(r) for r in regions(function, X)] == [MOST_DEEP, MOST_DEEP]
+    torch.testing.assert_close(turbotx.optimize(function)(X), function(X))
+
+
+def test_a_deep_value_with_one_late_reader_stays() -> None:
+    def function(x, w):
+        y = x
+        for _ in range(MOST_DEEP):
+            y = y.sin()
+        return ((x @ w) @ w) + y
+
+    assert [len(r) for r in regions(function, X, W)] == [MOST_DEEP, 1]

@@ -2,7 +2,8 @@
 
 In: a rewritten graph. Out: its `Region`s, each convex (no path leaves it and returns), with the
 nodes whose values are used outside. A node's level is the number of GEMM-like nodes on the longest
-path to it; connected nodes of one level form a region, for example::
+path to it; connected nodes of one level form a region, which is cut where a path in it gets longer
+than MOST_DEEP. For example::
 
     linear -> [add, add, layer_norm] -> linear -> [add, gelu] -> linear
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -40,6 +41,10 @@ _KINDS: dict[Any, str] = {
 
 BEGINS = "begins"
 """Meta key of a node that must start a region: its inputs are in other regions."""
+
+MOST_DEEP = 100
+"""Nodes on a path within a region: lowering goes down such a path by some five calls a node, of the
+1,000 that Python allows. So many ops between a load and a store hide both."""
 
 _OPS = {"placeholder": "input", "output": "output", "get_attr": "parameter"}
 _APART = ("gemm", "attention", "product", "route", "store", "extern")
@@ -136,8 +141,8 @@ def _reads_sizes(node: fx.Node) -> bool:
 def partition(graph: fx.Graph, hoisted: frozenset[fx.Node]) -> list[Region]:
     """Return the regions in an executable order."""
     kinds = {n: kind_of(n, hoisted) for n in graph.nodes}
-    groups = _connect(graph, kinds)
-    groups = _sink(groups)
+    places = find_places(kinds)
+    groups = _sink(_connect(graph, kinds, places), places)
     order = {n: k for k, n in enumerate(graph.nodes)}
     regions = []
     for nodes in groups:
@@ -149,26 +154,41 @@ def partition(graph: fx.Graph, hoisted: frozenset[fx.Node]) -> list[Region]:
     return regions
 
 
-def find_levels(kinds: Mapping[fx.Node, str]) -> dict[fx.Node, int]:
-    """Return, for each node, the number of calls on the longest path to it that no kernel computes.
+class Place(NamedTuple):
+    """Where a node is: its level, and the nodes of that level on the longest path to it."""
+
+    level: int
+    depth: int
+
+
+def find_places(kinds: Mapping[fx.Node, str]) -> dict[fx.Node, Place]:
+    """Return each node's place. Its level is the number of calls on the longest path to it that no
+    kernel computes, and of cuts of what gets too deep.
 
     `kinds` holds every node of the graph, in order. A random draw counts as reading the previous
     one, so that no region would have to run both after the later and before the earlier draw.
     """
-    level: dict[fx.Node, int] = {}
-    drawn = 0
+    places: dict[fx.Node, Place] = {}
+    drawn = Place(0, 0)
     for node, kind in kinds.items():
         random = g.is_random(node)
-        below = max((level[n] for n in node.all_input_nodes), default=0)
-        below = max(below, drawn) if random else below
-        level[node] = below + (kind in _APART)
-        drawn = level[node] if random else drawn
-    return level
+        below = max((places[n] for n in node.all_input_nodes), default=Place(0, 0))
+        below = max(below, Place(drawn.level, 0)) if random else below
+        if kind in _APART:
+            place = Place(below.level + 1, 0)
+        elif kind == "computed" and below.depth >= MOST_DEEP:
+            place = Place(below.level + 1, 1)
+        else:
+            place = Place(below.level, below.depth + (kind in ("computed", "view")))
+        places[node] = place
+        drawn = place if random else drawn
+    return places
 
 
-def _connect(graph: fx.Graph, kinds: dict[fx.Node, str]) -> list[list[fx.Node]]:
+def _connect(
+    graph: fx.Graph, kinds: Mapping[fx.Node, str], places: Mapping[fx.Node, Place]
+) -> list[list[fx.Node]]:
     """Group computed nodes of one level that are connected, directly or through views."""
-    level = find_levels(kinds)
     leader: dict[fx.Node, fx.Node] = {}
 
     def find(node: fx.Node) -> fx.Node:
@@ -184,7 +204,8 @@ def _connect(graph: fx.Graph, kinds: dict[fx.Node, str]) -> list[list[fx.Node]]:
         for source in tensor_inputs(node):
             root = root_of(source)
             begins = BEGINS in node.meta and BEGINS not in root.meta
-            if kinds[root] == "computed" and level[root] == level[node] and not begins:
+            alike = kinds[root] == "computed" and places[root].level == places[node].level
+            if alike and not begins:
                 leader[find(node)] = find(root)
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in leader:
@@ -193,23 +214,25 @@ def _connect(graph: fx.Graph, kinds: dict[fx.Node, str]) -> list[list[fx.Node]]:
     return [sorted(nodes, key=order.__getitem__) for nodes in groups.values()]
 
 
-def _sink(groups: list[list[fx.Node]]) -> list[list[fx.Node]]:
+def _sink(groups: list[list[fx.Node]], places: Mapping[fx.Node, Place]) -> list[list[fx.Node]]:
     """Merge a group into its only reader if that is one later group: its result is then never
     stored.
 
     Safe because every path out of the group leads to that reader. Groups with a reduction are
-    skipped: their results are small and expensive to recompute.
+    skipped: their results are small and expensive to recompute. So is what would get too deep.
     """
     home = {n: k for k, nodes in enumerate(groups) for n in nodes}
+    depths = [max(places[n].depth for n in nodes) for nodes in groups]
     for k in range(len(groups)):
         nodes = groups[k]
         readers = {home.get(u, -1) for n in nodes for u in _readers(n)} - {k}
         if len(readers) != 1 or -1 in readers or any(OPS[n.target].reduces for n in nodes):
             continue
         target = readers.pop()
-        if BEGINS in groups[target][0].meta:
+        depth = depths[k] + depths[target]
+        if BEGINS in groups[target][0].meta or depth > MOST_DEEP:
             continue
-        groups[target] = nodes + groups[target]
+        groups[target], depths[target] = nodes + groups[target], depth
         for n in nodes:
             home[n] = target
         groups[k] = []

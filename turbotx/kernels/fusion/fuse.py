@@ -25,7 +25,7 @@ from turbotx.kernels.lowering.lower_once import LowerOnce
 from turbotx.ops import OPS
 from turbotx.ops.builder import HALVES
 from turbotx.ops.loop_nest import FusionConflict
-from turbotx.passes.partition import Region, find_levels, kind_of, root_of, tensor_inputs
+from turbotx.passes.partition import Region, find_places, kind_of, root_of, tensor_inputs
 
 
 @dataclass
@@ -255,8 +255,8 @@ def _levels(graph: fx.Graph, hoisted: frozenset[fx.Node]) -> dict[fx.Node, tuple
     A region that another one depends on is always at a lower level, so regions of one level are
     independent, whatever is merged.
     """
-    level = find_levels({n: kind_of(n, hoisted) for n in graph.nodes})
-    return {n: (level[n], place) for place, n in enumerate(graph.nodes)}
+    places = find_places({n: kind_of(n, hoisted) for n in graph.nodes})
+    return {n: (places[n].level, k) for k, n in enumerate(graph.nodes)}
 
 
 def _are_siblings(a: FusedRegion, b: FusedRegion) -> bool:
