@@ -8,6 +8,7 @@ appended to the body once. Views only rewrite the index, at no cost. Example::
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,8 +26,8 @@ from turbotx.ops import OF_NUMBERS, OPS, Row
 from turbotx.ops.builder import Element, KernelBuilder
 from turbotx.ops.loop_nest import FusionConflict, LoopNest, NeedsAxisSplit
 
-# Name of the axis that stands for a position inside a masked range.
-WITHIN = "within"
+WITHIN = "within"  # the axis that stands for a position inside a masked range
+MOST_TIMES = 32  # places at which one kernel computes a value; writes in a row double them
 
 
 def follow(node: fx.Node) -> tuple[Scalarizer, tuple[Expr, ...], Element | None]:
@@ -53,14 +54,14 @@ class Scalarizer(KernelBuilder):
         as_stored: Collection[fx.Node] = (),
     ) -> None:  # fmt: skip
         super().__init__()
-        self.loaded, self.as_stored = loaded, as_stored
-        self.loops = loops
+        self.loaded, self.as_stored, self.loops = loaded, as_stored, loops
         self.params: dict[fx.Node, str] = {}
         self.requirements: dict[Expr, str] = {}
         self._pulled: dict[Any, Element] = {}
         self._masks: list[Element] = []
         self._ranges: list[tuple[Expr, Expr]] = []
         self._stack: list[fx.Node] = []
+        self._times: Counter[fx.Node] = Counter()
 
     def bounds(self, value: Expr) -> tuple[Expr | None, Expr | None]:
         """Return the minimum and maximum of an index expression, None where unknown."""
@@ -94,6 +95,11 @@ class Scalarizer(KernelBuilder):
         row = OPS.get(node.target)
         if self.loaded(node) or row is None:
             return self._load(node, index)
+        self._times[node] += 1
+        if self._times[node] > MOST_TIMES:
+            raise FusionConflict(
+                node, f"{node.name} would be computed more than {MOST_TIMES} times"
+            )
         self._stack.append(node)
         try:
             value = self._pointwise(row, node, index) if row.kind == "pointwise" else row.rule(

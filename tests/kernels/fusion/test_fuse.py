@@ -13,6 +13,7 @@ import turbotx
 from tests.compiled_functions import by_interpreter, compile_function
 from turbotx import ir
 from turbotx.kernels.fusion.inplace import find_inplace
+from turbotx.ops.scalarizer import MOST_TIMES
 
 TABLE, POSITIONS = torch.randn(4, 8), torch.randn(9, 8)
 x = torch.randn(2, 3, 8)
@@ -265,3 +266,20 @@ def test_a_scan_runs_over_a_size_that_another_expression_tells_too(scale: float)
     for count in (6, 10, 2):
         given = torch.randn(count), torch.randn(1, count)
         torch.testing.assert_close(fast(*given), scan(*given))
+
+
+def test_a_value_that_many_writes_need_is_stored() -> None:
+    """Each write reads what the one before has made, in two ways: computed for each, a value would
+    be computed 2^n times. (The triangular inverse of gated delta rules is such a loop.)"""
+
+    def function(x):
+        x = x.clone()
+        for i in range(1, 12):
+            x[..., i, :i] = x[..., i, :i] * 2 + x[..., :i, :i].sum(-2)
+        return x
+
+    square = torch.randn(2, 12, 12)
+    fused = compile_function(function, square)
+    assert len(fused.kernels) < 22
+    assert any(f"more than {MOST_TIMES} times" in reason for reason in fused.reasons)
+    torch.testing.assert_close(turbotx.optimize(function)(square), function(square))
