@@ -92,16 +92,19 @@ def _tiles_for(kernel: AttentionKernel, q_len: int | None) -> AttentionSchedule:
         # Full float32 products run on the ordinary units: small tiles keep them in registers.
         # (The assembler of Triton 3.6 spills at depth 16 with 16 rows, at 56 registers.)
         # 32 x 32 scores beside sums of depth 64 spilled 3 words of 4 warps on sm_90 with a bias and
-        # 2 on sm_80 with causality and a key mask; of 8 warps 6 on sm_90, also with a window.
+        # 2 on sm_80 with causality and a key mask; of 8 warps 6 on sm_90, also with a window;
+        # 16 x 32 of 4 warps 4 on sm_80 (Triton 3.9), of 8 none by any release.
         full = kernel.bias == "storage" or (kernel.causal and kernel.keys == "mask")
         q_tile = 32 if depth == 16 or (depth == 64 and not few and not full) else 16
         # A bias beside sums of depth 256 spilled 10 there, and without a second tile in flight 2 of
         # eight warps. So did rows of 80, of which tiles hold 128, beside a bias, lengths or
-        # causality; beside a boolean bias and causality two tiles in flight spilled 6 on sm_90.
+        # causality; beside a boolean bias and causality two tiles in flight spilled 6 on sm_90, one
+        # 2 there and 4 on sm_100 (Triton 3.6): 16 warps spill nothing by any release.
         deep = depth > 128 and kernel.bias != "none"
         padded = depth == 128 and kernel.head_dim < depth
-        stages = 2 if deep or (padded and not (kernel.causal and kernel.bias == "boolean")) else 1
-        warps = 8 if deep or depth == 128 else 4
+        crowded = padded and kernel.causal and kernel.bias == "boolean"
+        stages = 2 if deep or (padded and not crowded) else 1
+        warps = 16 if crowded else 8 if deep or depth == 128 or (depth == 64 and full) else 4
         return AttentionSchedule(q_tile, 32 if depth <= 64 else 16, warps, stages)
     if few:
         return AttentionSchedule(16, 64 if depth <= 128 else 32, 4)
