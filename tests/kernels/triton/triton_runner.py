@@ -12,6 +12,8 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +134,8 @@ def load_function(source: str, name: str) -> Callable[..., Any]:
 
 
 class TritonRunner:
-    """Runs kernels at the schedule that they would have, or at a given one."""
+    """Runs kernels at the schedule that they would have, or at a given one, whose tile a program
+    moves along reduced rows that are longer."""
 
     def __init__(self, schedule: Schedule | None = None) -> None:
         self.schedule = schedule
@@ -141,6 +144,8 @@ class TritonRunner:
         self, kernel: ir.Kernel, given: dict[str, torch.Tensor], dims: dict[str, int]
     ) -> dict[str, torch.Tensor]:
         schedule = self.schedule or choose_schedule(kernel, dims)
+        row = prod(evaluate(a.extent, dims) for a in kernel.columns)
+        schedule = replace(schedule, looped=schedule.looped or row > schedule.cols)
         job = kernel_job(kernel, "sm_90", schedule)
         made: dict[str, torch.Tensor] = {}
         for p in kernel.params:
