@@ -69,7 +69,9 @@ def check(library: ctypes.CDLL, x: torch.Tensor, w: torch.Tensor, gated: bool) -
     eager = torch.stack([made(torch.float32, sums).to(dtype) for sums in (*orders, in_turn)])
     if finite.any():
         allowed = 1.5 * (eager - exact)[:, finite].abs().max()
-        allowed += 2 * torch.finfo(dtype).eps * exact[finite].abs().max()
+        # The residual may cancel what it is added to.
+        largest = (exact.abs() + residual.abs())[finite].max()
+        allowed += 2 * torch.finfo(dtype).eps * largest
         assert (out[:, :n] - exact)[finite].abs().max() <= allowed
     return out[:, :n]
 
@@ -86,10 +88,13 @@ def test_sums_keep_the_rule(gemm: ctypes.CDLL, dtype: torch.dtype, m: int, n: in
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 30), st.integers(1, 80), st.integers(1, 200), st.booleans())
-def test_any_shape(gemm: ctypes.CDLL, m: int, n: int, k: int, gated: bool) -> None:
+@given(st.integers(0, 30), st.integers(1, 80), st.integers(1, 200), st.booleans(),
+       st.sampled_from(list(NAMES)))  # fmt: skip
+def test_any_shape(
+    gemm: ctypes.CDLL, m: int, n: int, k: int, gated: bool, dtype: torch.dtype
+) -> None:
     w = torch.randint(-127, 128, (n * (1 + gated), k), dtype=torch.int8)
-    check(gemm, torch.randn(m, k), w, gated)
+    check(gemm, torch.randn(m, k).to(dtype), w, gated)
 
 
 @pytest.mark.parametrize("m", [1, 6, 50])

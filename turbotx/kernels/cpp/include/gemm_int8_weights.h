@@ -4,8 +4,9 @@
 //   example:  ttx::PackedInt8 w(weight, n, k);
 //             ttx::linear_int8_weights(w, a, lda, m, weight_scales, c, n, ttx::Epilogue<float>{});
 //
-// Few rows are bound by the bytes of W, which are read once and become floats in registers. Of many
-// rows each panel is widened once, and multiplied as a float weight's is; int8 is exact in bf16.
+// Few rows are bound by the bytes of W, which are read once and become floats in registers, or pairs of
+// bf16, in which int8 is exact. Of many rows each panel is widened once, and multiplied as a float
+// weight's is.
 #pragma once
 
 #include "gemm_int8.h"
@@ -28,15 +29,55 @@ TTX_INLINE QuadPair load_quads(const std::int8_t* panel, std::int32_t flip) {
   return {pair.left ^ flip, pair.right ^ flip};
 }
 
+inline long padded_quads(long k) { return (k + kQuad - 1) / kQuad * kQuad; }
+
 // What takes 128 off every byte of a panel that was stored plus 128.
 inline std::int32_t flip_of(const PackedInt8& w) {
   return w.offset == 0 ? 0 : static_cast<std::int32_t>(0x80808080u);
 }
 
+// Multiplies one quad of k: a is the first row's, whose rows lie lda apart.
+template <int WAYS, int ROWS>
+TTX_INLINE void add_quads(vec (&sum)[WAYS][ROWS][2], const float* a, long lda, QuadPair quads) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kQuad; ++i) {
+    vec left = widen_quads(quads.left, i), right = widen_quads(quads.right, i);
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+      vec x = broadcast(a[r * lda + i]);
+      sum[i % WAYS][r][0] += x * left;
+      sum[i % WAYS][r][1] += x * right;
+    }
+  }
+}
+
+#ifdef __AVX512BF16__
+// Bytes `first` and first + 1 of the quads as two bf16: the low halves of such floats are zero.
+TTX_INLINE int_vec widen_quads_pair(int_vec quads, int first) {
+  auto bits = [&](int i) { return __builtin_bit_cast(uint_vec, widen_quads(quads, i)); };
+  return __builtin_bit_cast(int_vec, bits(first) >> 16 | bits(first + 1));
+}
+
+template <int WAYS, int ROWS>
+TTX_INLINE void add_quads(vec (&sum)[WAYS][ROWS][2], const bf16* a, long lda, QuadPair quads) {
+#pragma GCC unroll 2
+  for (int i = 0; i < kQuad; i += 2) {
+    int_vec left = widen_quads_pair(quads.left, i), right = widen_quads_pair(quads.right, i);
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+      std::int32_t pair;
+      std::memcpy(&pair, a + r * lda + i, sizeof pair);
+      multiply_pairs(sum[i / 2 % WAYS][r][0], int_vec{} + pair, left);
+      multiply_pairs(sum[i / 2 % WAYS][r][1], int_vec{} + pair, right);
+    }
+  }
+}
+#endif
+
 // As multiply_panel of gemm_tile.h. depth is a multiple of kQuad, past k of zeros. Few rows have more
 // than one chain of sums each: additions that wait for each other would be slower than memory.
-template <int ROWS>
-void multiply_panel_widened(const float* a, long lda, const std::int8_t* panel, long depth,
+template <class A, int ROWS>
+void multiply_panel_widened(const A* a, long lda, const std::int8_t* panel, long depth,
                             std::int32_t flip, NextPanel next, float* tile) {
   constexpr int ways = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
   for (long begin = 0; begin < depth; begin += kChain) {
@@ -44,17 +85,7 @@ void multiply_panel_widened(const float* a, long lda, const std::int8_t* panel, 
     vec sum[ways][ROWS][2] = {};
     for (long k = begin; k < end; k += kQuad, panel += kQuad * kPanel) {
       fetch(next, k);
-      QuadPair quads = load_quads(panel, flip);
-#pragma GCC unroll 4
-      for (int i = 0; i < kQuad; ++i) {
-        vec left = widen_quads(quads.left, i), right = widen_quads(quads.right, i);
-#pragma GCC unroll 12
-        for (int r = 0; r < ROWS; ++r) {
-          vec x = broadcast(a[r * lda + k + i]);
-          sum[i % ways][r][0] += x * left;
-          sum[i % ways][r][1] += x * right;
-        }
-      }
+      add_quads<ways, ROWS>(sum, a + k, lda, load_quads(panel, flip));
     }
 #pragma GCC unroll 4
     for (int way = 1; way < ways; ++way)
@@ -64,12 +95,13 @@ void multiply_panel_widened(const float* a, long lda, const std::int8_t* panel, 
   }
 }
 
-template <int ROWS = kGemmRows>
-void multiply_rows_widened(int rows, const float* a, long lda, const std::int8_t* panel, long depth,
+template <class A, int ROWS = kGemmRows>
+void multiply_rows_widened(int rows, const A* a, long lda, const std::int8_t* panel, long depth,
                            std::int32_t flip, NextPanel next, float* tile) {
-  if (rows == ROWS) return multiply_panel_widened<ROWS>(a, lda, panel, depth, flip, next, tile);
+  if (rows == ROWS) return multiply_panel_widened<A, ROWS>(a, lda, panel, depth, flip, next, tile);
   constexpr int fewer = ROWS > kBestRows ? ROWS - 2 : ROWS - 1;
-  if constexpr (fewer > 0) multiply_rows_widened<fewer>(rows, a, lda, panel, depth, flip, next, tile);
+  if constexpr (fewer > 0)
+    multiply_rows_widened<A, fewer>(rows, a, lda, panel, depth, flip, next, tile);
 }
 
 // A panel as PackedWeight<W> has it: k by k, or, for vdpbf16ps, two k of a column side by side.
@@ -85,8 +117,7 @@ inline void widen_panel(const std::int8_t* panel, long depth, std::int32_t flip,
 }
 #ifdef __AVX512BF16__
 TTX_INLINE void store_pairs(bf16* out, int_vec quads, int first) {
-  auto bits = [&](int i) { return __builtin_bit_cast(uint_vec, widen_quads(quads, i)); };
-  uint_vec pairs = bits(first) >> 16 | bits(first + 1);  // the low halves of such floats are zero
+  int_vec pairs = widen_quads_pair(quads, first);
   std::memcpy(out, &pairs, sizeof pairs);
 }
 inline void widen_panel(const std::int8_t* panel, long depth, std::int32_t flip, bf16* out) {
@@ -116,16 +147,16 @@ struct ScaledFinish {
 };
 
 // Some groups of panels times a few rows, in one tile.
-template <class T, class Finish>
-void multiply_few_rows(const PackedInt8& w, Range groups, int m, const float* a, long lda, T* c,
-                       long ldc, const Finish& finish) {
+template <class A, class T, class Finish>
+void multiply_few_rows(const PackedInt8& w, Range groups, int m, const A* a, long lda, T* c, long ldc,
+                       const Finish& finish) {
   constexpr int size = kGemmRows * kPanel;
   alignas(64) float tile[2 * size];
-  long depth = (w.k + kQuad - 1) / kQuad * kQuad;
   for (long g = groups.begin; g < groups.end; ++g) {
     for (long p = 0; p < w.group; ++p) {
       const std::int8_t* panel = w.panel(g * w.group + p);
-      multiply_rows_widened(m, a, lda, panel, depth, flip_of(w), read_once(panel, kPanel), tile + p * size);
+      multiply_rows_widened(m, a, lda, panel, padded_quads(w.k), flip_of(w), read_once(panel, kPanel),
+                            tile + p * size);
     }
     finish_tile(tile, tile + (w.group - 1) * size, 0, m, g * kPanel, w.n, c, ldc, finish);
   }
@@ -137,7 +168,7 @@ void multiply_many_rows(const PackedInt8& w, Range groups, Range rows, const A* 
                         T* c, long ldc, const Finish& finish) {
   constexpr int size = kGemmRows * kPanel;
   alignas(64) float tile[2 * size];
-  long depth = (w.k + kQuad - 1) / kQuad * kQuad, m = rows.end - rows.begin;
+  long depth = padded_quads(w.k), m = rows.end - rows.begin;
   long tiles = count_tiles(m, lda * static_cast<long>(sizeof(A)));
   for (long g = groups.begin; g < groups.end; ++g) {
     for (long p = 0; p < w.group; ++p)
@@ -153,6 +184,36 @@ void multiply_many_rows(const PackedInt8& w, Range groups, Range rows, const A* 
   }
 }
 
+// Rows read as `Read`: copied where they are of another type, or, of few, where a quad would reach past
+// their end. Each thread has room for a group's panels, widened, where rows are many.
+template <class Read, class T, class Finish>
+void linear_int8_weights_by(const PackedInt8& w, bool few, const T* a, long lda, long m, T* c, long ldc,
+                            const Finish& finish) {
+  const int threads = usable_threads(m * w.n * w.k * w.group, 50000);
+  const long depth = padded_quads(w.k);
+  const bool copied = !std::is_same_v<T, Read> || (few && depth != w.k);
+  const auto floats = [](long count) { return (count * static_cast<long>(sizeof(Read)) + 63) / 64 * 16; };
+  const long room = few ? 0 : floats(w.group * depth * kPanel), copy = copied ? floats(m * depth) : 0;
+  float* scratch = thread_scratch(copy + threads * room);
+  auto* made = reinterpret_cast<Read*>(scratch);
+  if (copied)
+    share_rows(m, threads > 1, [=, &w](long begin, long end) {
+      for (long r = begin; r < end; ++r)
+        for (long i = 0; i < depth; ++i)
+          made[r * depth + i] = from_float<Read>(i < w.k ? to_float(a[r * lda + i]) : 0.0f);
+    });
+  const Read* read = made;
+  if constexpr (std::is_same_v<T, Read>) read = copied ? made : a;
+  const long ld = copied ? depth : lda, blocks = (m + 255) / 256;
+  share(threads, [&](long t) {
+    Range groups{w.groups() * t / threads, w.groups() * (t + 1) / threads};
+    if (few) return multiply_few_rows(w, groups, static_cast<int>(m), read, ld, c, ldc, finish);
+    auto* own = reinterpret_cast<Read*>(scratch + copy + t * room);
+    for (long b = 0; b < blocks; ++b)
+      multiply_many_rows(w, groups, {m * b / blocks, m * (b + 1) / blocks}, read, ld, own, c, ldc, finish);
+  });
+}
+
 }  // namespace detail
 
 // T is the type of A, of C, and of what the finish reads.
@@ -160,44 +221,12 @@ template <class T, class Finish = Epilogue<T>>
 void linear_int8_weights(const PackedInt8& w, const T* a, long lda, long m,
                          const float* weight_scales, T* c, long ldc, const Finish& finish = {}) {
   if (m == 0 || w.n == 0) return;
-  int threads = usable_threads(m * w.n * w.k * w.group, 50000);
-  long depth = (w.k + detail::kQuad - 1) / detail::kQuad * detail::kQuad;
   detail::ScaledFinish<Finish> scaled{weight_scales, w.group == 2 ? w.n : 0, finish};
-  bool few = detail::count_tiles(m, depth * static_cast<long>(sizeof(float))) == 1;
-  // Rows are copied where they are not floats, or where a quad would reach past their end.
-  bool copied = few ? !std::is_same_v<T, float> || depth != w.k : !detail::kReadsRows<T>;
-  long row_floats = copied ? m * depth : 0;
-  using Read = std::conditional_t<detail::kReadsRows<T>, T, float>;
-  long room = few ? 0 : (w.group * depth * detail::kPanel * static_cast<long>(sizeof(Read)) + 63) / 64 * 16;
-  float* scratch = detail::thread_scratch((row_floats + 15) / 16 * 16 + threads * room);
-  float* rooms = scratch + (row_floats + 15) / 16 * 16;
-  long blocks = (m + 255) / 256;
-  if (copied)
-    share_rows(m, threads > 1, [=, &w](long begin, long end) {
-      for (long r = begin; r < end; ++r) {
-        float* row = scratch + r * depth;
-        for (long i = 0; i < w.k; ++i) row[i] = to_float(a[r * lda + i]);
-        for (long i = w.k; i < depth; ++i) row[i] = 0;
-      }
-    });
-  share(threads, [&](long t) {
-    detail::Range groups{w.groups() * t / threads, w.groups() * (t + 1) / threads};
-    if (few) {
-      const float* rows = scratch;
-      if constexpr (std::is_same_v<T, float>) rows = copied ? scratch : a;
-      detail::multiply_few_rows(w, groups, static_cast<int>(m), rows, copied ? depth : lda, c, ldc,
-                                scaled);
-      return;
-    }
-    auto* own = reinterpret_cast<Read*>(rooms + t * room);
-    for (long b = 0; b < blocks; ++b) {
-      detail::Range rows{m * b / blocks, m * (b + 1) / blocks};
-      if constexpr (detail::kReadsRows<T>)
-        detail::multiply_many_rows(w, groups, rows, a, lda, own, c, ldc, scaled);
-      else
-        detail::multiply_many_rows(w, groups, rows, scratch, depth, own, c, ldc, scaled);
-    }
-  });
+  bool few = detail::count_tiles(m, detail::padded_quads(w.k) * static_cast<long>(sizeof(float))) == 1;
+  if constexpr (detail::kReadsRows<T> && !std::is_same_v<T, float>)
+    if (!few || (m > 2 && detail::pairs_are_fast()))  // one or two wait for W's bytes either way
+      return detail::linear_int8_weights_by<T>(w, few, a, lda, m, c, ldc, scaled);
+  detail::linear_int8_weights_by<float>(w, few, a, lda, m, c, ldc, scaled);
 }
 
 }  // namespace ttx
