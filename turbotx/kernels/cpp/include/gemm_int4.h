@@ -219,15 +219,13 @@ void linear_int4_by(const PackedInt4& w, const GroupScales& s, const T* a, long 
 
 }  // namespace detail
 
-// T is the type of A, of C, and of what the finish reads. Few rows are multiplied as floats where pairs
-// are slow: there the table is most of the work.
+// T is the type of A, of C, and of what the finish reads.
 template <class T, class Finish = Epilogue<T>>
 void linear_int4(const PackedInt4& w, const GroupScales& s, const T* a, long lda, long m, T* c,
                  long ldc, const Finish& finish = {}) {
   if (m == 0 || w.n == 0) return;
   if constexpr (detail::kReadsRows<T>)
-    if (std::is_same_v<T, float> || detail::pairs_are_fast() ||
-        detail::count_tiles(m, s.groups * s.group * static_cast<long>(sizeof(float))) > 1)
+    if (std::is_same_v<T, float> || detail::pairs_are_fast())
       return detail::linear_int4_by<T>(w, s, a, lda, m, c, ldc, finish);
   detail::linear_int4_by<float>(w, s, a, lda, m, c, ldc, finish);
 }
