@@ -42,7 +42,7 @@ IDENTITIES = (aten.detach_.default, aten.detach.default, aten.alias.default)
 """Without gradients their results equal their inputs; the first counts as a mutation."""
 
 _MISTAKEN = frozenset(
-    (aten.multilabel_margin_loss.default, aten.multilabel_margin_loss_forward.default)
+    ("aten.multilabel_margin_loss.default", "aten.multilabel_margin_loss_forward.default")
 )
 """Ops that PyTorch decomposes to other values than it computes, in 2.11 to 2.13."""
 
@@ -112,7 +112,7 @@ def _core_table() -> Mapping[Any, Callable[..., Any]]:
 @functools.cache
 def _decomposition(op: OpOverload, kept: frozenset[str]) -> Callable[..., Any] | None:
     """Return an op's decomposition, a function of its arguments; None if the op is kept."""
-    if str(op) in kept or op.namespace == "prim" or op in _MISTAKEN:
+    if str(op) in kept | _MISTAKEN or op.namespace == "prim":
         return None
     found = _core_table().get(op)
     if found is not None:
@@ -133,7 +133,7 @@ def table_without(kept: frozenset[str]) -> Any:
     for op in list(table):
         random = torch.Tag.nondeterministic_seeded in op.tags
         recurrent = {"num_layers", "batch_sizes"} & {a.name for a in op._schema.arguments}
-        if str(op) in kept or op in _MISTAKEN or (random and not recurrent):
+        if str(op) in kept | _MISTAKEN or (random and not recurrent):
             del table[op]
     return table
 
