@@ -9,7 +9,7 @@ by their names in the user's module, and its placeholders in order::
 from __future__ import annotations
 
 import keyword
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -22,25 +22,23 @@ from turbotx.errors import CaptureError
 from turbotx.ir.memory_order import has_version
 from turbotx.ir.subgraphs import enclose_graphs
 
-# The key in the exported graph's meta of the constants created by the trace.
-FRESH = "fresh constants"
 # GraphModule has attributes of its own, such as `graph` and `code`.
 RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
 
 
 def unlift(
-    exported: Any, model: nn.Module, names: list[str]
+    exported: Any, fresh: Collection[str], model: nn.Module, names: list[str]
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
     """Return the graph and its inputs, renamed to `names` in order.
 
-    model: the user's module; what was traced has it, or its shadow, as `model`. meta["paths"] says
-    where the user's module has what a get_attr node names, meta["quantized"] which of its
-    parameters stand for quantised ones, and how those are.
+    fresh: the constants created by the trace. model: the user's module; what was traced has it, or
+    its shadow, as `model`. meta["paths"] says where the user's module has what a get_attr node
+    names, meta["quantized"] which of its parameters stand for quantised ones, and how those are.
     """
     enclose_graphs(exported.graph_module)
     graph: fx.Graph = exported.graph_module.graph
     targets = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.target}
-    fresh = exported.graph_module.meta[FRESH] & set(exported.constants)
+    fresh = exported.constants.keys() & fresh
     holder = nn.Module()
     inputs: list[fx.Node] = []
     paths: dict[str, str] = {}
