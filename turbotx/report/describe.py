@@ -8,7 +8,7 @@ In: a `Compiled` and the values of its dims. Out: lists of `entries` records, fo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,9 +24,6 @@ from turbotx.ir.expr import Expr, evaluate
 from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 from turbotx.ir.printer import SHORT, show_expr, show_kernel
 from turbotx.ir.quantized_ops import QUANTIZES
-from turbotx.kernels.cpp.attention import print_attention
-from turbotx.kernels.cpp.printer import print_kernel
-from turbotx.kernels.cpp.products import print_product
 from turbotx.kernels.job import Job
 from turbotx.kernels.triton.attention import print_triton_attention
 from turbotx.kernels.triton.printer import print_triton
@@ -37,13 +34,7 @@ from turbotx.report import entries
 from turbotx.report.apart import why_apart
 from turbotx.report.cost import Cost, launch_cost
 from turbotx.report.origin import module_of
-from turbotx.runtime.cpu.launch_table import (
-    ATTENTION_PRELUDE,
-    PRELUDE,
-    PRODUCTS_PRELUDE,
-    kernel_key,
-    print_units,
-)
+from turbotx.runtime.cpu.launch_table import UNITS, Generated, kernel_key, print_units
 from turbotx.runtime.cpu.runtime import CpuCode
 
 BY_TEMPLATE = (ir.GemmLaunch, ir.GroupedGemmLaunch, ir.RouteLaunch, ir.SequenceLaunch)
@@ -164,28 +155,16 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.KernelE
     first = launches[0]
     cost = view.cost_of(launches[0])
     header = f"// {name}: {launches[0].source}\n// runs as {_listed([x.name for x in launches])}\n"
-    if isinstance(first, ir.AttentionLaunch):
-        text = show_attention(first.kernel)
-        sources = {
-            "cpp": header + ATTENTION_PRELUDE + print_attention(first.kernel, name),
-            "triton": print_triton_attention(first.kernel, name=name),
-        }
-    elif isinstance(first, ir.ProductLaunch):
-        text = show_product(first.kernel)
-        sources = {
-            "cpp": header + PRODUCTS_PRELUDE + print_product(first.kernel, name),
-            "triton": print_triton_product(first.kernel, name=name),
-        }
-    elif isinstance(first, BY_TEMPLATE):
+    if isinstance(first, BY_TEMPLATE):
         job = view.templates[first.name]
-        text = show_template(job)
-        sources = {"triton": job.source}
+        text, sources = show_template(job), {"triton": job.source}
     else:
-        assert isinstance(first, ir.KernelLaunch)
-        text = show_kernel(first.kernel)
+        assert isinstance(first, Generated)
+        unit, (show, print_for_gpu) = UNITS[type(first)], _SHOWN[type(first)]
+        text = show(first.kernel)
         sources = {
-            "cpp": header + PRELUDE + print_kernel(first.kernel, name),
-            "triton": print_triton(first.kernel, name=name),
+            "cpp": header + unit.prelude + unit.print(first.kernel, name),
+            "triton": print_for_gpu(first.kernel, name=name),
         }
     return entries.KernelEntry(
         name,
@@ -235,6 +214,14 @@ def show_product(kernel: ProductKernel) -> str:
         f"{kernel.name}({args})\n  for batch, head, query row; head_dim {kernel.head_dim}\n"
         f"    {'scores = q k^T' if scores else 'out = shares v'}"
     )
+
+
+_SHOWN: dict[type[ir.Launch], tuple[Callable[[Any], str], Callable[..., str]]] = {
+    ir.KernelLaunch: (show_kernel, print_triton),
+    ir.AttentionLaunch: (show_attention, print_triton_attention),
+    ir.ProductLaunch: (show_product, print_triton_product),
+}
+"""How the kernel of each generated type of launch is shown as text, and printed in Triton."""
 
 
 def _listed(names: list[str]) -> str:
