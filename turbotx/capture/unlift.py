@@ -19,6 +19,7 @@ from turbotx.capture.light_export import late_code
 from turbotx.capture.refusals import made_in_inference_mode
 from turbotx.capture.torchao_weights import stand_ins
 from turbotx.errors import CaptureError
+from turbotx.ir.fx_nodes import fake_mode_of
 from turbotx.ir.memory_order import has_version
 from turbotx.ir.subgraphs import enclose_graphs
 
@@ -122,9 +123,7 @@ def _users_own(exported: Any, constant: torch.Tensor) -> torch.Tensor:
     The tensor is among those that tracing saw, which PyTorch keeps in a private list (the same from
     2.11 to 2.14); without it, the constant itself is watched.
     """
-    fakes = (n.meta.get("val") for n in exported.graph_module.graph.nodes)
-    mode: Any = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
-    seen: Any = mode
+    seen = fake_mode_of([n.meta.get("val") for n in exported.graph_module.graph.nodes])
     for name in ("fake_tensor_converter", "meta_converter", "describer", "lookup_tensor"):
         seen = getattr(seen, name, None)
     if constant.layout is not torch.strided or not constant.numel():

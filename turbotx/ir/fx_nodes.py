@@ -19,6 +19,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
@@ -238,6 +239,17 @@ def emit_piece(like: fx.Node, pieces: fx.Node, k: int) -> fx.Node:
     node.meta["val"] = pieces.meta["val"][k]
     _keep_origin(like, node)
     return node
+
+
+def fake_mode_of(tree: Any) -> Any:
+    """Return the fake mode of the first fake tensor in a tree; None if it holds none."""
+    leaves = pytree.tree_leaves(tree)
+    return next((x.fake_mode for x in leaves if isinstance(x, FakeTensor)), None)
+
+
+def meta_without_value(node: fx.Node) -> dict[str, Any]:
+    """Return what a node made for another one inherits: all but what describes its value."""
+    return {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
 
 
 def _keep_origin(old: fx.Node, new: fx.Node) -> None:
