@@ -29,7 +29,7 @@ _OPS = "_materialize_cpp_cia_ops"
 
 @contextmanager
 def light_export() -> Iterator[None]:
-    """Let this thread's exports be light, inside the context."""
+    """Context manager: leave out of this thread's exports what is not used here."""
     with ExitStack() as stack:
         stack.enter_context(late_code())
         for module, name, lighten in _LIGHTENED:
@@ -41,8 +41,8 @@ def light_export() -> Iterator[None]:
 
 @contextmanager
 def ops_listed_once() -> Iterator[None]:
-    """Let this thread's decompositions of whole graphs look up the ops that are written in C++
-    once, not twice for each of 27 namespaces: a seventh of a small capture."""
+    """Context manager: this thread's decompositions of whole graphs list PyTorch's ops in C++ once,
+    not twice for each of 27 namespaces: a seventh of a small capture."""
     if not hasattr(utils, _OPS):
         yield
         return
@@ -52,7 +52,7 @@ def ops_listed_once() -> Iterator[None]:
 
 @contextmanager
 def late_code() -> Iterator[None]:
-    """Let graph modules that this thread makes write their Python code when they are called."""
+    """Context manager: graph modules made in this thread write their code when first called."""
     write = fx.GraphModule.recompile
 
     def recompile(module: fx.GraphModule) -> None:

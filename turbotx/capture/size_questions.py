@@ -126,7 +126,7 @@ class SizesFromOne(ShapeEnv):
 
 
 def _note_users(error: Exception) -> None:
-    """Note an error of a question that the user's code asks: that may catch it."""
+    """Record an error of a condition that the user's code tests, since that code may catch it."""
     frame: FrameType | None = _find_asker()
     while frame is not None and frame.f_globals.get("__name__") in _NUMBERS:
         frame = frame.f_back
@@ -213,7 +213,7 @@ def _find_asker() -> FrameType:
 
 
 def _answer_nothing(*question: Any) -> None:
-    """Stand for `ValueQuestions.answer` after the run of the model's code."""
+    """Answer no question: stands for `ValueQuestions.answer` after the model's code has run."""
 
 
 @contextmanager

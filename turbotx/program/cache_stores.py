@@ -75,8 +75,8 @@ def require_room(held: ir.Operand, columns: Expr, capacity: Expr) -> tuple[Expr,
 
 
 def fuse_stores(assembly: Assembly) -> None:
-    """Let attention over a cache store the rows of its layer itself, where it alone reads them and
-    has a query for each: a launch less for keys, and one for values."""
+    """Merge the two launches that store a layer's new keys and values in a cache into the attention
+    that reads them, if nothing else reads them and there is a query for each row."""
     stores = {x.blocks[1]: x for x in assembly.launches if isinstance(x, ir.StoreLaunch)}
     reads = Counter(
         table
@@ -115,8 +115,8 @@ def _with_stores(launch: ir.AttentionLaunch, keys: Any, values: Any) -> ir.Atten
 
 
 def use_contiguous(assembly: Assembly) -> None:
-    """Let launches over a cache take contiguous memory alone, and refuse a call with a table; but
-    for attention that stores rows, which reads the table of any."""
+    """Make launches over a cache read contiguous memory, and require calls without a block table.
+    Attention that stores rows is left alone: it reads the table of any memory."""
     for i, launch in enumerate(assembly.launches):
         if isinstance(launch, ir.AttentionLaunch) and launch.kernel.stores:
             continue

@@ -211,7 +211,7 @@ def _link(launch: ir.Launch, table: LaunchLayout, names: dict[object, str]) -> N
 
 
 def _is_packed(launch: ir.GemmLaunch | ir.GroupedGemmLaunch, operand: ir.Operand | None) -> bool:
-    """Tell whether it is in the packed weight: the weight, and the scales of groups."""
+    """Return whether it is in the packed weight: the weight, and the scales of groups."""
     int8 = launch.int8 if isinstance(launch, ir.GemmLaunch) else None
     of_groups = int8 is not None and int8.group > 0 and operand is int8.weight_scale
     return operand is launch.weight or of_groups
