@@ -20,7 +20,7 @@ from torch import fx
 from turbotx import ir
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.cache_ops import attend_and_store, cache_store
-from turbotx.ir.expr import ONE, ZERO, Expr, product
+from turbotx.ir.expr import ONE, ZERO, Expr, expr, product
 from turbotx.kernels.cpp.attention import SIZES
 from turbotx.passes.partition import root_of
 from turbotx.program.assembly import Assembly
@@ -46,11 +46,10 @@ def describe_blocks(
     sizes (columns of the table, rows per block) of a `cache_store`."""
     memory, table = g.operand(store, 0), g.operand(store, 1)
     _, batch, columns = g.shape(table)
-    index: int = store.args[5]  # type: ignore[assignment]
     whole = ir.Operand(name_of(memory), g.dtype(memory), (), (), ZERO)
     row = ir.Operand(
         name_of(table), g.dtype(table), (batch, columns), (columns, ONE),
-        product((Integer(index), batch, columns)),
+        product((expr(store.args[5]), batch, columns)),
     )  # fmt: skip
     return whole, row, (columns, g.shape(memory)[2])
 

@@ -86,7 +86,7 @@ class BlockMemory(CacheMemory):
         return self.shapes, self.dtype, self.budget, self.device, self.least_columns
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(*state["made"])  # type: ignore[misc]
+        BlockMemory.__init__(self, *state["made"])
         for layer, parts in enumerate(state["held"]):
             if parts is not None:
                 self.put(layer, *parts)
