@@ -267,6 +267,15 @@ def place_of(node: fx.Node) -> str:
     return next((f"{f}:{n}" for f, n in reversed(frames) if not f.startswith(LIBRARIES)), "")
 
 
+def module_of(node: fx.Node) -> str:
+    """Return the path of the submodule that made a call, "" for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    if path.startswith("_empty_nn_module_stack"):  # torch.export's marker of its own calls
+        return ""
+    return path.removeprefix("model").removeprefix(".")
+
+
 def replace(node: fx.Node, new: fx.Node) -> None:
     """Replace all uses of `node` by `new`, which inherits its source location, and erase `node`."""
     _keep_origin(node, new)

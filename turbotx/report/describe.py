@@ -33,7 +33,6 @@ from turbotx.program.folded_weights import fold_weight
 from turbotx.report import entries
 from turbotx.report.apart import why_apart
 from turbotx.report.cost import Cost, launch_cost
-from turbotx.report.origin import module_of
 from turbotx.runtime.cpu.launch_table import UNITS, Generated, kernel_key, print_units
 from turbotx.runtime.cpu.runtime import CpuCode
 
@@ -251,7 +250,7 @@ def describe_regions(view: View) -> list[entries.RegionEntry]:
                 tuple(view.function_of(x) for x in launches),
                 tuple(x.name for x in launches or joined),
                 "; ".join(reasons),
-                _distinct(map(module_of, nodes)),
+                _distinct(map(g.module_of, nodes)),
                 _distinct(map(g.place_of, nodes)),
                 tuple(x.name for x in joined),
                 why_apart(view.compiled, fused, kinds) if launches else "",
