@@ -36,7 +36,7 @@ from turbotx.passes.cache import store_in_place
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.diagonals import use_diagonals
 from turbotx.passes.experts import use_experts
-from turbotx.passes.known import require_known_sizes
+from turbotx.passes.known_sizes import require_known_sizes
 from turbotx.passes.linear import (
     free_biases,
     lift_permutations,

@@ -7,6 +7,7 @@ In: a `Compiled` and the values of its dims. Out: lists of `entries` records, fo
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,14 +98,9 @@ class View:
         cost: Cost = launch_cost(launch)
         reads, writes = self.number(cost.reads), self.number(cost.writes)
         return entries.TrafficEntry(
-            reads,
-            writes,
-            reads + writes,
-            show_expr(cost.reads),
-            show_expr(cost.writes),
-            self.number(cost.flops),
-            show_expr(cost.flops),
-        )
+            reads, writes, reads + writes, show_expr(cost.reads), show_expr(cost.writes),
+            self.number(cost.flops), show_expr(cost.flops),
+        )  # fmt: skip
 
 
 def describe_cache(view: View) -> entries.CacheEntry | None:
@@ -126,18 +122,11 @@ def describe_launches(
     apart = {name: r.apart for r in regions for name in r.launches}
     return [
         entries.LaunchEntry(
-            x.name,
-            view.kind_of(x),
-            view.kernel_of(x),
-            x.module,
-            x.source,
-            x.reads,
-            x.writes,
-            view.cost_of(x),
-            apart.get(x.name, ""),
+            x.name, view.kind_of(x), view.kernel_of(x), x.module, x.source, x.reads, x.writes,
+            view.cost_of(x), apart.get(x.name, ""),
         )
         for x in view.launches
-    ]
+    ]  # fmt: skip
 
 
 def describe_kernels(view: View) -> list[entries.KernelEntry]:
@@ -166,18 +155,10 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.KernelE
             "triton": print_for_gpu(first.kernel, name=name),
         }
     return entries.KernelEntry(
-        name,
-        view.kind_of(first),
-        text,
-        sources,
-        tuple(x.name for x in launches),
-        cost.read_nbytes,
-        cost.written_nbytes,
-        cost.compulsory_nbytes,
-        cost.read_formula,
-        cost.written_formula,
-        cost.flops,
-    )
+        name, view.kind_of(first), text, sources, tuple(x.name for x in launches),
+        cost.read_nbytes, cost.written_nbytes, cost.compulsory_nbytes, cost.read_formula,
+        cost.written_formula, cost.flops,
+    )  # fmt: skip
 
 
 def show_template(job: Job) -> str:
@@ -244,18 +225,13 @@ def describe_regions(view: View) -> list[entries.RegionEntry]:
         reasons = reasons or fused.reasons + fused.choices
         found.append(
             entries.RegionEntry(
-                name,
-                tuple(n.name for n in nodes),
-                tuple(op_name(n) for n in nodes),
-                tuple(view.function_of(x) for x in launches),
-                tuple(x.name for x in launches or joined),
-                "; ".join(reasons),
-                _distinct(map(g.module_of, nodes)),
-                _distinct(map(g.place_of, nodes)),
-                tuple(x.name for x in joined),
+                name, tuple(n.name for n in nodes), tuple(map(op_name, nodes)),
+                tuple(map(view.function_of, launches)), tuple(x.name for x in launches or joined),
+                "; ".join(reasons), _distinct(map(g.module_of, nodes)),
+                _distinct(map(g.place_of, nodes)), tuple(x.name for x in joined),
                 why_apart(view.compiled, fused, kinds) if launches else "",
             )
-        )
+        )  # fmt: skip
     return found
 
 
@@ -275,19 +251,9 @@ def describe_gemms(view: View) -> list[entries.Gemm]:
             made = weight in hoisted
             names = tuple(parameters_of(hoisted[weight]) if made else [parameters[weight]])
             m, n, k = x.rows, x.weight.shape[-2], x.x.shape[-1]
-            found.append(
-                entries.Gemm(
-                    x.name,
-                    x.module,
-                    view.number(m),
-                    view.number(k),
-                    view.number(n),
-                    show_expr(m),
-                    names,
-                    len(names) > 1,
-                    view.through(x),
-                )
-            )
+            sizes = (view.number(m), view.number(k), view.number(n), show_expr(m))
+            packed = len(names) > 1
+            found.append(entries.Gemm(x.name, x.module, *sizes, names, packed, view.through(x)))
         elif isinstance(x, ir.AtenLaunch) and x.call.target in GEMMS:
             found.append(_aten_gemm(view, x))
     return found
@@ -298,20 +264,11 @@ def _aten_gemm(view: View, x: ir.AtenLaunch) -> entries.Gemm:
     inputs = [a for a in operands if a.tensor not in x.writes]
     shape, depth = operands[-1].shape, inputs[0].shape[-1]
     m = operands[-1].shape[:-1]
-    rows = 1
-    for extent in m:
-        rows *= view.number(extent)
+    rows = math.prod(map(view.number, m))
     return entries.Gemm(
-        x.name,
-        x.module,
-        rows,
-        view.number(depth),
-        view.number(shape[-1]),
-        "*".join(show_expr(e) for e in m),
-        (),
-        False,
-        str(x.call.target),
-    )
+        x.name, x.module, rows, view.number(depth), view.number(shape[-1]),
+        "*".join(show_expr(e) for e in m), (), False, str(x.call.target),
+    )  # fmt: skip
 
 
 def parameters_of(weight: fx.Node) -> list[str]:
