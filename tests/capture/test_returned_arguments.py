@@ -85,7 +85,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def places(given: Any, output: Any) -> tuple[ReturnedContainer, ...]:
-    return PassedArguments((given,), {}).find_returned(output)
+    return PassedArguments((given,), {}).find_returned(output)[0]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -125,11 +125,11 @@ def test_what_is_not_changed_is_not_filled() -> None:
     given: Any = {"x": 1, "in": [2]}
     passed = PassedArguments((given,), {})
     given["in"].append(3)
-    inside, whole = passed.find_returned([given])
+    (inside, whole), lost = passed.find_returned([given])
     assert inside == ReturnedContainer((0, "in"), (0, "in"), changed=True)
     assert whole == ReturnedContainer((0,), (0,), changed=False)
-    assert passed.find_lost([given]) == [] and passed.find_lost(given["in"]) == []
-    assert passed.find_lost([given["x"]]) == ["number 0"]
+    assert lost == [] and passed.find_returned(given["in"])[1] == []
+    assert passed.find_returned([given["x"]])[1] == ["number 0"]
 
 
 class Marked(dict[str, Any]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from torch import nn
 
 import turbotx
 from tests.cli.command_line import Ran
+from turbotx import ir
 from turbotx.engine.optimize import engine_of
 from turbotx.engine.pipeline import jobs
 from turbotx.errors import VerifyError
 from turbotx.kernels.cpp.printer import print_kernel
 from turbotx.report.numerics import compare, difference
+from turbotx.runtime.cpu.launch_table import UNITS
 
 SOURCE = """
 import torch
@@ -79,7 +82,8 @@ def test_verify_names_a_kernel_that_is_wrong(
         assert "gelu" not in kernel.name or "0.707106" in text
         return text.replace("0.707106", "0.717106")
 
-    monkeypatch.setattr("turbotx.runtime.cpu.launch_table.print_kernel", wrong)
+    unit = replace(UNITS[ir.KernelLaunch], print=wrong)
+    monkeypatch.setitem(UNITS, ir.KernelLaunch, unit)
     ran = run("verify", model, "--json")
     assert ran.code == 1 and not ran.json["holds"]
     bad = [e["name"] for e in ran.json["shapes"][0]["launches"] if not e["holds"]]

@@ -9,6 +9,7 @@ of a call's key (read in under a microsecond), and contexts that turn some setti
 from __future__ import annotations
 
 import os
+import pkgutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -147,20 +148,10 @@ def no_autocast_cache() -> Iterator[None]:
 
 # --- settings read by Python code ---
 
-_WATCHED: tuple[tuple[Any, str, int], ...] = (
-    (torch, "are_deterministic_algorithms_enabled", 3),
-    (torch, "is_deterministic_algorithms_warn_only_enabled", 4),
-    (torch, "get_deterministic_debug_mode", 3),
-    (torch, "get_float32_matmul_precision", 5),
-    (torch.backends.cuda, "flash_sdp_enabled", 6),
-    (torch.backends.cuda, "math_sdp_enabled", 7),
-    (torch.backends.cuda, "mem_efficient_sdp_enabled", 8),
-    (torch.backends.cuda, "cudnn_sdp_enabled", 9),
-    (torch, "is_grad_enabled", 10),
-    (torch, "is_inference_mode_enabled", 11),
-    (torch, "get_num_threads", 12),
-    (torch.backends.mha, "get_fastpath_enabled", 13),
-)
+_WATCHED = {name: k for k, name in enumerate(NAMES) if k >= DECISIVE} | {
+    "torch.get_deterministic_debug_mode": NAMES.index("torch.are_deterministic_algorithms_enabled")
+}
+"""The functions by which Python code reads settings, with the index of each setting in NAMES."""
 _INSIDE = str(Path(torch.__file__).parent) + os.sep
 
 
@@ -176,7 +167,9 @@ def watch_reads(ambient: Ambient) -> Iterator[set[int]]:
     thread, modes = threading.get_ident(), InnerModes()
     with ExitStack() as stack:
         stack.enter_context(modes.followed())
-        for owner, name, place in _WATCHED:
+        for path, place in _WATCHED.items():
+            home, _, name = path.rpartition(".")
+            owner = pkgutil.resolve_name(home)
             original = getattr(owner, name, None)
             if original is not None:
                 watched = _watched(original, place, ambient, asked, modes)

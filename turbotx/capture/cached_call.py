@@ -99,11 +99,22 @@ def find_queries(given: Mapping[str, Any], kind: str) -> torch.Tensor:
     raise CaptureError(f"a call with a key/value cache needs {names[0]!r} or {names[1]!r}")
 
 
-class TracedLayer(CacheLayerMixin):
-    """A cache layer whose rows are the result of an op: no concatenation, and one symbol for every
-    length."""
+class _LayerOfTrace(CacheLayerMixin):
+    """What both kinds of layers of a `TracedCache` have in common."""
 
     is_sliding = False  # every position is kept; the mask hides those that left the window
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Do nothing: a layer is initialized from the start, or by `update`."""
+
+    def get_max_length(self) -> int:
+        """Return -1: the length is unbounded."""
+        return -1
+
+
+class TracedLayer(_LayerOfTrace):
+    """A cache layer whose rows are the result of an op: no concatenation, and one symbol for every
+    length."""
 
     def __init__(
         self, memory: torch.Tensor, table: torch.Tensor, length: torch.Tensor, past: Any
@@ -113,9 +124,6 @@ class TracedLayer(CacheLayerMixin):
         self.values: torch.Tensor | None = None
         self._memory, self._table, self._length, self._past = memory, table, length, past
         self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Do nothing: the layer is always initialized."""
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, place: int, layer: int) -> None:
         """Store the rows of one call, both (batch, heads, seq, head_dim).
@@ -142,25 +150,16 @@ class TracedLayer(CacheLayerMixin):
         """Return the number of positions before the call."""
         return self._past
 
-    def get_max_length(self) -> int:
-        """Return -1: the length is unbounded."""
-        return -1
 
-
-class CrossLayer(CacheLayerMixin):
+class CrossLayer(_LayerOfTrace):
     """A cross-attention layer: stores what the first step computes, or returns what later steps
     receive."""
-
-    is_sliding = False
 
     def __init__(self, given: torch.Tensor | None, layer: int) -> None:
         super().__init__()
         self.is_initialized = given is not None
         if given is not None:
             self.keys, self.values = given[2 * layer], given[2 * layer + 1]
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Do nothing: the layer is initialized by `update`."""
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
         """Store the keys and values of the encoder's output; raises CaptureError if they are
@@ -177,10 +176,6 @@ class CrossLayer(CacheLayerMixin):
     def get_seq_length(self) -> Any:
         """Return the number of encoder positions; 0 before `update`."""
         return 0 if self.keys is None else self.keys.shape[2]
-
-    def get_max_length(self) -> int:
-        """Return -1: the length is unbounded."""
-        return -1
 
 
 class TracedCache(DynamicCache):

@@ -9,8 +9,9 @@ would cast, so that it computes the same with autocast off::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from turbotx.capture.ambient import DEVICES, without_autocast
 from turbotx.errors import CaptureError
+from turbotx.ir.fx_nodes import fake_mode_of, meta_without_value
 
 aten = torch.ops.aten
 _CASTS = (aten._to_copy.default, aten.to.dtype)
@@ -109,9 +111,7 @@ def _run(node: fx.Node, instead: dict[fx.Node, Any], watch: Any = None) -> Any:
         return instead.get(n, n.meta["val"])
 
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-    fakes = (x for x in pytree.tree_leaves((args, kwargs)) if hasattr(x, "fake_mode"))
-    mode = next((f.fake_mode for f in fakes), None)
-    call: Any = node.target
+    mode, call = fake_mode_of((args, kwargs)), cast(Callable[..., Any], node.target)
     if mode is None:
         return node.meta["val"]  # no tensor arguments: nothing to cast
     with torch.no_grad(), enable_python_dispatcher(), mode, watch or nullcontext():
@@ -131,12 +131,12 @@ def _insert(node: fx.Node, sources: list[fx.Node], casts: list[torch.dtype | Non
         if dtype is None:
             continue
         with node.graph.inserting_before(node):
-            cast = node.graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
-        cast.meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
+            made = node.graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
+        made.meta = meta_without_value(node)
         fake = source.meta["val"]
         with torch.no_grad(), without_autocast(), fake.fake_mode:
-            cast.meta["val"] = aten._to_copy.default(fake, dtype=dtype)
-        node.replace_input_with(source, cast)
+            made.meta["val"] = aten._to_copy.default(fake, dtype=dtype)
+        node.replace_input_with(source, made)
 
 
 class _FirstCasts(TorchDispatchMode):

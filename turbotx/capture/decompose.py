@@ -30,7 +30,16 @@ from turbotx.capture.casts import inside
 from turbotx.capture.inplace_ops import find_out_of_place
 from turbotx.ir.expr import expr
 from turbotx.ir.fake_results import UnknownError, describe
-from turbotx.ir.fx_nodes import GETITEM, draws, freeze, is_random, is_tensor
+from turbotx.ir.fx_nodes import (
+    GETITEM,
+    draws,
+    fake,
+    fake_mode_of,
+    freeze,
+    is_random,
+    is_tensor,
+    meta_without_value,
+)
 from turbotx.ir.memory_order import memory_of
 from turbotx.ir.size_functions import FUNCTIONS
 
@@ -42,7 +51,7 @@ IDENTITIES = (aten.detach_.default, aten.detach.default, aten.alias.default)
 """Without gradients their results equal their inputs; the first counts as a mutation."""
 
 _MISTAKEN = frozenset(
-    (aten.multilabel_margin_loss.default, aten.multilabel_margin_loss_forward.default)
+    ("aten.multilabel_margin_loss.default", "aten.multilabel_margin_loss_forward.default")
 )
 """Ops that PyTorch decomposes to other values than it computes, in 2.11 to 2.13."""
 
@@ -112,7 +121,7 @@ def _core_table() -> Mapping[Any, Callable[..., Any]]:
 @functools.cache
 def _decomposition(op: OpOverload, kept: frozenset[str]) -> Callable[..., Any] | None:
     """Return an op's decomposition, a function of its arguments; None if the op is kept."""
-    if str(op) in kept or op.namespace == "prim" or op in _MISTAKEN:
+    if str(op) in kept | _MISTAKEN or op.namespace == "prim":
         return None
     found = _core_table().get(op)
     if found is not None:
@@ -133,7 +142,7 @@ def table_without(kept: frozenset[str]) -> Any:
     for op in list(table):
         random = torch.Tag.nondeterministic_seeded in op.tags
         recurrent = {"num_layers", "batch_sizes"} & {a.name for a in op._schema.arguments}
-        if str(op) in kept or op in _MISTAKEN or (random and not recurrent):
+        if str(op) in kept | _MISTAKEN or (random and not recurrent):
             del table[op]
     return table
 
@@ -181,7 +190,7 @@ class _SizeNodes:
 
     def _call(self, call: Callable[..., Any], *args: Any) -> fx.Node:
         made = self.graph.call_function(call, args)
-        made.meta["val"] = call(*fx.node.map_arg(args, _value))
+        made.meta["val"] = call(*fake(args))
         return made
 
     def _read(self, symbol: sympy.Basic) -> None:
@@ -202,10 +211,6 @@ _FOLDED: dict[str, Callable[[Any, Any], Any]] = {
     "Max": torch.sym_max, "Min": torch.sym_min,
 }  # fmt: skip
 """Functions that take any number of arguments in sympy, and two in Python."""
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta["val"]
 
 
 class _Recorder(TorchDispatchMode):
@@ -295,7 +300,7 @@ class _Recorder(TorchDispatchMode):
     def _append(self, target: Any, args: Any, kwargs: Any, result: Any) -> fx.Node:
         name = getattr(getattr(target, "overloadpacket", target), "__name__", None)
         node = self.sizes.graph.create_node("call_function", target, args, kwargs, name=name)
-        node.meta = {k: v for k, v in self.node.meta.items() if k not in ("val", "tensor_meta")}
+        node.meta = meta_without_value(self.node)
         node.meta["val"] = result
         self.made.append(node)
         return node
@@ -379,8 +384,8 @@ def _decompose(node: fx.Node, recorder: _Recorder) -> _Results:
     target: Any = node.target
     decomposition = _decomposition(target, recorder.kept)
     assert decomposition is not None
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
-    mode = next((f.fake_mode for f in _fakes((args, kwargs, node.meta["val"]))), None)
+    args, kwargs = fake((node.args, node.kwargs))
+    mode = fake_mode_of((args, kwargs, node.meta["val"]))
     if mode is None:
         raise NotNodeByNode(f"{node.format_node()} has no fake tensor")
     with torch.no_grad(), enable_python_dispatcher(), mode, recorder, inside(target):
@@ -390,7 +395,3 @@ def _decompose(node: fx.Node, recorder: _Recorder) -> _Results:
     if isinstance(result, (tuple, list)):
         return tuple(recorder.known.get(id(x)) for x in result)
     raise NotNodeByNode(f"{node.format_node()} gives {type(result).__name__}")
-
-
-def _fakes(tree: Any) -> list[Any]:
-    return [x for x in pytree.tree_leaves(tree) if hasattr(x, "fake_mode")]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -90,8 +91,8 @@ def find_decisive(graph: fx.Graph) -> frozenset[int]:
             seen = none.union(*(shown.get(n, none) for n in given)) if looped else none
             if seen and _disagree(given):
                 decided[node] |= seen
-    output = graph.output_node()
-    fresh = zip(output.args[0], output.meta[RETURNS], strict=True)  # type: ignore[arg-type]
+    output: Any = graph.output_node()
+    fresh = zip(output.args[0], output.meta[RETURNS], strict=True)
     return none.union(*(decided[n] for n, made in fresh if isinstance(made, Fresh)))
 
 

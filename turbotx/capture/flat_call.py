@@ -97,8 +97,8 @@ class FlatCall(nn.Module):
                 called = model.forward if self.calls_forward else model
                 output = called(*args, **kwargs)
             caught.finish()
-            _refuse_changes(passed.find_lost(output))
-            self.seen.returned = passed.find_returned(output)
+            self.seen.returned, lost = passed.find_returned(output)
+            _refuse_changes(lost)
             flat, self.seen.out_spec, self.seen.constants = take_apart(output, type(model).__name__)
             results = [*map(read_floats, flat), *self.seen.finish(), *self.values.finish()]
             replaced.finish(results)

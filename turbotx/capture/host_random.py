@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from turbotx.capture.module_state.values import is_library
+from turbotx.capture.module_state.values import is_users
 from turbotx.errors import CaptureError
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
@@ -130,8 +130,7 @@ def _find_asker(past: frozenset[str]) -> FrameType | None:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and past & {str(frame.f_globals.get("__name__")), _package(frame)}:
         frame = frame.f_back
-    user = frame is not None and not is_library(frame.f_globals.get("__name__"))
-    return frame if user else None
+    return frame if is_users(frame) else None
 
 
 _SEEDERS = frozenset(

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +23,7 @@ from torch.autograd import grad_mode
 from torch.utils import _contextlib
 
 from turbotx.capture.module_state.attribute_methods import active
+from turbotx.capture.module_state.values import caller_outside
 
 _CONTEXTS = (grad_mode.__name__, _contextlib.__name__, __name__)
 _OWN = ("torch._", "torch.autograd", "torch.utils")
@@ -110,7 +110,5 @@ class InnerModes:
 def _asks_pytorch() -> bool:
     """Return whether PyTorch sets a mode for itself, as for gradients that it computes; its
     contexts and decorators set one for the code that uses them, as its modules run it."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") in _CONTEXTS:
-        frame = frame.f_back
-    return frame is not None and frame.f_globals.get("__name__", "").startswith(_OWN)
+    setter = caller_outside(sys._getframe(1), _CONTEXTS)
+    return setter is not None and setter.f_globals.get("__name__", "").startswith(_OWN)

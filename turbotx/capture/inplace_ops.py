@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 from turbotx.capture.casts import inside
 from turbotx.errors import CaptureError
 from turbotx.ir.expr import Expr, expr
-from turbotx.ir.fx_nodes import GETITEM, is_random, is_tensor, place_of
+from turbotx.ir.fx_nodes import GETITEM, fake, is_random, is_tensor, meta_without_value, place_of
 from turbotx.ir.strides import contiguous_strides
 
 aten = torch.ops.aten
@@ -134,7 +134,7 @@ class _Write:
         """Append a call behind the op and what was made for it."""
         with self.node.graph.inserting_after((self.node, *self.made)[-1]):
             made = self.node.graph.call_function(op, args, kwargs)
-        made.meta = {k: v for k, v in self.node.meta.items() if k not in ("val", "tensor_meta")}
+        made.meta = meta_without_value(self.node)
         made.meta["val"] = _compute(op, args, kwargs)
         self.place[made] = self.at
         self.made.append(made)
@@ -225,6 +225,6 @@ def _makes_new(node: Any) -> bool:
 
 
 def _compute(op: OpOverload, args: Any, kwargs: Any) -> Any:
-    args, kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    args, kwargs = fake((args, kwargs))
     with torch.no_grad(), enable_python_dispatcher(), args[0].fake_mode, inside(op):
         return op(*args, **kwargs)

@@ -23,7 +23,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from turbotx.capture.module_state.values import is_library
+from turbotx.capture.module_state.values import caller_outside, is_users
 from turbotx.errors import CaptureError
 from turbotx.ir.expr import Expr, expr
 from turbotx.ir.memory_order import memory_of
@@ -73,7 +73,7 @@ class LayoutQuestions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in _MODES and not is_library(_find_asker()):
+        if func in _MODES and _is_asked_by_user():
             asked = self._note_gradients(args[0]) if _MODES[func] == "requires_grad" else None
             if asked is not None:
                 return asked
@@ -82,14 +82,14 @@ class LayoutQuestions(TorchFunctionMode):
                 "since it runs without gradients: use torch.is_grad_enabled() or "
                 "is_inference_mode_enabled()"
             )
-        if func in _BITS and not is_library(_find_asker()):
+        if func in _BITS and _is_asked_by_user():
             raise CaptureError(
                 f"its code asks for {_BITS[func]} of a tensor, which a trace does not know, since "
                 "it computes with resolved tensors: call resolve_conj() or resolve_neg() without "
                 "asking"
             )
         asks = func in _QUESTIONS or func in _STORAGES
-        if asks and not is_library(_find_asker()):
+        if asks and _is_asked_by_user():
             place = self._places.get(memory_of(args[0]))
             if place is not None and func in _STORAGES:
                 raise CaptureError(
@@ -127,10 +127,7 @@ def _find_sizes(tensor: torch.Tensor) -> set[Expr]:
     return {expr(n) for n in numbers if isinstance(n, torch.SymInt)}
 
 
-def _find_asker() -> str | None:
-    """Return the module whose code makes the query, skipping tensor methods written in Python and
+def _is_asked_by_user() -> bool:
+    """Return whether the user's code makes the query, skipping tensor methods written in Python and
     the modes inside this one."""
-    frame = sys._getframe(2)
-    while frame.f_globals.get("__name__") in _METHODS and frame.f_back is not None:
-        frame = frame.f_back
-    return frame.f_globals.get("__name__")
+    return is_users(caller_outside(sys._getframe(2), _METHODS))

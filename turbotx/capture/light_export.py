@@ -24,37 +24,25 @@ from torch.utils._sympy.symbol import symbol_is_type
 from turbotx.capture.tracing import replaced_in_thread
 from turbotx.ir.fake_results import BY_VALUES
 
-# Private functions of PyTorch, the same from 2.11 to 2.13: without one, it is as slow as before.
-_LOOKS = (
-    (proxy_tensor, "track_tensor_tree"),
-    (_trace, "_fakify_params_buffers"),
-)
-_METADATA = "_extract_tensor_metadata"
 _OPS = "_materialize_cpp_cia_ops"
-_BINDINGS = "_replace_unbacked_bindings"
 
 
 @contextmanager
 def light_export() -> Iterator[None]:
-    """Let this thread's exports be light, inside the context."""
+    """Context manager: leave out of this thread's exports what is not used here."""
     with ExitStack() as stack:
         stack.enter_context(late_code())
-        for module, name in _LOOKS:
+        for module, name, lighten in _LIGHTENED:
             if hasattr(module, name):
-                look = _unseen(getattr(module, name))
-                stack.enter_context(replaced_in_thread(module, name, look))
-        if hasattr(proxy_tensor, _METADATA):
-            stack.enter_context(replaced_in_thread(proxy_tensor, _METADATA, _describe_nothing))
-        if hasattr(_trace, _BINDINGS):
-            bind = _only_of_values(getattr(_trace, _BINDINGS))
-            stack.enter_context(replaced_in_thread(_trace, _BINDINGS, bind))
+                light = lighten(getattr(module, name))
+                stack.enter_context(replaced_in_thread(module, name, light))
         yield
 
 
 @contextmanager
 def ops_listed_once() -> Iterator[None]:
-    """Let this thread's decompositions of whole graphs look up the ops that are written in C++
-    once, not twice for each of 27 namespaces: a seventh of a small capture."""
+    """Context manager: this thread's decompositions of whole graphs list PyTorch's ops in C++ once,
+    not twice for each of 27 namespaces: a seventh of a small capture."""
     if not hasattr(utils, _OPS):
         yield
         return
@@ -64,7 +52,7 @@ def ops_listed_once() -> Iterator[None]:
 
 @contextmanager
 def late_code() -> Iterator[None]:
-    """Let graph modules that this thread makes write their Python code when they are called."""
+    """Context manager: graph modules made in this thread write their code when first called."""
     write = fx.GraphModule.recompile
 
     def recompile(module: fx.GraphModule) -> None:
@@ -81,8 +69,9 @@ def late_code() -> Iterator[None]:
         yield
 
 
-def _describe_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand for a description of a node's tensor, which its fake tensor gives too."""
+def _left_out(describe: Callable[..., Any]) -> Callable[..., None]:
+    """Return what stands for a description of a node's tensor, which its fake tensor gives too."""
+    return lambda *args, **kwargs: None
 
 
 def _unseen(look: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,3 +95,13 @@ def _only_of_values(replace: Callable[[fx.GraphModule], None]) -> Callable[[fx.G
             replace(module)
 
     return search
+
+
+_LIGHTENED: tuple[tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]], ...] = (
+    (proxy_tensor, "track_tensor_tree", _unseen),
+    (_trace, "_fakify_params_buffers", _unseen),
+    (proxy_tensor, "_extract_tensor_metadata", _left_out),
+    (_trace, "_replace_unbacked_bindings", _only_of_values),
+)
+"""Private functions of PyTorch, the same from 2.11 to 2.13, and what makes each light: without one,
+it is as slow as before."""

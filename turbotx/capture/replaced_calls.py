@@ -175,16 +175,14 @@ def _take_at_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     it."""
     if func is Tensor.__getitem__:
         return _index(*args)
-    if func in (Tensor.select, torch.select):
-        given = dict(zip(("self", "dim", "index"), args, strict=False)) | kwargs
-        given["self"] = given.pop("input", given.get("self"))
-        if is_place(given.get("index")):
-            return _take(given["self"], given["dim"], given["index"]).select(given["dim"], 0)
-    if func in (Tensor.narrow, torch.narrow):
-        given = dict(zip(("self", "dim", "start", "length"), args, strict=False)) | kwargs
-        given["self"] = given.pop("input", given.get("self"))
-        if is_place(given.get("start")):
-            return _take(given["self"], given["dim"], given["start"], given["length"])
+    selects = func in (Tensor.select, torch.select)
+    if selects or func in (Tensor.narrow, torch.narrow):
+        names = ("self", "dim", "index" if selects else "start", "length")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        place, whole = given.get(names[2]), given.get("input", given.get("self"))
+        if is_place(place):
+            taken = _take(whole, given["dim"], place, 1 if selects else given["length"])
+            return taken.select(given["dim"], 0) if selects else taken
     return NotImplemented
 
 

@@ -60,26 +60,21 @@ class PassedArguments:
                     "program does not see: pass a list of pairs"
                 )
 
-    def find_returned(self, output: Any) -> tuple[ReturnedContainer, ...]:
-        """Return which containers are in the output, innermost first."""
-        changed = {id(part) for _, part, before in self._before if _contents(part) != before}
-        found = [
-            ReturnedContainer(self._paths[id(container)], path, id(container) in changed)
-            for path, container in _containers(output, ())
-            if id(container) in self._paths
-        ]
-        return tuple(sorted(found, key=lambda one: -len(one.made)))
-
-    def find_lost(self, output: Any) -> list[str]:
-        """Return the names of the arguments in which something was changed that is not returned, or
-        that cannot be filled anew."""
-        returned = {id(x) for _, x in _containers(output, ())} & self._paths.keys()
-        lost: dict[str, None] = {}
+    def find_returned(self, output: Any) -> tuple[tuple[ReturnedContainer, ...], list[str]]:
+        """Return which containers are in the output, innermost first; and the names of the
+        arguments in which something was changed that is not returned, or that cannot be filled
+        anew."""
+        made = [(path, x) for path, x in _containers(output, ()) if id(x) in self._paths]
+        refilled = {id(x) for _, x in made if _can_be_filled(x)}
+        changed, lost = set[int](), dict[str, None]()
         for name, part, before in self._before:
-            now, filled = _contents(part), id(part) in returned and _can_be_filled(part)
-            if now.attributes != before.attributes or (now.items != before.items and not filled):
-                lost[_show(name)] = None
-        return list(lost)
+            now = _contents(part)
+            if now != before:
+                changed.add(id(part))
+                if now.attributes != before.attributes or id(part) not in refilled:
+                    lost[_show(name)] = None
+        found = [ReturnedContainer(self._paths[id(x)], path, id(x) in changed) for path, x in made]
+        return tuple(sorted(found, key=lambda one: -len(one.made))), list(lost)
 
 
 def find_containers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[Path, Any]]:

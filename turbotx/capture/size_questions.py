@@ -27,7 +27,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from turbotx.capture import size_operators
 from turbotx.capture.conditions import decides_nothing
-from turbotx.capture.module_state.values import is_library
+from turbotx.capture.module_state.values import caller_outside, is_users
 from turbotx.capture.sandbox.effects import SizesNeeded
 from turbotx.capture.tracing import replaced_in_thread
 from turbotx.errors import note_error
@@ -126,11 +126,8 @@ class SizesFromOne(ShapeEnv):
 
 
 def _note_users(error: Exception) -> None:
-    """Note an error of a question that the user's code asks: that may catch it."""
-    frame: FrameType | None = _find_asker()
-    while frame is not None and frame.f_globals.get("__name__") in _NUMBERS:
-        frame = frame.f_back
-    if frame is not None and not is_library(frame.f_globals.get("__name__")):
+    """Record an error of a condition that the user's code tests, since that code may catch it."""
+    if is_users(caller_outside(_find_asker(), _NUMBERS)):
         note_error(error)
 
 
@@ -213,7 +210,7 @@ def _find_asker() -> FrameType:
 
 
 def _answer_nothing(*question: Any) -> None:
-    """Stand for `ValueQuestions.answer` after the run of the model's code."""
+    """Answer no question: stands for `ValueQuestions.answer` after the model's code has run."""
 
 
 @contextmanager

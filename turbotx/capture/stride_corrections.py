@@ -29,6 +29,9 @@ from torch.overrides import TorchFunctionMode
 Tensor: Any = torch.Tensor
 Order = Sequence[int]
 """Dims from slowest to fastest in memory."""
+Rule = Callable[[Sequence[torch.Tensor], torch.Tensor], Order | None]
+"""Returns the order of a result's dims, given the tensors among the arguments and the result as the
+tracer has it; None if that is right."""
 
 
 @contextmanager
@@ -75,17 +78,10 @@ def _suggested(given: Sequence[torch.Tensor], result: torch.Tensor) -> Order | N
     return order
 
 
-def _dense_by_scalar(given: Sequence[torch.Tensor], result: torch.Tensor) -> Order | None:
-    """Dense for a power with a scalar; the tracer is right for other powers."""
-    return list(range(result.dim())) if len(given) == 1 else None
-
-
-def _dense_of_complex(given: Sequence[torch.Tensor], result: torch.Tensor) -> Order | None:
-    return list(range(result.dim())) if given[0].is_complex() else None
-
-
-def _dense_on_cpu(given: Sequence[torch.Tensor], result: torch.Tensor) -> Order | None:
-    return list(range(result.dim())) if result.device.type == "cpu" else None
+def _dense_if(holds: Callable[[Sequence[torch.Tensor], torch.Tensor], bool]) -> Rule:
+    """Return the rule of a result that is dense under a condition, and as the tracer has it
+    otherwise."""
+    return lambda given, result: list(range(result.dim())) if holds(given, result) else None
 
 
 _ELEMENTWISE = (
@@ -95,12 +91,15 @@ _ELEMENTWISE = (
     torch.logical_xor, Tensor.logical_xor, torch.heaviside, Tensor.heaviside,
     torch.ldexp, Tensor.ldexp,
 )  # fmt: skip
-_RULES: dict[Any, Callable[[Sequence[torch.Tensor], torch.Tensor], Order | None]] = {
+_RULES: dict[Any, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
-    Tensor.__rpow__: _dense_by_scalar,
-    **dict.fromkeys((torch.angle, Tensor.angle), _dense_of_complex),
+    Tensor.__rpow__: _dense_if(lambda given, result: len(given) == 1),  # with a scalar
+    **dict.fromkeys((torch.angle, Tensor.angle), _dense_if(lambda x, _: x[0].is_complex())),
     **dict.fromkeys((torch.batch_norm, F.batch_norm), _suggested),
-    **dict.fromkeys((torch.max_pool1d, F.max_pool1d), _dense_on_cpu),
+    **dict.fromkeys(
+        (torch.max_pool1d, F.max_pool1d),
+        _dense_if(lambda given, result: result.device.type == "cpu"),
+    ),
 }
 
 

@@ -34,8 +34,8 @@ class Integers:
 
 
 def is_torchao(tensor: object) -> bool:
-    """Tell whether a tensor is torchao's, of a class that is known here, understood or not; torchao
-    is not imported."""
+    """Return whether a tensor is of a class of torchao that is known here, supported or not;
+    torchao is not imported."""
     cls = type(tensor)
     return cls.__name__ in _REASONS and cls.__module__.partition(".")[0] == "torchao"
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -41,6 +41,7 @@ from turbotx.capture.fake_mode import remembering_fakes
 from turbotx.capture.flat_call import FlatCall
 from turbotx.capture.guards import (
     Guard,
+    Written,
     find_equals,
     find_guards,
     find_replaced,
@@ -69,7 +70,7 @@ from turbotx.capture.module_state.unfollowed import Unfollowed
 from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.recurrent_layers import recurrent_layers_whole, recurrent_ops
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
-from turbotx.capture.result_layouts import ASKED, ORDER, find_shown, note_layouts
+from turbotx.capture.result_layouts import ASKED, ORDER, Steps, find_shown, note_layouts
 from turbotx.capture.returned import put_constants
 from turbotx.capture.returned_arguments import ReturnedContainer
 from turbotx.capture.sandbox.effects import Effect
@@ -89,7 +90,7 @@ from turbotx.capture.trace_errors import (
 )
 from turbotx.capture.traced_float import FloatInput
 from turbotx.capture.tracing import tracing
-from turbotx.capture.unlift import FRESH, fresh_constants, unlift
+from turbotx.capture.unlift import fresh_constants, unlift
 from turbotx.capture.value_questions import ValueQuestions, erase_numbers
 from turbotx.capture.widen import Places, widen
 from turbotx.errors import CaptureError
@@ -97,26 +98,13 @@ from turbotx.ir.expr import Expr, expr
 from turbotx.ir.fx_nodes import is_random, remember_names
 from turbotx.ir.memory_order import by_order, inverse, make_dense, moved_dims
 
-# The key in the exported graph's meta of the sizes that squeezes test.
-SQUEEZED = "squeezed"
-# The key of the result of `find_written`.
-WRITTEN = "written"
-# The key of the result of `find_shown` for the graph before decomposition.
-SHOWN = "shown"
 # Composite ops that are not decomposed: the passes and the op table handle them directly, and
 # their decompositions would only obscure them.
-KEPT_WHOLE = frozenset(
-    (
-        "aten.scaled_dot_product_attention.default",
-        "aten.linear.default",
-        "aten.layer_norm.default",
-        "aten.rms_norm.default",
-        "aten.group_norm.default",
-        "aten.softmax.int",
-        "aten.log_softmax.int",
-        "aten.matmul.default",
-    )
-)
+KEPT_WHOLE = frozenset((
+    "aten.scaled_dot_product_attention.default", "aten.linear.default", "aten.layer_norm.default",
+    "aten.rms_norm.default", "aten.group_norm.default", "aten.softmax.int", "aten.log_softmax.int",
+    "aten.matmul.default",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -230,7 +218,8 @@ def _capture(
                 refuse_seeding(),
                 unfollowed.refused(name),
             ):
-                exported = _export_with_floats(flat, tensors, least, fixed, name)
+                export = partial(_export_widened, flat, tensors, least, fixed, name)
+                exported = _export_with_floats(flat, export)
             moved = look_at_generators() != before
         with without_autocast():
             captured = _describe(exported, model, flat, name, names, ambient, tuple(sorted(asked)))
@@ -238,7 +227,7 @@ def _capture(
         code_names.places |= find_attributes(found.sought, model, names, tensors)
         state = make_record(model, recorder, code_names, captured.effects)
         if not drawn and ((generators := recorder.find_moved()) or moved):
-            again = partial(_export_with_relations, flat, tensors, least, fixed, name)
+            again = partial(_export_with_relations, export)
             drawn = [where] if (where := find_draws(again, generators)) else []
         if drawn:
             raise CaptureError(
@@ -249,35 +238,46 @@ def _capture(
     return replace(captured, state=state, sought=frozenset(found.sought))
 
 
-def _export_with_floats(
-    flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
-) -> Any:
+@dataclass(frozen=True)
+class _Exported:
+    """A decomposed program, and what was found in its graph before decomposition.
+
+    fresh: constants created by the trace. squeezed: the sizes that squeezes test. written: see
+    `find_written`. shown: see `find_shown`.
+    """
+
+    program: torch.export.ExportedProgram
+    fresh: set[str]
+    squeezed: set[Expr]
+    written: Written
+    shown: tuple[Steps | None, ...]
+
+
+def _export_with_floats(flat: FlatCall, export: Callable[[], _Exported]) -> _Exported:
     """Trace with the call's floats as inputs, or, if that fails, as constants."""
     try:
-        return _export_with_relations(flat, tensors, least, fixed, name)
+        return _export_with_relations(export)
     except CaptureError:
         if not flat.describe_floats():
             raise
         flat.floats.fixed = True  # an op or a class does not accept a stand-in for a number
-        return _export_with_relations(flat, tensors, least, fixed, name)
+        return _export_with_relations(export)
 
 
-def _export_with_relations(
-    flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
-) -> Any:
+def _export_with_relations(export: Callable[[], _Exported]) -> _Exported:
     """Trace with comparisons of sizes as expressions, or, if that fails, as True and False."""
     try:
-        return _export_widened(flat, tensors, least, fixed, name)
+        return export()
     except CaptureError as error:
         if not wants_bool(error.__cause__):
             raise
     with relations_answered():
-        return _export_widened(flat, tensors, least, fixed, name)
+        return export()
 
 
 def _export_widened(
     flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
-) -> Any:
+) -> _Exported:
     """Trace with as many dims symbolic as possible; raises the first attempt's error.
 
     A size of 1 varies unless another input has a larger size at the same position, counted from the
@@ -325,7 +325,7 @@ def _find_cause(flat: FlatCall, tensors: Sequence[torch.Tensor]) -> Exception | 
     return True
 
 
-def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
+def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int]]) -> _Exported:
     """Trace with the `varying` dims of each example symbolic; decompose all but the kept ops."""
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     fakes, places = remembering_fakes(), remembered_stack_traces()
@@ -353,18 +353,15 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
             exported.graph_module.graph = before
             with ops_listed_once():
                 exported = exported.run_decompositions(table_without(kept))
-    exported.graph_module.meta |= {
-        FRESH: fresh, SQUEEZED: squeezed, SHOWN: shown, WRITTEN: written,
-    }  # fmt: skip
-    return exported
+    return _Exported(exported, fresh, squeezed, written, shown)
 
 
 def _describe(
-    exported: Any, model: nn.Module, flat: FlatCall, name: str, names: list[str],
+    exported: _Exported, model: nn.Module, flat: FlatCall, name: str, names: list[str],
     ambient: Ambient, asked: tuple[int, ...],
 ) -> Captured:  # fmt: skip
-    refuse_mutation(exported, name, names)
-    graph_module, inputs = unlift(exported, model, names)
+    refuse_mutation(exported.program, name, names)
+    graph_module, inputs = unlift(exported.program, exported.fresh, model, names)
     refuse_mixed_products(graph_module.graph, name, flat.given)
     put_constants(graph_module.graph, flat.seen.constants)
     fakes = [node.meta["val"] for node in inputs]
@@ -375,13 +372,12 @@ def _describe(
     said: Mapping[str, str] = getattr(model, "turbotx_dim_names", {})
     symbols = name_dims(shapes, names, find_equals(shape_env), said)
     remember_names(graph_module, symbols)
-    note_layouts(graph_module.graph, exported.graph_module.meta[SHOWN])
+    note_layouts(graph_module.graph, exported.shown)
     expanded = replace(flat.expanded, decisive=find_decisive(graph_module.graph))
-    squeezed = exported.graph_module.meta[SQUEEZED]
-    guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
+    guards = find_guards(exported.program, shape_env, symbols) + guard_sizes(graph_module, symbols)
     known = find_replaced(shape_env, symbols) | symbols
-    guards += guard_squeezed(squeezed, known) + guard_asked(flat.layouts.sizes, known)
-    guards += guard_written(exported.graph_module.meta[WRITTEN], known)
+    guards += guard_squeezed(exported.squeezed, known) + guard_asked(flat.layouts.sizes, known)
+    guards += guard_written(exported.written, known)
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in shape) for shape in shapes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
     hints = find_hints(shape_env, symbols)

@@ -9,7 +9,7 @@ by their names in the user's module, and its placeholders in order::
 from __future__ import annotations
 
 import keyword
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,28 +19,27 @@ from turbotx.capture.light_export import late_code
 from turbotx.capture.refusals import made_in_inference_mode
 from turbotx.capture.torchao_weights import stand_ins
 from turbotx.errors import CaptureError
+from turbotx.ir.fx_nodes import fake_mode_of
 from turbotx.ir.memory_order import has_version
 from turbotx.ir.subgraphs import enclose_graphs
 
-# The key in the exported graph's meta of the constants created by the trace.
-FRESH = "fresh constants"
 # GraphModule has attributes of its own, such as `graph` and `code`.
 RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
 
 
 def unlift(
-    exported: Any, model: nn.Module, names: list[str]
+    exported: Any, fresh: Collection[str], model: nn.Module, names: list[str]
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
     """Return the graph and its inputs, renamed to `names` in order.
 
-    model: the user's module; what was traced has it, or its shadow, as `model`. meta["paths"] says
-    where the user's module has what a get_attr node names, meta["quantized"] which of its
-    parameters stand for quantised ones, and how those are.
+    fresh: the constants created by the trace. model: the user's module; what was traced has it, or
+    its shadow, as `model`. meta["paths"] says where the user's module has what a get_attr node
+    names, meta["quantized"] which of its parameters stand for quantised ones, and how those are.
     """
     enclose_graphs(exported.graph_module)
     graph: fx.Graph = exported.graph_module.graph
     targets = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.target}
-    fresh = exported.graph_module.meta[FRESH] & set(exported.constants)
+    fresh = exported.constants.keys() & fresh
     holder = nn.Module()
     inputs: list[fx.Node] = []
     paths: dict[str, str] = {}
@@ -124,9 +123,7 @@ def _users_own(exported: Any, constant: torch.Tensor) -> torch.Tensor:
     The tensor is among those that tracing saw, which PyTorch keeps in a private list (the same from
     2.11 to 2.14); without it, the constant itself is watched.
     """
-    fakes = (n.meta.get("val") for n in exported.graph_module.graph.nodes)
-    mode: Any = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
-    seen: Any = mode
+    seen = fake_mode_of([n.meta.get("val") for n in exported.graph_module.graph.nodes])
     for name in ("fake_tensor_converter", "meta_converter", "describer", "lookup_tensor"):
         seen = getattr(seen, name, None)
     if constant.layout is not torch.strided or not constant.numel():

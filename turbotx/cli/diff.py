@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from turbotx.cli.output import OK, WRONG, Output
 from turbotx.errors import InputError
 from turbotx.report.compare import Comparison, compare
+from turbotx.report.table import right, titled_table
 
 
 def diff_reports(before: Path, after: Path, output: Output) -> int:
@@ -49,10 +50,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _table(found: Comparison) -> Table:
-    table = Table(title="Reports", title_justify="left", title_style="bold")
-    table.add_column("", overflow="fold")
-    for name in ("A", "B", "B / A"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = right("A", "B", "B / A", no_wrap=True)
+    table = titled_table("Reports", Column("", overflow="fold"), *numbers)
     for figure in found.figures:
         ratio = "" if figure.ratio is None else f"{figure.ratio:.3f}"
         style = "" if figure.before == figure.after else "bold"

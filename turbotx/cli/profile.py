@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 
 import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize, view_at
@@ -24,6 +24,7 @@ from turbotx.errors import InputError
 from turbotx.report.amounts import show_shape
 from turbotx.report.dump import check_file, write_text
 from turbotx.report.profile import Profile
+from turbotx.report.table import right, titled_table
 from turbotx.saved.load import SavedModule
 from turbotx.saved.profile import profile_saved
 
@@ -111,10 +112,8 @@ def kernels_table(found: Profile) -> Table:
         row = rows.setdefault(f"{name}, {flops / 1e6:.1f} MFLOP" if flops else name, [0, 0.0, 0, 0])
         for k, value in enumerate((1, t.median_us, nbytes, flops)):
             row[k] += value
-    table = Table(title="By kernel", title_justify="left", title_style="bold")
-    table.add_column("launch", overflow="fold", min_width=24)
-    for name in ("times", "ms", "share", "GB/s", "GFLOP/s"):
-        table.add_column(name, justify="right")
+    numbers = right("times", "ms", "share", "GB/s", "GFLOP/s")
+    table = titled_table("By kernel", Column("launch", overflow="fold", min_width=24), *numbers)
     for name, (count, us, nbytes, flops) in sorted(rows.items(), key=lambda item: -item[1][1]):
         speeds = (nbytes / us / 1e3, flops / us / 1e3) if us else (0.0, 0.0)
         table.add_row(
@@ -126,10 +125,8 @@ def kernels_table(found: Profile) -> Table:
 
 def modules_table(found: Profile) -> Table:
     """Tabulate times by module down to its layer, longest first, at most 12."""
-    table = Table(title="By module", title_justify="left", title_style="bold")
-    table.add_column("module", overflow="fold")
-    for name in ("launches", "ms", "share"):
-        table.add_column(name, justify="right")
+    numbers = right("launches", "ms", "share")
+    table = titled_table("By module", Column("module", overflow="fold"), *numbers)
     rows = found.by_module()
     for name, (us, count) in list(rows.items())[:12]:
         table.add_row(name, str(count), f"{us / 1e3:.3f}", f"{us / found.total_us:.1%}")

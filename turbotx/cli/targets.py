@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from turbotx.cli.output import Steps
 from turbotx.engine.engine import Engine
@@ -27,6 +27,7 @@ from turbotx.kernels.triton.compiler import TARGETS, Built, build
 from turbotx.kernels.triton.resources import Resources
 from turbotx.report.dump import make_folder
 from turbotx.report.report import Report
+from turbotx.report.table import right, titled_table
 from turbotx.runtime.cpu.launch_table import kernel_key
 from turbotx.runtime.cuda.runtime import LaunchJob
 
@@ -116,12 +117,10 @@ def resources_of(built: Sequence[NamedBuild]) -> dict[str, dict[str, Resources]]
 def resources_table(built: Sequence[NamedBuild]) -> Table:
     """Tabulate registers per thread, spills, shared memory and the widest accesses of each
     kernel."""
-    table = Table(title="On GPUs", title_justify="left", title_style="bold")
+    kernel = Column("kernel", overflow="fold", min_width=24)
+    columns = right("regs", "spills", "shared", "load", "store")
+    table = titled_table("On GPUs", kernel, "target", *columns)
     table.caption, table.caption_justify = "shared: bytes; load, store: widest, in bits", "left"
-    table.add_column("kernel", overflow="fold", min_width=24)
-    table.add_column("target")
-    for name in ("regs", "spills", "shared", "load", "store"):
-        table.add_column(name, justify="right")
     for b in built:
         r = b.built.resources
         numbers = (r.registers, r.spills, r.shared_nbytes, r.load_bits, r.store_bits)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from rich.table import Table
+from rich.table import Column, Table
 
 import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
@@ -25,6 +25,7 @@ from turbotx.engine.tune import TuningResult, gains, tune_call, tune_norms
 from turbotx.kernels.tuned import save_tuned
 from turbotx.report.amounts import show_shape
 from turbotx.report.report import Report
+from turbotx.report.table import right, titled_table
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram
 from turbotx.runtime.cuda.device import require_cuda, require_triton
 
@@ -77,10 +78,9 @@ def _calls(
 
 def found_table(device: str, found: Sequence[TuningResult]) -> Table:
     """Tabulate tuned kernels: schedule and microseconds per launch, before and after."""
-    table = Table(title=f"Kernels on {device}", title_justify="left", title_style="bold")
-    table.add_column("kernel", overflow="fold", min_width=24)
-    for name in ("length", "before", "best", "before µs", "best µs", "tried"):
-        table.add_column(name, justify="right")
+    kernel = Column("kernel", overflow="fold", min_width=24)
+    numbers = right("length", "before", "best", "before µs", "best µs", "tried")
+    table = titled_table(f"Kernels on {device}", kernel, *numbers)
     for f in found:
         table.add_row(
             f.kernel, str(f.length), f.before, f.best, f"{f.before_us:.2f}",

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize, view_at
@@ -25,6 +25,7 @@ from turbotx.engine.optimize import engine_of
 from turbotx.errors import InputError
 from turbotx.report.amounts import show_shape
 from turbotx.report.numerics import FACTOR, ULPS, Error, Numerics
+from turbotx.report.table import right, titled_table
 from turbotx.saved.load import holds_weights, load
 from turbotx.saved.verify import verify_saved
 
@@ -168,11 +169,9 @@ def worst_of_each(errors: Sequence[Error]) -> list[Error]:
 
 def numerics_table(shape: str, numerics: Numerics) -> Table:
     """Tabulate the worst launch of every kernel, then the model's outputs."""
-    table = Table(title=f"Against float64 at {shape}", title_justify="left", title_style="bold")
-    table.add_column("", no_wrap=True)
-    table.add_column("worst launch", overflow="fold", min_width=16)
-    for name in ("eager", "turbotx", "relative", "allowed"):
-        table.add_column(name, justify="right", no_wrap=True)
+    worst = Column("worst launch", overflow="fold", min_width=16)
+    numbers = right("eager", "turbotx", "relative", "allowed", no_wrap=True)
+    table = titled_table(f"Against float64 at {shape}", Column("", no_wrap=True), worst, *numbers)
     for error in (*worst_of_each(numerics.launches), *numerics.outputs):
         table.add_row(
             _mark(error),
@@ -184,12 +183,10 @@ def numerics_table(shape: str, numerics: Numerics) -> Table:
 
 def harsh_table(harsh: Mapping[str, Sequence[Error]]) -> Table:
     """Tabulate, per case and kernel, the error that is largest relative to its bound."""
-    table = Table(title="On adversarial inputs", title_justify="left", title_style="bold")
-    table.add_column("", no_wrap=True)
-    table.add_column("case")
-    table.add_column("kernel", overflow="fold", min_width=16)
-    for name in ("eager", "turbotx", "allowed"):
-        table.add_column(name, justify="right", no_wrap=True)
+    kernel = Column("kernel", overflow="fold", min_width=16)
+    numbers = right("eager", "turbotx", "allowed", no_wrap=True)
+    marks = Column("", no_wrap=True)
+    table = titled_table("On adversarial inputs", marks, "case", kernel, *numbers)
     for case, errors in harsh.items():
         for error in worst_of_each(errors):
             table.add_row(

@@ -36,7 +36,7 @@ from turbotx.passes.cache import store_in_place
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.diagonals import use_diagonals
 from turbotx.passes.experts import use_experts
-from turbotx.passes.known import require_known_sizes
+from turbotx.passes.known_sizes import require_known_sizes
 from turbotx.passes.linear import (
     free_biases,
     lift_permutations,
@@ -63,12 +63,11 @@ from turbotx.program.gemm_fallback import add_gemm_fallbacks
 from turbotx.program.row_peaks import assemble_with_peaks
 from turbotx.program.steps import add_split_workspaces, find_steps
 from turbotx.runtime.cpu.runtime import CpuCode, CpuRuntime, build_for_cpu
-from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
+from turbotx.runtime.cuda.cuda_graphs import GraphCache
 from turbotx.runtime.cuda.dispatch import choose_ranges, make_tiles
-from turbotx.runtime.cuda.packed_graphs import PackedGraphProgram
 from turbotx.runtime.cuda.runtime import CudaRuntime, LaunchJob, LaunchKernels, build_expected
 from turbotx.runtime.device import Device
-from turbotx.runtime.packed_program import PackedProgram
+from turbotx.runtime.make_program import make_program
 from turbotx.runtime.program import Program
 from turbotx.runtime.weights import Kind, Place, Weights
 
@@ -184,7 +183,7 @@ def pack_once(captured: Captured, padding: str) -> Captured:
 
 
 def is_quantized(captured: Captured, options: Options) -> bool:
-    """Tell whether some products are of integers, by an option or since the weights are."""
+    """Return whether some products are of integers: by an option, or since weights are integers."""
     return options.quantize != "none" or bool(captured.graph_module.meta.get("quantized"))
 
 
@@ -228,16 +227,18 @@ def assemble_call(captured: Captured, options: Options, target: str) -> Assemble
     programs = [Assembled(assemble(*given), fused, epilogues)]
     programs += [assemble_folded(*given, folds)] if folds else []
     programs += assemble_with_peaks(*given, kinds) if roles.rows else []
-    for program in programs if roles.fallbacks else []:
-        add_gemm_fallbacks(program)
-    for program in programs if options.backend != "aten" else []:
-        fuse_stores(program.assembly)
-    for program in programs if target != "cpu" and options.backend != "aten" else []:
-        add_split_workspaces(program.assembly)
-    for program in programs if target != "cpu" or options.backend == "aten" else []:
-        use_contiguous(program.assembly)
+    on_gpu, by_pytorch = target != "cpu", options.backend == "aten"
+    for program in programs:
+        if roles.fallbacks:
+            add_gemm_fallbacks(program)
+        if not by_pytorch:
+            fuse_stores(program.assembly)
+        if on_gpu and not by_pytorch:
+            add_split_workspaces(program.assembly)
+        if on_gpu or by_pytorch:
+            use_contiguous(program.assembly)
     check_programs([p.assembly for p in programs])
-    return AssembledCall(captured, text, hoisted, tuple(programs), target != "cpu")
+    return AssembledCall(captured, text, hoisted, tuple(programs), on_gpu)
 
 
 def check_rewritten(captured: Captured) -> None:
@@ -330,29 +331,20 @@ def bind(
     """Bind a program to the parameters of `model`, the memory of `pool` and a device (None for the
     CPU). GPU kernels are loaded by `build_ahead` or when a shape needs them."""
     options, captured = program.options, program.call.captured
-    graphs = GraphCache(options.max_graphs if options.cuda_graphs else 0)  # one limit for all
+    packing = captured.packing if isinstance(captured, PackedCapture) else None
+    most = options.max_graphs if options.cuda_graphs else 0
+    graphs = None if program.target == "cpu" else GraphCache(most)  # one limit for all programs
     programs: list[Program] = []
     for made in program.specializations:
         weights = find_weights(captured, model, made.assembled.assembly)
-        kept = (pool, options.max_shapes)
+        runtime: CpuRuntime | CudaRuntime
         if isinstance(made.code, CpuCode):
-            cpu = CpuRuntime(made.code, weights, options.keep_weights)
-            if isinstance(captured, PackedCapture):
-                programs.append(PackedProgram(made.executable, cpu, *kept, captured.packing))
-            else:
-                programs.append(Program(made.executable, cpu, *kept))
+            runtime = CpuRuntime(made.code, weights, options.keep_weights)
         else:
             assert device is not None
-            gpu = CudaRuntime(made.code, weights, device)
-            if isinstance(captured, PackedCapture):
-                programs.append(
-                    PackedGraphProgram(made.executable, gpu, *kept, graphs, captured.packing)
-                )
-            else:
-                programs.append(CudaGraphProgram(made.executable, gpu, *kept, graphs))
-    packed = tuple(p for p in programs if isinstance(p, PackedGraphProgram))
-    for one in packed:
-        one.siblings = packed
+            runtime = CudaRuntime(made.code, weights, device)
+        kept = (pool, options.max_shapes, packing, graphs)
+        programs.append(make_program(made.executable, runtime, *kept))
     return Compiled(program, tuple(programs))
 
 

@@ -151,8 +151,10 @@ class StateGuard:
         self._with_tensors = [i for i, look in enumerate(looks) if look.tensors]
         sets = [*{id(x): x for look in looks for x in look.sets.values()}.values()]
         self._sets = (sets, [set(x) for x in sets])
-        ordered = [*{id(x): x for look in looks for x in look.ordered.values()}.values()]
-        self._ordered = (ordered, [list(x) for x in ordered])  # type: ignore[assignment]
+        ordered: list[Iterable[Any]] = [
+            *{id(x): x for look in looks for x in look.ordered.values()}.values()
+        ]
+        self._ordered = (ordered, [list(x) for x in ordered])
         self._with_sets = [i for i, look in enumerate(looks) if look.sets or look.ordered]
         self._tensors = make_watch(native, [*tensors.values()]) if tensors else None
         self._watch = watch

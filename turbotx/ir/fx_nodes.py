@@ -19,6 +19,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
@@ -240,6 +241,17 @@ def emit_piece(like: fx.Node, pieces: fx.Node, k: int) -> fx.Node:
     return node
 
 
+def fake_mode_of(tree: Any) -> Any:
+    """Return the fake mode of the first fake tensor in a tree; None if it holds none."""
+    leaves = pytree.tree_leaves(tree)
+    return next((x.fake_mode for x in leaves if isinstance(x, FakeTensor)), None)
+
+
+def meta_without_value(node: fx.Node) -> dict[str, Any]:
+    """Return what a node made for another one inherits: all but what describes its value."""
+    return {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
+
+
 def _keep_origin(old: fx.Node, new: fx.Node) -> None:
     for key in ("stack_trace", "nn_module_stack"):
         if key in old.meta:
@@ -253,6 +265,15 @@ def place_of(node: fx.Node) -> str:
     """
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return next((f"{f}:{n}" for f, n in reversed(frames) if not f.startswith(LIBRARIES)), "")
+
+
+def module_of(node: fx.Node) -> str:
+    """Return the path of the submodule that made a call, "" for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    if path.startswith("_empty_nn_module_stack"):  # torch.export's marker of its own calls
+        return ""
+    return path.removeprefix("model").removeprefix(".")
 
 
 def replace(node: fx.Node, new: fx.Node) -> None:

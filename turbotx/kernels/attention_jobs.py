@@ -17,6 +17,7 @@ from turbotx.kernels.triton.attention import (
     CACHE_POINTERS,
     STRIDES,
     AttentionSchedule,
+    attention_pointers,
     choose_attention_schedule,
     in_blocks,
     print_triton_attention,
@@ -52,22 +53,6 @@ def attention_job(
     source = print_triton_attention(kernel, schedule)
     assumed = assume(pointers, unaligned, names, divisible)
     return sized_job(kernel.name, source, target, schedule, pointers, names, tiles, assumed, cells)
-
-
-def attention_pointers(kernel: AttentionKernel) -> list[tuple[str, str]]:
-    """Return attention's pointer arguments with their Triton types."""
-    stored = f"*{POINTEES[kernel.dtype]}"
-    pointers = [(f"{tensor}_ptr", stored) for tensor in ("q", "k", "v", "out")]
-    if kernel.keys != "all":
-        pointers.append(("keys_ptr", {"mask": "*i1", "lengths": "*i64"}[kernel.keys]))
-    if kernel.bias != "none":
-        kinds = {"boolean": "*i1", "float32": "*fp32", "storage": stored}
-        pointers.append(("bias_ptr", kinds[kernel.bias]))
-    pointers += [("sinks_ptr", "*fp32")] * kernel.sinks
-    pointers += [("bounds_ptr", "*i64"), ("starts_ptr", "*i64")] * kernel.packed
-    of_cache = zip(CACHE_POINTERS, (stored, "*i64", "*i64"), strict=True)
-    pointers += list(of_cache) * kernel.cached
-    return pointers + [("peaks_ptr", "*i32")] * kernel.peaks
 
 
 def product_job(

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 from turbotx.ir.matmul_kernels import AttentionKernel
 from turbotx.ir.size_functions import bounded
-from turbotx.kernels.attention_jobs import assume, attention_pointers, sized_job
+from turbotx.kernels.attention_jobs import assume, sized_job
 from turbotx.kernels.gemm_heuristics import MOST_TURNS
 from turbotx.kernels.job import Job
 from turbotx.kernels.schedule import power_above
 from turbotx.kernels.triton.attention import (
     MOST_DEEP,
     attention_flags,
+    attention_pointers,
     describe_masks,
     size_names,
 )

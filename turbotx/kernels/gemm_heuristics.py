@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 from turbotx.kernels.device_classes import DeviceClass, device_class
 from turbotx.kernels.heuristics import class_name
@@ -81,8 +82,7 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
     multiprocessors have work. For many, tiles are as large as registers allow.
     """
     device, bucket = device_class(target), bucket_of(tokens)
-    size = template.factor_nbytes
-    if size == 4 and not template.tf32:
+    if _is_exact(template):
         return _on_ordinary_units(template, bucket, device)
     if FEW_TOKENS < bucket <= device.few_tokens:
         return _in_two_tiles(template, bucket, device)
@@ -91,22 +91,7 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
     if template.quantizes and bucket > 256:  # H200, 4096 x 768 x 3072: 44.7 us, of 128 rows 71.9
         m_tile = min(m_tile, 64)
     n_tile = _widest_that_fills(template, bucket, m_tile, device)
-    k_tile = 128 if template.k >= 2048 and m_tile * n_tile <= 64 * 64 else 64
-    k_tile = k_tile * 2 // size
-    stages = device.stages
-    while stages > 2 and _held_nbytes(template, m_tile, n_tile, k_tile, stages) > (
-        device.shared_nbytes
-    ):
-        stages -= 1
-    while k_tile > 32 and _held_nbytes(template, m_tile, n_tile, k_tile, stages) > (
-        device.shared_nbytes
-    ):
-        k_tile //= 2
-    if template.kind != "none" and m_tile * n_tile > 64 * 64:
-        # Two programs share a processor: 30.0 -> 19.5 us of int8 at 4096 x 768 x 3072, H200.
-        shared = 2 * _held_nbytes(template, m_tile, n_tile, k_tile, FEWEST_SHARED)
-        if bucket > FEW_TOKENS and shared <= device.shared_nbytes:
-            stages = min(stages, FEWEST_SHARED)
+    k_tile, stages = _fit_shared(template, bucket, m_tile, n_tile, device)
     # With a norm 128 x 64 took 254 registers of 4 warps on sm_100, and spilled a word.
     most = 128 * (64 if template.norm != "none" else 128)
     # Row statistics of 128 x 32 x 64 spilled 12 words there, at 72 registers, and a gate 6; 8 warps
@@ -122,6 +107,24 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
     splits = _splits(template, bucket, m_tile, n_tile, k_tile, device)
     schedule = GemmSchedule(m_tile, n_tile, k_tile, warps, stages, splits)
     return _keep_busy(template, schedule, bucket, device) if bucket <= FEW_TOKENS else schedule
+
+
+def _fit_shared(
+    template: GemmTemplate, bucket: int, m_tile: int, n_tile: int, device: DeviceClass
+) -> tuple[int, int]:
+    """Return the k tile and the stages of which all tiles in flight fit shared memory."""
+    depth = 128 if template.k >= 2048 and m_tile * n_tile <= 64 * 64 else 64
+    k_tile, stages = depth * 2 // template.factor_nbytes, device.stages
+    held = partial(_held_nbytes, template, m_tile, n_tile)
+    while stages > 2 and held(k_tile, stages) > device.shared_nbytes:
+        stages -= 1
+    while k_tile > 32 and held(k_tile, stages) > device.shared_nbytes:
+        k_tile //= 2
+    large = template.kind != "none" and m_tile * n_tile > 64 * 64 and bucket > FEW_TOKENS
+    if large and 2 * held(k_tile, FEWEST_SHARED) <= device.shared_nbytes:
+        # Two programs share a processor: 30.0 -> 19.5 us of int8 at 4096 x 768 x 3072, H200.
+        stages = min(stages, FEWEST_SHARED)
+    return k_tile, stages
 
 
 def _keep_busy(

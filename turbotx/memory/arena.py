@@ -221,14 +221,14 @@ class StreamOrders:
         self._last: dict[int, torch.cuda.Event] = {}
 
     def enter(self) -> None:
-        """Let the current stream wait for what others have noted."""
+        """Make the current stream wait for what other streams recorded in `leave`."""
         current = torch.cuda.current_stream(self._device)
         for handle, event in self._last.items():
             if handle != current.cuda_stream:
                 current.wait_event(event)
 
     def leave(self) -> None:
-        """Note what the current stream has queued by now."""
+        """Record what the current stream has queued by now."""
         current = torch.cuda.current_stream(self._device)
         event = self._last.setdefault(current.cuda_stream, torch.cuda.Event())
         event.record(current)

@@ -108,7 +108,7 @@ class CacheBlocks:
         return free
 
     def note_use(self) -> None:
-        """Say that blocks are in use by what the current stream has queued by now."""
+        """Record that blocks are in use by what the current stream has queued by now."""
         if self._orders is not None:
             with self._lock:
                 self._orders.leave()

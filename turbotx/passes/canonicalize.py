@@ -23,40 +23,23 @@ from turbotx.passes.operands import RESHAPES
 aten = torch.ops.aten
 
 _ASSERTIONS = {
-    aten._assert_tensor_metadata.default,
-    aten._assert_scalar.default,
-    aten._assert_async.msg,
-    aten.sym_constrain_range.default,
-    aten.sym_constrain_range_for_size.default,
-}
+    aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg,
+    aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default,
+}  # fmt: skip
 _IDENTITIES = {
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.detach_.default,
-    aten.lift_fresh_copy.default,
-    aten.lift_fresh.default,
-}
+    aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default,
+    aten.detach_.default, aten.lift_fresh_copy.default, aten.lift_fresh.default,
+}  # fmt: skip
 _DROPOUTS = {aten.dropout.default, aten.alpha_dropout.default}
 _ARITHMETIC = {
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.neg.default,
-    aten.sqrt.default,
-    aten.rsqrt.default,
-    aten.reciprocal.default,
-}
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default,
+    aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default,
+}  # fmt: skip
 _COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor, aten.bitwise_and.Tensor, aten.maximum.default}
 _CONVERSIONS = {
-    aten._to_copy.default,
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
+    aten._to_copy.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
     aten.type_as.default,
-}
+}  # fmt: skip
 
 
 def canonicalize(graph: fx.Graph) -> None:
@@ -146,10 +129,6 @@ def _keeps_order(node: fx.Node) -> bool:
     return [d % len(order) for d in order] == list(range(len(order)))
 
 
-def _same_shape(node: fx.Node) -> bool:
-    return True
-
-
 def _whole_slice(node: fx.Node) -> bool:
     start, step = g.argument(node, "start"), g.argument(node, "step")
     return start in (None, 0) and step == 1
@@ -173,22 +152,14 @@ def _multiplies_by_one(node: fx.Node) -> bool:
 # Ops that are no-ops if their shape equals the input's (and the rule agrees).
 _NO_OPS: dict[Any, Callable[[fx.Node], bool]] = {
     aten.permute.default: _keeps_order,
-    aten.view.default: _same_shape,
-    aten.reshape.default: _same_shape,
-    aten._unsafe_view.default: _same_shape,
-    aten.expand.default: _same_shape,
+    **dict.fromkeys((*RESHAPES, aten.expand.default), lambda node: True),
     aten.slice.Tensor: _whole_slice,
-    aten.add.Tensor: _adds_nothing,
-    aten.sub.Tensor: _adds_nothing,
-    aten.mul.Tensor: _multiplies_by_one,
-    aten.div.Tensor: _multiplies_by_one,
+    **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _adds_nothing),
+    **dict.fromkeys((aten.mul.Tensor, aten.div.Tensor), _multiplies_by_one),
 }
 _OF_ONES = {
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-}
+    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+}  # fmt: skip
 
 
 def _merge_views(node: fx.Node, source: fx.Node) -> fx.Node | None:

@@ -160,7 +160,8 @@ class _Diagonals:
         elif node.target is aten.embedding.default:
             yield g.operand(node, 1), _inside(q, k, 0, rank - 1)
         elif node.target is aten.index.Tensor:
-            given = [(d, at) for d, at in enumerate(node.args[1]) if at is not None]  # type: ignore
+            listed: Any = node.args[1]
+            given = [(d, at) for d, at in enumerate(listed) if at is not None]
             first, index = given[0]
             if len(given) > 1 or not _is_whole(index):
                 raise _Unknown

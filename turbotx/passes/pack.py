@@ -145,7 +145,7 @@ def _make_fakes(
     given = zip(nodes, captured.input_sizes, strict=True)
     node = next(n for n, shape in given if _is_by_token(sizes, shape))
     value = g.tensor(node)
-    mode: Any = value.fake_mode  # type: ignore[attr-defined]
+    mode = g.fake_mode_of(value)
     env, source = mode.shape_env, ConstantSource(TOKENS)
     symbol = env.create_symbol(EXAMPLE, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
     tokens = env.create_symintnode(symbol, hint=EXAMPLE, source=source)

@@ -101,7 +101,7 @@ def check_target(quantize: str, given: Mapping[str, Scheme], target: str) -> Non
 
 
 def has_fp8(target: str) -> bool:
-    """Tell whether a target multiplies e4m3 as `torch.float8_e4m3fn` has it; an AMD gfx942's has
+    """Return whether a target multiplies e4m3 as `torch.float8_e4m3fn` has it; an AMD gfx942's has
     another bias."""
     number = target.removeprefix("sm_").rstrip("af")
     return target.startswith("sm_") and number.isdigit() and int(number) >= 89

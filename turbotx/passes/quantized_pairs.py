@@ -33,7 +33,7 @@ MOST = (2**31 - 1) // 128**2
 
 
 def has_pairs(graph: fx.Graph) -> bool:
-    """Tell whether a graph has ops of PyTorch's quantiser."""
+    """Return whether a graph has ops of PyTorch's quantiser."""
     return any(str(n.target).startswith("quantized_decomposed.") for n in graph.nodes)
 
 
@@ -76,7 +76,7 @@ def _fits(node: fx.Node) -> bool:
 
 
 def _is_zero(shift: Any) -> bool:
-    """Tell whether zero points of a weight are all zero now; `_columns` asks later on."""
+    """Return whether zero points of a weight are all zero now; `_columns` asks later on."""
     if shift is None:
         return True
     if shift.op != "get_attr":

@@ -190,10 +190,8 @@ class _Assembler:
 
     def _place(self, node: fx.Node, base: str, source: str = "") -> dict[str, Any]:
         """Return the name and origin of the launch that computes a node."""
-        stack = node.meta.get("nn_module_stack") or {}
-        module = next(reversed(list(stack.values())), ("", ""))[0] if stack else ""
-        module = str(module).removeprefix("model").removeprefix(".")
-        return {"name": self._name(base), "source": source or node.name, "module": module}
+        named = {"name": self._name(base), "source": source or node.name}
+        return {**named, "module": g.module_of(node)}
 
     def _gemm(self, node: fx.Node, end: Epilogue | None = None) -> None:
         if not is_packable(node, self.kinds):

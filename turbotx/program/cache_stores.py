@@ -20,7 +20,7 @@ from torch import fx
 from turbotx import ir
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.cache_ops import attend_and_store, cache_store
-from turbotx.ir.expr import ONE, ZERO, Expr, product
+from turbotx.ir.expr import ONE, ZERO, Expr, expr, product
 from turbotx.kernels.cpp.attention import SIZES
 from turbotx.passes.partition import root_of
 from turbotx.program.assembly import Assembly
@@ -46,11 +46,10 @@ def describe_blocks(
     sizes (columns of the table, rows per block) of a `cache_store`."""
     memory, table = g.operand(store, 0), g.operand(store, 1)
     _, batch, columns = g.shape(table)
-    index: int = store.args[5]  # type: ignore[assignment]
     whole = ir.Operand(name_of(memory), g.dtype(memory), (), (), ZERO)
     row = ir.Operand(
         name_of(table), g.dtype(table), (batch, columns), (columns, ONE),
-        product((Integer(index), batch, columns)),
+        product((expr(store.args[5]), batch, columns)),
     )  # fmt: skip
     return whole, row, (columns, g.shape(memory)[2])
 
@@ -75,8 +74,8 @@ def require_room(held: ir.Operand, columns: Expr, capacity: Expr) -> tuple[Expr,
 
 
 def fuse_stores(assembly: Assembly) -> None:
-    """Let attention over a cache store the rows of its layer itself, where it alone reads them and
-    has a query for each: a launch less for keys, and one for values."""
+    """Merge the two launches that store a layer's new keys and values in a cache into the attention
+    that reads them, if nothing else reads them and there is a query for each row."""
     stores = {x.blocks[1]: x for x in assembly.launches if isinstance(x, ir.StoreLaunch)}
     reads = Counter(
         table
@@ -115,8 +114,8 @@ def _with_stores(launch: ir.AttentionLaunch, keys: Any, values: Any) -> ir.Atten
 
 
 def use_contiguous(assembly: Assembly) -> None:
-    """Let launches over a cache take contiguous memory alone, and refuse a call with a table; but
-    for attention that stores rows, which reads the table of any."""
+    """Make launches over a cache read contiguous memory, and require calls without a block table.
+    Attention that stores rows is left alone: it reads the table of any memory."""
     for i, launch in enumerate(assembly.launches):
         if isinstance(launch, ir.AttentionLaunch) and launch.kernel.stores:
             continue

@@ -49,7 +49,7 @@ def make_gemm(
     given = (end.bias, end.residual, *scales_of(node))
     bias, residual, down, across = (None if n is None else operand(n) for n in given)
     floats, made = node.target is weight_only_linear, g.operand(node, 1)
-    group = int(made.args[2]) if g.is_call(made, quantize_groups) else 0  # type: ignore[arg-type]
+    group = cast(int, made.args[2]) if g.is_call(made, quantize_groups) else 0
     inplace: tuple[tuple[str, str], ...] = ()
     if residual is not None and residual.tensor != x.tensor:
         inplace = ((out.tensor, residual.tensor),)

@@ -106,7 +106,8 @@ def _read(
 
 
 def _quantize_in_product(meaning: fx.GraphModule) -> None:
-    """Let a product quantise what it reads, so that a reference in float64 has its integers."""
+    """Make products quantise the rows that they read, so that a reference in float64 has the same
+    integers."""
     for node in meaning.graph.find_nodes(op="call_function", target=quantized_linear):
         narrow = g.operand(node, 0)
         if g.is_call(narrow, quantize_rows):

@@ -95,6 +95,6 @@ def _why_stored(compiled: Compiled, norm: str) -> str:
 
 
 def _has_other_program(compiled: Compiled) -> bool:
-    """Tell whether for fewer tokens there is a program with fewer launches."""
+    """Return whether for fewer tokens there is a program with fewer launches."""
     programs = compiled.unbound.call.programs
     return len(programs) > 1 and compiled.specialization.assembled is programs[0]

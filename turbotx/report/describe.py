@@ -7,8 +7,9 @@ In: a `Compiled` and the values of its dims. Out: lists of `entries` records, fo
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,9 +25,6 @@ from turbotx.ir.expr import Expr, evaluate
 from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 from turbotx.ir.printer import SHORT, show_expr, show_kernel
 from turbotx.ir.quantized_ops import QUANTIZES
-from turbotx.kernels.cpp.attention import print_attention
-from turbotx.kernels.cpp.printer import print_kernel
-from turbotx.kernels.cpp.products import print_product
 from turbotx.kernels.job import Job
 from turbotx.kernels.triton.attention import print_triton_attention
 from turbotx.kernels.triton.printer import print_triton
@@ -36,14 +34,7 @@ from turbotx.program.folded_weights import fold_weight
 from turbotx.report import entries
 from turbotx.report.apart import why_apart
 from turbotx.report.cost import Cost, launch_cost
-from turbotx.report.origin import module_of
-from turbotx.runtime.cpu.launch_table import (
-    ATTENTION_PRELUDE,
-    PRELUDE,
-    PRODUCTS_PRELUDE,
-    kernel_key,
-    print_units,
-)
+from turbotx.runtime.cpu.launch_table import UNITS, Generated, kernel_key, print_units
 from turbotx.runtime.cpu.runtime import CpuCode
 
 BY_TEMPLATE = (ir.GemmLaunch, ir.GroupedGemmLaunch, ir.RouteLaunch, ir.SequenceLaunch)
@@ -107,14 +98,9 @@ class View:
         cost: Cost = launch_cost(launch)
         reads, writes = self.number(cost.reads), self.number(cost.writes)
         return entries.TrafficEntry(
-            reads,
-            writes,
-            reads + writes,
-            show_expr(cost.reads),
-            show_expr(cost.writes),
-            self.number(cost.flops),
-            show_expr(cost.flops),
-        )
+            reads, writes, reads + writes, show_expr(cost.reads), show_expr(cost.writes),
+            self.number(cost.flops), show_expr(cost.flops),
+        )  # fmt: skip
 
 
 def describe_cache(view: View) -> entries.CacheEntry | None:
@@ -136,18 +122,11 @@ def describe_launches(
     apart = {name: r.apart for r in regions for name in r.launches}
     return [
         entries.LaunchEntry(
-            x.name,
-            view.kind_of(x),
-            view.kernel_of(x),
-            x.module,
-            x.source,
-            x.reads,
-            x.writes,
-            view.cost_of(x),
-            apart.get(x.name, ""),
+            x.name, view.kind_of(x), view.kernel_of(x), x.module, x.source, x.reads, x.writes,
+            view.cost_of(x), apart.get(x.name, ""),
         )
         for x in view.launches
-    ]
+    ]  # fmt: skip
 
 
 def describe_kernels(view: View) -> list[entries.KernelEntry]:
@@ -164,42 +143,22 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.KernelE
     first = launches[0]
     cost = view.cost_of(launches[0])
     header = f"// {name}: {launches[0].source}\n// runs as {_listed([x.name for x in launches])}\n"
-    if isinstance(first, ir.AttentionLaunch):
-        text = show_attention(first.kernel)
-        sources = {
-            "cpp": header + ATTENTION_PRELUDE + print_attention(first.kernel, name),
-            "triton": print_triton_attention(first.kernel, name=name),
-        }
-    elif isinstance(first, ir.ProductLaunch):
-        text = show_product(first.kernel)
-        sources = {
-            "cpp": header + PRODUCTS_PRELUDE + print_product(first.kernel, name),
-            "triton": print_triton_product(first.kernel, name=name),
-        }
-    elif isinstance(first, BY_TEMPLATE):
+    if isinstance(first, BY_TEMPLATE):
         job = view.templates[first.name]
-        text = show_template(job)
-        sources = {"triton": job.source}
+        text, sources = show_template(job), {"triton": job.source}
     else:
-        assert isinstance(first, ir.KernelLaunch)
-        text = show_kernel(first.kernel)
+        assert isinstance(first, Generated)
+        unit, (show, print_for_gpu) = UNITS[type(first)], _SHOWN[type(first)]
+        text = show(first.kernel)
         sources = {
-            "cpp": header + PRELUDE + print_kernel(first.kernel, name),
-            "triton": print_triton(first.kernel, name=name),
+            "cpp": header + unit.prelude + unit.print(first.kernel, name),
+            "triton": print_for_gpu(first.kernel, name=name),
         }
     return entries.KernelEntry(
-        name,
-        view.kind_of(first),
-        text,
-        sources,
-        tuple(x.name for x in launches),
-        cost.read_nbytes,
-        cost.written_nbytes,
-        cost.compulsory_nbytes,
-        cost.read_formula,
-        cost.written_formula,
-        cost.flops,
-    )
+        name, view.kind_of(first), text, sources, tuple(x.name for x in launches),
+        cost.read_nbytes, cost.written_nbytes, cost.compulsory_nbytes, cost.read_formula,
+        cost.written_formula, cost.flops,
+    )  # fmt: skip
 
 
 def show_template(job: Job) -> str:
@@ -237,6 +196,14 @@ def show_product(kernel: ProductKernel) -> str:
     )
 
 
+_SHOWN: dict[type[ir.Launch], tuple[Callable[[Any], str], Callable[..., str]]] = {
+    ir.KernelLaunch: (show_kernel, print_triton),
+    ir.AttentionLaunch: (show_attention, print_triton_attention),
+    ir.ProductLaunch: (show_product, print_triton_product),
+}
+"""How the kernel of each generated type of launch is shown as text, and printed in Triton."""
+
+
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
@@ -258,18 +225,13 @@ def describe_regions(view: View) -> list[entries.RegionEntry]:
         reasons = reasons or fused.reasons + fused.choices
         found.append(
             entries.RegionEntry(
-                name,
-                tuple(n.name for n in nodes),
-                tuple(op_name(n) for n in nodes),
-                tuple(view.function_of(x) for x in launches),
-                tuple(x.name for x in launches or joined),
-                "; ".join(reasons),
-                _distinct(map(module_of, nodes)),
-                _distinct(map(g.place_of, nodes)),
-                tuple(x.name for x in joined),
+                name, tuple(n.name for n in nodes), tuple(map(op_name, nodes)),
+                tuple(map(view.function_of, launches)), tuple(x.name for x in launches or joined),
+                "; ".join(reasons), _distinct(map(g.module_of, nodes)),
+                _distinct(map(g.place_of, nodes)), tuple(x.name for x in joined),
                 why_apart(view.compiled, fused, kinds) if launches else "",
             )
-        )
+        )  # fmt: skip
     return found
 
 
@@ -289,19 +251,9 @@ def describe_gemms(view: View) -> list[entries.Gemm]:
             made = weight in hoisted
             names = tuple(parameters_of(hoisted[weight]) if made else [parameters[weight]])
             m, n, k = x.rows, x.weight.shape[-2], x.x.shape[-1]
-            found.append(
-                entries.Gemm(
-                    x.name,
-                    x.module,
-                    view.number(m),
-                    view.number(k),
-                    view.number(n),
-                    show_expr(m),
-                    names,
-                    len(names) > 1,
-                    view.through(x),
-                )
-            )
+            sizes = (view.number(m), view.number(k), view.number(n), show_expr(m))
+            packed = len(names) > 1
+            found.append(entries.Gemm(x.name, x.module, *sizes, names, packed, view.through(x)))
         elif isinstance(x, ir.AtenLaunch) and x.call.target in GEMMS:
             found.append(_aten_gemm(view, x))
     return found
@@ -312,20 +264,11 @@ def _aten_gemm(view: View, x: ir.AtenLaunch) -> entries.Gemm:
     inputs = [a for a in operands if a.tensor not in x.writes]
     shape, depth = operands[-1].shape, inputs[0].shape[-1]
     m = operands[-1].shape[:-1]
-    rows = 1
-    for extent in m:
-        rows *= view.number(extent)
+    rows = math.prod(map(view.number, m))
     return entries.Gemm(
-        x.name,
-        x.module,
-        rows,
-        view.number(depth),
-        view.number(shape[-1]),
-        "*".join(show_expr(e) for e in m),
-        (),
-        False,
-        str(x.call.target),
-    )
+        x.name, x.module, rows, view.number(depth), view.number(shape[-1]),
+        "*".join(show_expr(e) for e in m), (), False, str(x.call.target),
+    )  # fmt: skip
 
 
 def parameters_of(weight: fx.Node) -> list[str]:

@@ -358,7 +358,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _is_wide(dtype: torch.dtype) -> bool:
-    """Tell whether it is of floats that are no quantised ones."""
+    """Return whether a dtype is floating point, and not one to quantise to, such as fp8."""
     return dtype.is_floating_point and dtype not in LEVELS
 
 

@@ -83,7 +83,7 @@ def observe(captured: Captured) -> Origin:
                 tuple(n.name for n in node.all_input_nodes),
                 roots[node],
                 _nbytes(node),
-                module_of(node),
+                g.module_of(node),
                 g.place_of(node),
             )
         )
@@ -112,15 +112,6 @@ def _nbytes(node: fx.Node) -> Expr:
         if isinstance(v, torch.Tensor):
             total = total + product([g.size(s) for s in v.shape]) * v.dtype.itemsize
     return total
-
-
-def module_of(node: fx.Node) -> str:
-    """Return the path of the submodule that made a call, "" for the model itself."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]) if stack else ""
-    if path.startswith("_empty_nn_module_stack"):  # torch.export's marker of its own calls
-        return ""
-    return path.removeprefix("model").removeprefix(".")
 
 
 def find_lives(origin: Origin) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ from collections import Counter
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from turbotx.report.amounts import show_cache, show_nbytes, show_shape
@@ -42,13 +42,22 @@ def _headline(report: Record) -> Text:
     return text
 
 
+def titled_table(title: str, *columns: Column | str) -> Table:
+    """Return an empty table of these columns under a title, as all tables of turbotx look."""
+    return Table(*columns, title=title, title_justify="left", title_style="bold")
+
+
+def right(*names: str, no_wrap: bool = False) -> list[Column]:
+    """Return columns of numbers, aligned to the right."""
+    return [Column(name, justify="right", no_wrap=no_wrap) for name in names]
+
+
 def regions_table(report: Record) -> Table:
     """Tabulate regions, one row per kind: equal regions of different layers are one."""
-    table = Table(title="Regions", title_justify="left", title_style="bold", expand=False)
-    table.add_column("ops between GEMMs", overflow="fold")
-    table.add_column("became", style="cyan", overflow="fold", min_width=20)
-    table.add_column("times", justify="right")
-    table.add_column("moves", justify="right")
+    table = titled_table(
+        "Regions", Column("ops between GEMMs", overflow="fold"),
+        Column("became", style="cyan", overflow="fold", min_width=20), *right("times", "moves"),
+    )  # fmt: skip
     traffic = {k.name: k for k in report.kernels if k.kind != "gemm"}
     for (ops, kernels, became), regions in report.equal_regions().items():
         moved = sum(traffic[k].compulsory_nbytes for k in kernels if k in traffic)
@@ -65,11 +74,7 @@ def regions_table(report: Record) -> Table:
 
 
 def _gemms(report: Record) -> Table:
-    table = Table(title="GEMMs", title_justify="left", title_style="bold")
-    for name in ("m", "k", "n"):
-        table.add_column(name, justify="right")
-    table.add_column("weights")
-    table.add_column("times", justify="right")
+    table = titled_table("GEMMs", *right("m", "k", "n"), "weights", *right("times"))
     rows = Counter((g.m, g.k, g.n, len(g.weights), g.through) for g in report.gemms)
     for (m, k, n, weights, through), count in rows.items():
         shown = f"{weights} packed into one" if weights > 1 else "as it is"
@@ -80,10 +85,7 @@ def _gemms(report: Record) -> Table:
 
 
 def _externs(report: Record) -> Table:
-    table = Table(title="Run by PyTorch", title_justify="left", title_style="bold")
-    table.add_column("op")
-    table.add_column("times", justify="right")
-    table.add_column("why")
+    table = titled_table("Run by PyTorch", "op", *right("times"), "why")
     for extern in report.externs:
         table.add_row(escape(extern.op), str(extern.count), escape(extern.reason))
     return table
@@ -93,10 +95,7 @@ def memory_table(report: Record) -> Table:
     """Tabulate the plan's peak beside its lower bound and PyTorch's memory use for the captured
     ops; then the weights, what is derived from them, and the total."""
     memory = report.memory
-    table = Table(title="Memory", title_justify="left", title_style="bold")
-    table.add_column("")
-    table.add_column("bytes", justify="right")
-    table.add_column("against the bound", justify="right")
+    table = titled_table("Memory", "", *right("bytes", "against the bound"))
     bound = max(memory.lower_bound_nbytes, 1)
     chunks = f"{len(memory.chunks)} chunks" if len(memory.chunks) != 1 else "1 chunk"
     rows = [

@@ -18,7 +18,7 @@ from turbotx.ir import fx_nodes as g
 from turbotx.passes.partition import GEMMS, kind_of, op_name, root_of, tensor_inputs
 from turbotx.report.describe import parameters_of
 from turbotx.report.entries import NodeEntry
-from turbotx.report.origin import Node, module_of
+from turbotx.report.origin import Node
 from turbotx.report.record import Record
 
 GEMM_NAMES = frozenset(str(target) for target in GEMMS)
@@ -45,7 +45,7 @@ class _Index:
         self.by_line: dict[tuple[str, str], list[fx.Node]] = {}
         for n in compiled.graph.nodes:
             if n.op == "call_function" and n.name not in self.origin and g.place_of(n):
-                self.by_line.setdefault((module_of(n), g.place_of(n)), []).append(n)
+                self.by_line.setdefault((g.module_of(n), g.place_of(n)), []).append(n)
 
 
 def _computed(launch: ir.Launch) -> list[str]:
@@ -103,7 +103,7 @@ def _make(index: _Index, name: str, status: str, like: Any, launches: list[ir.La
         op, module, source = like.op, like.module, like.place
     else:
         op = op_name(like) if like.op == "call_function" else like.op
-        module, source = module_of(like), g.place_of(like)
+        module, source = g.module_of(like), g.place_of(like)
     kernels = dict.fromkeys(report.view.function_of(x) for x in launches)
     return NodeEntry(name, op, module, source, status, tuple(x.name for x in launches),
                  tuple(k for k in kernels if k))  # fmt: skip

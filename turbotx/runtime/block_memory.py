@@ -86,7 +86,7 @@ class BlockMemory(CacheMemory):
         return self.shapes, self.dtype, self.budget, self.device, self.least_columns
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(*state["made"])  # type: ignore[misc]
+        BlockMemory.__init__(self, *state["made"])
         for layer, parts in enumerate(state["held"]):
             if parts is not None:
                 self.put(layer, *parts)
@@ -300,8 +300,8 @@ class BlockMemory(CacheMemory):
         self.blocks.release(old)
 
     def _merge(self, first: int, end: int) -> None:
-        """Let rows have the block of the row before where both hold the same bytes, as rows of one
-        prompt do."""
+        """Share the blocks of neighbouring rows that hold the same bytes, as rows of one prompt
+        do."""
         stacked = np.stack([table[:, first:end] for table in self.tables])
         above, below = stacked[:, :-1], stacked[:, 1:]
         apart = (above != below) & (above >= 0) & (below >= 0)

@@ -105,9 +105,8 @@ class PackedWeight:
             self._native.ttx_free_weight(self.address)
 
     def scale_by(self, scale: torch.Tensor, group: int = 0, inputs: int = 0) -> None:
-        """Say what integers stand for: of int8 by the scale of each row, float32 (count, 1); of
-        int4 by those of groups, (count, groups), or with offsets (count, groups, 2), which are
-        packed."""
+        """Set the scales of integer weights, float32: of int8 one per row, (count, 1); of int4 one
+        per group, (count, groups), or with offsets (count, groups, 2), which are packed too."""
         self._scale = scale
         if not group:
             return

@@ -13,7 +13,7 @@ import operator
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -71,7 +71,7 @@ def read_sequences(
     if longest is not None and not isinstance(longest, int):
         raise InputError(f"longest is a whole number of tokens, not {longest!r}")
     if longest is not None and _is_on_gpu(lengths):
-        return _read_on_device(lengths, longest, given)  # type: ignore[arg-type]
+        return _read_on_device(lengths, longest, given)
     if lengths is not None:
         counted = _read_lengths(lengths)
     for name, value in given.items():
@@ -117,7 +117,7 @@ def _read_lengths(lengths: Any) -> list[int]:
     return counted
 
 
-def _is_on_gpu(lengths: Any) -> bool:
+def _is_on_gpu(lengths: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(lengths, torch.Tensor) and lengths.is_cuda
 
 

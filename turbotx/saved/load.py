@@ -28,9 +28,9 @@ from turbotx.memory.pool import ChunkPool
 from turbotx.program.executable import Executable
 from turbotx.runtime.cpu.abi import products_of
 from turbotx.runtime.cpu.executor import CpuExecutor
-from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
-from turbotx.runtime.cuda.packed_graphs import PackedGraphProgram
+from turbotx.runtime.cuda.cuda_graphs import GraphCache
 from turbotx.runtime.device import Device
+from turbotx.runtime.make_program import make_program
 from turbotx.runtime.packed_program import PackedProgram
 from turbotx.runtime.program import Program
 from turbotx.runtime.token_inputs import read_sequences
@@ -48,7 +48,10 @@ from turbotx.saved.values import decode_ambient, decode_constant
 from turbotx.saved.weight_files import load_weights
 
 MAX_SHAPES = 256
-Maker = Callable[[Mapping[str, Any], Executable, Weights, ChunkPool], Program]
+Opener = Callable[
+    [Mapping[str, Any], Executable, Weights], tuple[CpuExecutor | SavedQueue, GraphCache | None]
+]
+"""Returns what runs a program's launches, and on a GPU the CUDA graphs of its call."""
 
 
 def load(
@@ -79,9 +82,9 @@ def load(
     chosen = [(k, x) for k, x in programs if x.get("target", "cpu") == target]
     if gpu is None:
         libraries = Libraries(manifest, entries)
-        make = _cpu_maker(libraries)
+        open_one = _open_on_cpu(libraries)
     else:
-        make = _gpu_maker(target, entries, gpu)
+        open_one = _open_on_gpu(target, entries, gpu)
     own = {} if weights is not None else _tensors(entries["weights.safetensors"], place)
     held = _tensors(entries["held.safetensors"], place)
     own, held = ({n: _lay_out(t, laid[n]) for n, t in x.items()} for x in (own, held))
@@ -98,25 +101,11 @@ def load(
     model = SavedModule(manifest, state, own, held, place)
     if weights is not None and not isinstance(weights, nn.Module):
         load_weights(model, weights)
-    for k, tables in chosen:
-        prefix = f"{tables.get('variant', k)}.constants."
-        constants = {n.removeprefix(prefix): t for n, t in held.items() if n.startswith(prefix)}
-        executable, rules, floats, decisions = decode_program(tables, place)
-        part, owner = tables.get("part", ""), tables.get("owner", "")
-        owning = _owner_of(model, part, owner)
-        weights_of = _read_weights(tables["weights"], owning, constants, place)
-        program = make(tables, executable, weights_of, model._pool)
-        ambient, asked = decode_ambient(tables["ambient"])
-        stepping = tuple(tables.get("stepping", ()))
-        state = (ambient, asked, decisions)
-        paths = tables.get("returned", ())
-        returned = tuple(
-            ReturnedContainer(tuple(given), tuple(made), changed) for given, made, changed in paths
-        )
-        out = tables["out"], stepping, returned
-        made = SavedCall(program, ShapeMatcher(rules), floats, *state, *out)
+    for number, tables in chosen:
+        call = _read_call(model, number, tables, open_one, held)
+        part = tables.get("part", "")
         table = model._parts.setdefault(part, CallTable(place)) if part else model._table
-        table.add(made, tables["call"])
+        table.add(call, tables["call"])
     if "decoder.json" in entries:
         model._decoder = json.loads(entries["decoder.json"])
     return model
@@ -136,41 +125,54 @@ def _owner_of(model: nn.Module, part: str, owner: str) -> nn.Module:
     return holder
 
 
-def _cpu_maker(libraries: Libraries) -> Maker:
-    def make(
-        tables: Mapping[str, Any], executable: Executable, weights: Weights, pool: ChunkPool
-    ) -> Program:
+def _open_on_cpu(libraries: Libraries) -> Opener:
+    def open_one(
+        tables: Mapping[str, Any], executable: Executable, weights: Weights
+    ) -> tuple[CpuExecutor, None]:
         opened = {unit: libraries.open(name) for unit, name in tables["libraries"].items()}
-        cpu = CpuExecutor(executable, weights, opened)
-        packing = decode_packing(tables, pool.device)
-        if packing is not None:
-            return PackedProgram(executable, cpu, pool, MAX_SHAPES, packing)
-        return Program(executable, cpu, pool, MAX_SHAPES)
+        return CpuExecutor(executable, weights, opened), None
 
-    return make
+    return open_one
 
 
-def _gpu_maker(target: str, entries: Mapping[str, bytes], device: Device) -> Maker:
+def _open_on_gpu(target: str, entries: Mapping[str, bytes], device: Device) -> Opener:
     variants = read_variants(target, entries)
     graphs: dict[int, GraphCache] = {}  # programs of one call share a cache
-    siblings: dict[int, list[PackedGraphProgram]] = {}
 
-    def make(
-        tables: Mapping[str, Any], executable: Executable, weights: Weights, pool: ChunkPool
-    ) -> Program:
-        number, packing = tables["variant"], decode_packing(tables, pool.device)
-        own = graphs.setdefault(number, GraphCache(tables["graphs"]))
+    def open_one(
+        tables: Mapping[str, Any], executable: Executable, weights: Weights
+    ) -> tuple[SavedQueue, GraphCache]:
         families = [SavedFamily.of(t, variants) for t in tables["families"]]
         queue = SavedQueue(executable, families, weights, device)
-        kept = (executable, queue, pool, MAX_SHAPES, own)
-        if packing is None:
-            return CudaGraphProgram(*kept)
-        made = PackedGraphProgram(*kept, packing)
-        made.siblings = siblings.setdefault(number, [])
-        siblings[number].append(made)
-        return made
+        return queue, graphs.setdefault(tables["variant"], GraphCache(tables["graphs"]))
 
-    return make
+    return open_one
+
+
+def _read_call(
+    model: SavedModule, number: int, tables: Mapping[str, Any], open_one: Opener,
+    held: Mapping[str, torch.Tensor],
+) -> SavedCall:  # fmt: skip
+    """Return a program of the file. number: its place among the programs, for files that do not say
+    which variant it is of. held: the tensors that programs need besides the model's own."""
+    place = model._place
+    prefix = f"{tables.get('variant', number)}.constants."
+    constants = {n.removeprefix(prefix): t for n, t in held.items() if n.startswith(prefix)}
+    executable, rules, floats, decisions = decode_program(tables, place)
+    owner = _owner_of(model, tables.get("part", ""), tables.get("owner", ""))
+    weights = _read_weights(tables["weights"], owner, constants, place)
+    runtime, graphs = open_one(tables, executable, weights)
+    packing = decode_packing(tables, place)
+    program = make_program(executable, runtime, model._pool, MAX_SHAPES, packing, graphs)
+    ambient, asked = decode_ambient(tables["ambient"])
+    returned = (
+        ReturnedContainer(tuple(given), tuple(made), changed)
+        for given, made, changed in tables.get("returned", ())
+    )
+    return SavedCall(
+        program, ShapeMatcher(rules), floats, ambient, asked, decisions, tables["out"],
+        tuple(tables.get("stepping", ())), tuple(returned),
+    )  # fmt: skip
 
 
 def _read_weights(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -147,10 +148,7 @@ def describe_panels(
             yield made
             yield bytes(-len(made) % PAGE)
 
-    streams = {
-        f"{name}.panels": Stream(ends[name], lambda name=name: pieces(name))  # type: ignore[misc]
-        for name in sets
-    }
+    streams = {f"{name}.panels": Stream(ends[name], partial(pieces, name)) for name in sets}
     return described, streams, scales
 
 

@@ -172,6 +172,6 @@ def _new_tensor(node: fx.Node, tracer: Any) -> FakeTensor:
 
 
 def bind(tensor: torch.Tensor, node: fx.Node, tracer: Any) -> None:
-    """Let what the code does with a tensor from now on be done with a node's result."""
+    """Make a node the tracer's node of a tensor: later ops on the tensor read that node."""
     with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():
         track_tensor(tensor, fx.Proxy(node, tracer), constant=None, tracer=tracer)

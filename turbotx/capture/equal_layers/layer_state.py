@@ -116,10 +116,9 @@ def _describe(
     tensors: list[torch.Tensor], look: Look,
 ) -> Any:  # fmt: skip
     value = place.read()
+    items: Iterable[tuple[Any, Any]] = [(None, value)]
     if isinstance(place.owner, nn.Module) and place.name in TABLES and isinstance(value, dict):
         items = value.items()
-    else:
-        items = [(None, value)]  # type: ignore[assignment]
     inside = subtree.path_of(place.owner) is not None
     return tuple(
         (name, _describe_value(x, inside, subtree, find_own, tensors, look)) for name, x in items

@@ -107,7 +107,7 @@ class EqualLayers:
         self.begin()
 
     def begin(self) -> None:
-        """Say that the model's code is run now; a trace may do so more than once."""
+        """Start anew, before the model's code runs; a trace may run it more than once."""
         self.known: dict[type, list[KnownLayer]] = {}
         self.calls = LayerCalls()
 
@@ -118,8 +118,8 @@ class EqualLayers:
     def run(
         self, tracer: Any, module: Any, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        """Return what a module's call gives: by its code, or where that is known already, copied.
-        forward: calls it, with its hooks."""
+        """Return the output of a module's call, by running its code or by copying the nodes of an
+        equal layer. forward: calls the module, with its hooks."""
         layer = self._layers.get(id(dict_of(module)))
         entered = next(reversed(tracer.module_stack.values()), (None, None))[1]
         if layer is None or entered is not type(module):
@@ -143,7 +143,7 @@ class EqualLayers:
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
-        """Look at what the code has without the recorder, and PyTorch's modes, being told."""
+        """Context manager: read the code's objects unseen by the recorder and PyTorch's modes."""
         with self.recorder.unnoted(), torch._C.DisableTorchFunction():
             yield
 
@@ -154,7 +154,7 @@ def _path_in_model(path: str) -> str:
 
 
 def _find_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Return the modules in lists that have modules in them."""
+    """Yield the modules with submodules that are in a ModuleList, ModuleDict or Sequential."""
     for module in model.modules():
         if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             for child in module.children():
@@ -322,7 +322,7 @@ class _Call:
 
 
 def _find_difference(traced: KnownLayer, like: KnownLayer) -> str:
-    """Say what two layers did otherwise that were equal before; "" where nothing."""
+    """Return what two layers that were equal before did differently; "" if nothing."""
     if [r.key for r in traced.reads] != [r.key for r in like.reads]:
         return "its code reads other attributes than that of an equal layer"
     if traced.state.described != like.state.described:
@@ -352,7 +352,7 @@ def _frames() -> tuple[Any, ...]:
 
 @contextmanager
 def copying_layers(layers: EqualLayers) -> Iterator[None]:
-    """Let this thread's exports copy the nodes of equal layers, inside the context."""
+    """Context manager: copy the nodes of equal layers in this thread's exports."""
     tracer: Any = getattr(proxy_tensor, "_ModuleStackTracer", None)  # of PyTorch 2.11 to 2.13
     if tracer is None:
         yield

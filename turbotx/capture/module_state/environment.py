@@ -14,12 +14,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 from unittest import mock
 
 from turbotx.capture.module_state.places import ItemPlace
-from turbotx.capture.module_state.values import is_library
+from turbotx.capture.module_state.values import caller_outside, is_users
 
 _WAYS = frozenset(("os", "_collections_abc", "collections.abc"))
 """Modules through which code reads the environment."""
@@ -38,11 +37,8 @@ def watch_environment() -> Iterator[dict[str, ItemPlace]]:
     get, each = cls.__getitem__, cls.__iter__
 
     def asks() -> bool:
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None and frame.f_globals.get("__name__") in _WAYS:
-            frame = frame.f_back
-        user = frame is not None and not is_library(frame.f_globals.get("__name__"))
-        return user and threading.get_ident() == owner
+        asker = caller_outside(sys._getframe(2), _WAYS)
+        return is_users(asker) and threading.get_ident() == owner
 
     def __getitem__(self: Any, key: str) -> str:
         if self is environ and isinstance(key, str) and key not in asked and asks():

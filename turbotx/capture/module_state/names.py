@@ -240,15 +240,10 @@ def _functions_in(value: Any, depth: int = 0) -> Iterable[types.FunctionType]:
             yield from _functions_in(item, depth + 1)
 
 
-_known_chains: dict[int, tuple[types.CodeType, tuple[tuple[str, tuple[str, ...]], ...]]] = {}
-
-
+@functools.cache
 def _chains(code: types.CodeType) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Return the globals that code loads, each with the attributes read directly from it, and the
     other attributes and modules: ("global", ("settings", "EPS")), ("attribute", ("scale",))."""
-    known = _known_chains.get(id(code))
-    if known is not None and known[0] is code:
-        return known[1]
     found: dict[tuple[str, tuple[str, ...]], None] = {}
     chain: list[str] = []
     for step in dis.get_instructions(code):
@@ -265,5 +260,4 @@ def _chains(code: types.CodeType) -> tuple[tuple[str, tuple[str, ...]], ...]:
             chain = []
         if step.opname in _GLOBAL:
             chain = [step.argval]
-    _known_chains[id(code)] = code, tuple(found)
     return tuple(found)

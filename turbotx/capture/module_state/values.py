@@ -25,7 +25,8 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,19 @@ def is_library_or_sympy(name: str | None) -> bool:
     """Return whether a module is of a library, or of sympy, whose caches a trace writes to. Cached,
     since a trace asks a million times."""
     return is_library(name) or str(name).partition(".")[0] == "sympy"
+
+
+def caller_outside(frame: FrameType | None, modules: Collection[str]) -> FrameType | None:
+    """Return the first frame, from this one outwards, whose code is not of these modules; None if
+    there is none."""
+    while frame is not None and frame.f_globals.get("__name__") in modules:
+        frame = frame.f_back
+    return frame
+
+
+def is_users(frame: FrameType | None) -> bool:
+    """Return whether a frame runs code of the user or of a library of models."""
+    return frame is not None and not is_library(frame.f_globals.get("__name__"))
 
 
 def is_watchable(cls: type) -> bool:

@@ -113,12 +113,8 @@ def find_effects(
             if isinstance(difference, Put):
                 if _puts_again(one, difference, owned) and keeps(one.traced, difference.key):
                     continue
-                if isinstance(difference.key, torch.nn.Module):
-                    difference = replace(difference, key=original_of(difference.key))
-                _check_key(difference.key, symbols, text)
-                if type(difference.key) is TracedFloat:
-                    difference = replace(difference, key=read_floats(difference.key))
-                name = difference.key
+                name = _users_key(difference.key, original_of, symbols, text)
+                difference = replace(difference, key=name)
                 text = f"{text}.{name}".lstrip(".") if isinstance(name, str) else f"{text}[{name}]"
             value: Any = difference.value
             known = original_of(value)
@@ -152,7 +148,13 @@ def _target(value: Any) -> Any:
     return value() if type(value) is weakref.ref else value
 
 
-def _check_key(key: Any, symbols: frozenset[str], text: str) -> None:
+def _users_key(
+    key: Any, original_of: Callable[[Any], Any], symbols: frozenset[str], text: str
+) -> Any:
+    """Return a key as a call outside of the trace has it; raise SizesNeeded or CaptureError for one
+    made from sizes, or with a tensor."""
+    if isinstance(key, torch.nn.Module):
+        key = original_of(key)
     if isinstance(key, str):
         found = frozenset(s for s in symbols if re.search(rf"{s}(?!\d)", key))
         if found:
@@ -161,3 +163,4 @@ def _check_key(key: Any, symbols: frozenset[str], text: str) -> None:
         key, "key", most=1, limit=1000
     ):
         raise CaptureError(f"the call stores a value in {text!r} under a key with a tensor")
+    return read_floats(key) if type(key) is TracedFloat else key

@@ -147,8 +147,8 @@ class _Fusing:
             self.groups = after
 
     def round_repeated(self) -> None:
-        """Let what two kernels compute be in both what memory would hold: a maximum that one of
-        them stores is then not below any value that the other compares with it."""
+        """Round values that two kernels compute to what memory would hold, in both: a maximum that
+        one of them stores is then not below any value that the other compares with it."""
         if len(self.groups) == 1 or not any(g.dtype(n) in HALVES for n in self.members):
             return
         ends: set[fx.Node] = set()

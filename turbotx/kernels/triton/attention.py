@@ -22,6 +22,7 @@ from turbotx.ir.attention_ops import NO_WINDOW
 from turbotx.ir.matmul_kernels import AttentionKernel
 from turbotx.kernels.cpp.attention import SIZES
 from turbotx.kernels.schedule import power_above
+from turbotx.kernels.triton.compiler import POINTEES
 from turbotx.kernels.triton.functions import stand_alone
 from turbotx.kernels.triton.reduce import TYPES
 from turbotx.kernels.triton.specialize import Flag, specialize
@@ -85,6 +86,22 @@ def size_names(kernel: AttentionKernel) -> tuple[str, ...]:
     return NAMES + BLOCK_NAMES * kernel.cached
 
 
+def attention_pointers(kernel: AttentionKernel) -> list[tuple[str, str]]:
+    """Return attention's pointer arguments with their Triton types."""
+    stored = f"*{POINTEES[kernel.dtype]}"
+    pointers = [(f"{tensor}_ptr", stored) for tensor in ("q", "k", "v", "out")]
+    if kernel.keys != "all":
+        pointers.append(("keys_ptr", {"mask": "*i1", "lengths": "*i64"}[kernel.keys]))
+    if kernel.bias != "none":
+        kinds = {"boolean": "*i1", "float32": "*fp32", "storage": stored}
+        pointers.append(("bias_ptr", kinds[kernel.bias]))
+    pointers += [("sinks_ptr", "*fp32")] * kernel.sinks
+    pointers += [("bounds_ptr", "*i64"), ("starts_ptr", "*i64")] * kernel.packed
+    of_cache = zip(CACHE_POINTERS, (stored, "*i64", "*i64"), strict=True)
+    pointers += list(of_cache) * kernel.cached
+    return pointers + [("peaks_ptr", "*i32")] * kernel.peaks
+
+
 def _tiles_for(kernel: AttentionKernel, q_len: int | None) -> AttentionSchedule:
     depth = max(16, power_above(kernel.head_dim))
     few = q_len is not None and q_len <= FEW_QUERIES
@@ -138,11 +155,8 @@ def print_triton_attention(
         f"  tiles of {schedule.q_tile} queries x {schedule.k_tile} keys,"
         f" {schedule.num_warps} warps",
     ]
-    arguments = ["q_ptr", "k_ptr", "v_ptr", "out_ptr"]
-    arguments += ["keys_ptr"] * (kernel.keys != "all") + ["bias_ptr"] * (kernel.bias != "none")
-    arguments += ["sinks_ptr"] * kernel.sinks + ["bounds_ptr", "starts_ptr"] * kernel.packed
-    arguments += CACHE_POINTERS * kernel.cached + ("peaks_ptr",) * kernel.peaks
-    arguments += [*size_names(kernel), "Q_TILE", "K_TILE"]
+    pointers = (name for name, _ in attention_pointers(kernel))
+    arguments = [*pointers, *size_names(kernel), "Q_TILE", "K_TILE"]
     flags = attention_flags(kernel) | {"MOST_DEEP": MOST_DEEP}
     if not kernel.cached:
         flags |= {"ONCE": bool(schedule.once), "PACKED": kernel.packed, "PEAKS": kernel.peaks}

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from turbotx import ir
 from turbotx.ir.expr import ZERO
@@ -26,18 +29,37 @@ from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.kernels.fusion.inplace_check import check_inplace
 from turbotx.program.assembly import Assembly
 from turbotx.program.executable import CpuTables, NativeLaunch, Packing
-from turbotx.program.link import (
-    LaunchLayout,
-    facts_of,
-    packing_of,
-)
+from turbotx.program.link import LaunchLayout, facts_of, packing_of
 from turbotx.runtime.cpu.abi import declare, units_of
 
 PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n#include "threads.h"\n\n#include <limits>\n\n'
-ATTENTION_PRELUDE = '#include "attention_cached.h"\n#include "attention_packed.h"\n\n'
-PRODUCTS_PRELUDE = '#include <cstdint>\n\n#include "attention_products.h"\n\n'
 
 Generated = (ir.KernelLaunch, ir.AttentionLaunch, ir.ProductLaunch)
+
+
+@dataclass(frozen=True)
+class CppUnit:
+    """A translation unit of generated functions.
+
+    prelude: its first lines. print: returns the source of a kernel's function, given its name.
+    """
+
+    name: str
+    prelude: str
+    print: Callable[[Any, str], str]
+
+
+UNITS: dict[type[ir.Launch], CppUnit] = {
+    ir.KernelLaunch: CppUnit("kernels", PRELUDE, print_kernel),
+    ir.AttentionLaunch: CppUnit(
+        "attention", '#include "attention_cached.h"\n#include "attention_packed.h"\n\n',
+        print_attention,
+    ),
+    ir.ProductLaunch: CppUnit(
+        "products", '#include <cstdint>\n\n#include "attention_products.h"\n\n', print_product
+    ),
+}  # fmt: skip
+"""The unit of the functions of each generated type of launch."""
 
 PackedGemm = (ir.GemmLaunch, ir.GroupedGemmLaunch)
 """The launches with packed weights."""
@@ -97,43 +119,33 @@ def print_units(assembly: Assembly) -> tuple[dict[str, str], dict[object, str]]:
     Kernels with equal structure share one function across layers and names.
     """
     names: dict[object, str] = {}
-    kernels: list[str] = []
-    attentions: list[str] = []
-    products: list[str] = []
-    taken: dict[str, int] = {}
+    functions: dict[type[ir.Launch], list[str]] = {kind: [] for kind in UNITS}
+    taken = Counter[str]()
     for launch in assembly.launches:
         key = kernel_key(launch)
         if key is None or key in names:
             continue
         assert isinstance(launch, Generated)
         base = launch.kernel.name
-        k = taken.get(base, 0)
-        taken[base] = k + 1
-        name = f"{base}_{k}"
-        names[key] = name
+        name = names[key] = f"{base}_{taken[base]}"
+        taken[base] += 1
+        source = UNITS[type(launch)].print(launch.kernel, name)
         if isinstance(launch, ir.KernelLaunch):
-            kernels.append(_print_checked(launch.kernel, name))
-        elif isinstance(launch, ir.AttentionLaunch):
-            attentions.append(print_attention(launch.kernel, name))
-        else:
-            products.append(print_product(launch.kernel, name))
-    units = {}
-    if kernels:
-        units["kernels"] = PRELUDE + "\n".join(kernels)
-    if attentions:
-        units["attention"] = ATTENTION_PRELUDE + "\n".join(attentions)
-    if products:
-        units["products"] = PRODUCTS_PRELUDE + "\n".join(products)
+            _check_reuse(launch.kernel, name, source)
+        functions[type(launch)].append(source)
+    units = {
+        unit.name: unit.prelude + "\n".join(functions[kind])
+        for kind, unit in UNITS.items()
+        if functions[kind]
+    }
     return units, names
 
 
-def _print_checked(kernel: ir.Kernel, name: str) -> str:
-    """Return a kernel's source; raise VerifyError if in-place reuse would give wrong results."""
-    source = print_kernel(kernel, name)
+def _check_reuse(kernel: ir.Kernel, name: str, source: str) -> None:
+    """Raise VerifyError if in-place reuse would give wrong results in a kernel's source."""
     loops = [var(a.name) for a in kernel.axes if a.extent != 1]
     pairs = [(var(out), var(given)) for out, given in find_inplace(kernel)]
     check_inplace(name, source, loops, pairs)
-    return source
 
 
 def kernel_key(launch: ir.Launch) -> object | None:
@@ -199,7 +211,7 @@ def _link(launch: ir.Launch, table: LaunchLayout, names: dict[object, str]) -> N
 
 
 def _is_packed(launch: ir.GemmLaunch | ir.GroupedGemmLaunch, operand: ir.Operand | None) -> bool:
-    """Tell whether it is in the packed weight: the weight, and the scales of groups."""
+    """Return whether it is in the packed weight: the weight, and the scales of groups."""
     int8 = launch.int8 if isinstance(launch, ir.GemmLaunch) else None
     of_groups = int8 is not None and int8.group > 0 and operand is int8.weight_scale
     return operand is launch.weight or of_groups

@@ -78,6 +78,7 @@ class GraphCache:
     """LRU cache of graphs by arena and shape.
 
     used: recently seen shapes. recorders: one per arena, so that its graphs share temporary memory.
+    packed: the programs over tokens that share it, the specializations of one call.
     """
 
     def __init__(self, most: int) -> None:
@@ -85,6 +86,7 @@ class GraphCache:
         self.used: LruDict[tuple[int, ...], None] = LruDict(4 * most)
         self.kept: LruDict[tuple[int, tuple[int, ...]], CapturedGraph] = LruDict(most)
         self.recorders: dict[int, GraphRecorder] = {}
+        self.packed: list[Any] = []
         self.lock = threading.Lock()
 
 

@@ -177,9 +177,7 @@ class _Doubt:
 
 
 class PackedGraphProgram(PackedProgram, CudaGraphProgram):
-    """A packed program on a GPU. siblings: all specializations of the call, including this one."""
-
-    siblings: Sequence[PackedGraphProgram]
+    """A packed program on a GPU."""
 
     def __init__(
         self, executable: Executable, runtime: CudaQueue, pool: ChunkPool, max_shapes: int,
@@ -194,7 +192,9 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
         self._derives = {"bounds", "starts"} <= names
         """Whether a graph is given enough to make all else of."""
         self._places: dict[int, torch.Tensor] = {}
-        self.siblings = (self,)
+        self.siblings: list[PackedGraphProgram] = graphs.packed
+        """All specializations of the call, including this one."""
+        self.siblings.append(self)
         self._doubts: deque[_Doubt] = deque()
 
     def room_of(self, dims: Sequence[int], tokens: int) -> tuple[int, ...]:

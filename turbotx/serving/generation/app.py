@@ -95,7 +95,7 @@ async def _stream(service: GenerationService, request: Request, answering: Answe
             service.metrics.failed.labels(refusal.kind).inc()
             yield _as_event(OpenAIErrorResponse(OpenAIError(str(refusal), refusal.kind)))
         finally:
-            await events.aclose()  # type: ignore[attr-defined]
+            await events.aclose()
             await answering.close()
 
     return StreamingResponse(

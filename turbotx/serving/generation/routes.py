@@ -13,7 +13,7 @@ import inspect
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -88,7 +88,7 @@ class Answering(ABC):
                 text.picked.append(piece.picked)
         return self._answer(self._texts, self._usage())
 
-    async def events(self) -> AsyncIterator[Any]:
+    async def events(self) -> AsyncGenerator[Any, None]:
         """Yield the events of a streaming response."""
         options = self._body.stream_options
         counts = options is not None and bool(options.include_usage)
@@ -106,7 +106,7 @@ class Answering(ABC):
 
     async def close(self) -> None:
         """Cancel the remaining generation."""
-        await self._pieces.aclose()  # type: ignore[attr-defined]
+        await self._pieces.aclose()
 
     def _note(self, index: int, piece: Piece) -> _Text:
         text = self._texts[index]

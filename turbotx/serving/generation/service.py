@@ -13,7 +13,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
 from turbotx.serving.generation.batch import DecodeBatch
@@ -89,7 +89,7 @@ class GenerationService(Served):
 
     async def generate(
         self, prompts: Sequence[Sequence[int]], asked: Sequence[Asked], priority: int = 0
-    ) -> AsyncIterator[tuple[int, Piece]]:
+    ) -> AsyncGenerator[tuple[int, Piece], None]:
         """Yield the pieces of every prompt's text as they come, with the prompt's index.
 
         Closing the iterator cancels the remaining texts. Raises TooLarge, Busy, NotReady, TimedOut
