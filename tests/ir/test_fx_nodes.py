@@ -28,6 +28,15 @@ def test_a_size_that_tracing_took_for_one_is_one() -> None:
     assert not g.shape(half(torch.ones(2), torch.ones(4)))[0].is_Integer
 
 
+def test_names_of_targets_hold_no_addresses() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    op = graph.call_function(torch.ops.aten.neg.default, (x,))
+    assert g.target_name(op) == "aten.neg.default"
+    function = graph.call_function(add_half, (x, x))
+    assert g.target_name(function) == f"{__name__}.add_half"
+
+
 @needs_compiler
 def test_a_size_of_one_broadcasts_whatever_it_is_called() -> None:
     fast = turbotx.optimize(add_half)

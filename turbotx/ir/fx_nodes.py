@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 import os
 import re
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -239,6 +240,15 @@ def emit_piece(like: fx.Node, pieces: fx.Node, k: int) -> fx.Node:
     node.meta["val"] = pieces.meta["val"][k]
     _keep_origin(like, node)
     return node
+
+
+def target_name(node: fx.Node) -> str:
+    """Return the name of what a node calls or reads, the same in every process: "aten.add.Tensor",
+    an attribute's path, or a function's module and name."""
+    target = node.target
+    if isinstance(target, types.FunctionType):
+        return f"{target.__module__}.{target.__qualname__}"
+    return str(target)
 
 
 def fake_mode_of(tree: Any) -> Any:

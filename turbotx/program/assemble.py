@@ -162,7 +162,7 @@ class _Assembler:
             source = self._operand(g.operand(view, 0))
             name, shape = self._tensor(view), list(g.shape(view))
             self._aten(view, aten.reshape.default, (source, shape), {}, (name,))
-            self.out.externs.append((str(view.target), "a view that needs a copy"))
+            self.out.externs.append((g.target_name(view), "a view that needs a copy"))
 
     def _name(self, base: str) -> str:
         k = self.names.get(base, 0)
@@ -306,7 +306,7 @@ class _Assembler:
             count = len(node.meta["val"])
             writes = tuple(self._tensor(pieces[i]) if i in pieces else "" for i in range(count))
         self._aten(node, node.target, args, kwargs, writes)
-        self.out.externs.append((str(node.target), reason))
+        self.out.externs.append((g.target_name(node), reason))
 
     def _read_strides(self, node: fx.Node) -> list[Any]:
         """Return eager's strides of each tensor argument, None if any will do."""
@@ -327,7 +327,7 @@ class _Assembler:
         if self.kinds[given] == "input":
             self.out.raw.setdefault(given.name, False)
         self._aten(node, aten.clone.default, (window,), {}, (self._tensor(node),))
-        self.out.externs.append((str(node.target), "reads memory by strides of the call's own"))
+        self.out.externs.append((g.target_name(node), "reads memory by strides of the call's own"))
 
     def _laid_out(
         self, node: fx.Node, strides: Sequence[Expr] | None,
@@ -340,7 +340,7 @@ class _Assembler:
         tensor, window = lay_out(self._name(f"{node.name}_copied"), operand, strides)
         self.out.tensors[tensor.name] = tensor
         self._copy_into(node, "laid_out", operand, window)
-        self.out.externs.append((str(node.target), reason))
+        self.out.externs.append((g.target_name(node), reason))
         return window
 
     def _copy_into(self, node: fx.Node, base: str, source: ir.Operand, window: ir.Operand) -> None:
@@ -389,5 +389,5 @@ class _Assembler:
         tensor, source, written, leaves = lay_out_returned(name, self._operand(leaf), fresh)
         self.out.tensors.setdefault(name, tensor)
         self._copy_into(leaf, "returned", source, written)
-        self.out.externs.append((str(leaf.target), "what is returned lies otherwise than eager's"))
+        self.out.externs.append((g.target_name(leaf), "what is returned lies otherwise than eager's"))
         return leaves
