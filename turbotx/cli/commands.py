@@ -272,8 +272,8 @@ def run_command(argv: Sequence[str] | None = None) -> None:
             print(json.dumps({"error": message, "kind": "UsageError", "exit_code": MISUSED}))
         else:
             path = error.ctx.command_path if error.ctx else "turbotx"
-            message = message.replace("Value error, ", "")
-            Output(as_json).line(f"error: {message} See {path} --help.")
+            message = message.replace("Value error, ", "").rstrip(".")
+            Output(as_json).line(f"error: {message}. See {path} --help.")
         sys.exit(MISUSED)
     except typer.Abort:
         sys.exit(INTERRUPTED)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from turbotx.runtime.placement import require_device
 from turbotx.serving.generation.sampling import Sampling
 from turbotx.serving.model_files import DTYPES, POSITIONS, find_folder
 from turbotx.serving.sentence_files import ModelFilesError, loading, refuse_missing
@@ -64,6 +65,7 @@ def load_generator(
     """
     if dtype not in DTYPES:
         raise ModelFilesError(f"no dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    require_device(device)
     folder = find_folder(model)
     need_tokenizer(folder)
     with loading(str(folder)):
