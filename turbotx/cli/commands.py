@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -259,7 +260,8 @@ app.command("serve")(serve_command)
 def run_command(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in arguments
+    as_json, formatted = "--json" in arguments, warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         read_logs()
         # Not standalone, so that a wrong command line also gives an object with --json.
@@ -280,3 +282,5 @@ def run_command(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         Output(as_json).failure(error)
         sys.exit(exit_code(error))
+    finally:
+        warnings.formatwarning = formatted
