@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import turbotx
+from turbotx.capture.idle_conversions import idle_conversions
 from turbotx.errors import CaptureError
 
 
@@ -46,3 +47,14 @@ def test_a_conversion_that_changes_the_model_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"forward converts Linear\.weight to another dtype"):
         turbotx.optimize(model)(torch.randn(3, 8))
     assert model.inner.weight.dtype == torch.float32
+
+
+def test_conversions_outside_of_a_trace_are_pytorchs() -> None:
+    with idle_conversions():
+        assert nn.Linear(2, 2).half().weight.dtype == torch.float16
+        with pytest.raises(RuntimeError, match="unsupported"):
+            nn.Linear(2, 2)._apply(unsupported)
+
+
+def unsupported(tensor: Tensor) -> Tensor:
+    raise RuntimeError("unsupported")

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from turbotx.errors import CaptureError
 
@@ -31,6 +32,8 @@ def _apply(
     self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True
 ) -> nn.Module:
     tensors = [*self.named_parameters(recurse=recurse), *self.named_buffers(recurse=recurse)]
+    if not any(isinstance(tensor, FakeTensor) for _, tensor in tensors):
+        return _original(self, function, recurse)  # of another thread, which traces nothing
     changed = [name for name, tensor in tensors if function(tensor) is not tensor]
     if not changed:
         return self
