@@ -122,8 +122,8 @@ def _read(folder: Path, dtype: str) -> tuple[Any, Any]:
     )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelFilesError(
-            f"{folder} is a {config.model_type}, an encoder with a decoder: texts are made by "
-            "causal language models"
+            f"{folder} is of type {config.model_type}, an encoder with a decoder: texts are made "
+            "by causal language models"
         )
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
