@@ -201,7 +201,18 @@ def decode_table(folder: Path) -> str:
             place = [str(row[k]) for k in ("model", "dtype", "batch", "past")]
             times = (row.get(f"{e}{end}") for e in shown)
             lines.append(line([*place, *("-" if ms is None else f"{ms:.1f}" for ms in times)]))
+        lines += ["", _ratios(rows, end, engines)]
     return "\n".join([_caption(found), *lines])
+
+
+def _ratios(rows: list[dict[str, Any]], end: str, engines: dict[str, str]) -> str:
+    """Return what turbotx takes of every other engine's time, from the least row to the most."""
+    parts = list[str]()
+    for engine, name in engines.items():
+        found = [r[f"turbotx{end}"] / r[f"{engine}{end}"] for r in rows if f"{engine}{end}" in r]
+        if engine != "turbotx":
+            parts.append(f"{min(found):.2f} to {max(found):.2f} ({name})")
+    return f"turbotx's time over another engine's: {', '.join(parts)}."
 
 
 TABLES = {
@@ -213,7 +224,11 @@ TABLES = {
 def _caption(found: dict[str, Any]) -> str:
     machine = found["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"{machine['device']}, {machine['threads']} threads; {versions}."
+    return f"{machine['device']}, {count_threads(machine['threads'])}; {versions}."
+
+
+def count_threads(count: int) -> str:
+    return f"{count} thread{'s' if count != 1 else ''}"
 
 
 def _median(values: list[float]) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_tables import ENGINES, decode_table, latency_table, packed_table
+from cpu_tables import ENGINES, count_threads, decode_table, latency_table, packed_table
 from cpu_tables import TABLES as CPU_TABLES
 from gpu_tables import GPU_TABLES, claims
 from latency_plot import draw_latency
@@ -201,12 +201,12 @@ def _kernel_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _latency_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """One row a model and dtype; shapes measured while others used the cores are left out."""
+    """One row a model and dtype; what was measured while others used the cores is left out."""
     models: dict[tuple[str, str], list[dict[str, float]]] = {}
     for row in found.get("rows", []):
-        engines = row["engines"]
-        if engines.get("turbotx", {"others_cores": 1.0})["others_cores"] <= QUIET_CORES:
-            medians = {e: x["median_ms"] for e, x in engines.items()}
+        quiet = {e: x for e, x in row["engines"].items() if x["others_cores"] <= QUIET_CORES}
+        if "turbotx" in quiet:
+            medians = {e: x["median_ms"] for e, x in quiet.items()}
             models.setdefault((row["model"], row["dtype"]), []).append(medians)
     if not models:
         yield "Latency of whole models on a CPU", NOT_YET
@@ -215,16 +215,18 @@ def _latency_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for engine in dict.fromkeys(e for r in rows for e in r if e != "turbotx"):
             ratios = [r[engine] / r["turbotx"] for r in rows if engine in r]
             parts.append(f"{_times_faster(ratios)} than {ENGINES.get(engine, engine)}")
-        shown = f"{'; '.join(parts)} ({len(rows)} shapes; {found['machine']['device']}, "
+        machine, shapes = found["machine"], f"{len(rows)} shape{'s' if len(rows) > 1 else ''}"
         yield (
             f"Latency of {model} in {dtype} on a CPU",
-            f"{shown}{found['machine']['threads']} threads)",
+            f"{'; '.join(parts)} ({shapes}; {machine['device']}, "
+            f"{count_threads(machine['threads'])})",
         )
 
 
 def _times_faster(ratios: list[float]) -> str:
     """Return by how much turbotx is ahead, from the least to the most; below 1 it is behind."""
-    return f"{min(ratios):.2f} to {max(ratios):.2f} x faster"
+    ends = dict.fromkeys((f"{min(ratios):.2f}", f"{max(ratios):.2f}"))
+    return f"{' to '.join(ends)} x faster"
 
 
 def _cold_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -319,6 +321,29 @@ def write_marked(text: str, name: str, table: str) -> str:
     return write_between(text, table, *marks)
 
 
+def pages(folder: Path = RESULTS) -> dict[Path, str]:
+    """Return the pages with the tables between their marks made from the results of `folder`."""
+    results = DOCS / "results.md"
+    found = {results: write_between(results.read_text(), results_table(folder))}
+    tables = [
+        ("results", "latency", latency_table(folder)),
+        ("architectures", "architectures", architectures_table(folder)),
+        ("operators", "operators", operators_table(folder)),
+        ("quantization", "latency_int8", latency_table(folder, "latency_int8")),
+        ("scale", "latency_unpacked", latency_table(folder, "latency_unpacked")),
+        ("triton", "resources", resources_table(folder)),
+        ("packed", "packed", packed_table(folder)),
+        ("decoding", "decode", decode_table(folder)),
+    ]
+    for page, makers in (("cpu", CPU_TABLES), ("gpu", GPU_TABLES), ("scale", SCALE_TABLES)):
+        tables += [(page, mark, make(folder)) for mark, make in makers.items()]
+    for page, mark, table in tables:
+        path = DOCS / f"{page}.md"
+        text = found[path] if path in found else path.read_text()
+        found[path] = write_marked(text, mark, table)
+    return found
+
+
 def main() -> None:
     images = DOCS / "images"
     images.mkdir(exist_ok=True)
@@ -327,26 +352,8 @@ def main() -> None:
     (images / "memory.svg").write_text(plan_to_svg(plan_of(report.memory), find_layers(report)))
     shoot_report(report, images / "report.png", "memory")
     draw_latency(RESULTS, images / "latency.svg")
-    results = DOCS / "results.md"
-    text = write_between(results.read_text(), results_table())
-    results.write_text(write_marked(text, "latency", latency_table(RESULTS)))
-    for name, tables in (("cpu", CPU_TABLES), ("gpu", GPU_TABLES), ("scale", SCALE_TABLES)):
-        page = DOCS / f"{name}.md"
-        text = page.read_text()
-        for mark, make in tables.items():
-            text = write_marked(text, mark, make(RESULTS))
-        page.write_text(text)
-    for page, name, table in (
-        ("architectures", "architectures", architectures_table()),
-        ("operators", "operators", operators_table(RESULTS)),
-        ("quantization", "latency_int8", latency_table(RESULTS, "latency_int8")),
-        ("scale", "latency_unpacked", latency_table(RESULTS, "latency_unpacked")),
-        ("triton", "resources", resources_table(RESULTS)),
-        ("packed", "packed", packed_table(RESULTS)),
-        ("decoding", "decode", decode_table(RESULTS)),
-    ):
-        path = DOCS / f"{page}.md"
-        path.write_text(write_marked(path.read_text(), name, table))
+    for path, text in pages().items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

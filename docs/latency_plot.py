@@ -8,9 +8,12 @@ its best settings as a share of PyTorch eager's on the same inputs::
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
+
+from cpu_tables import count_threads
 
 ENGINES = {
     "PyTorch eager": ("#b5b9c0", ("eager",)),
@@ -37,6 +40,12 @@ def shares(found: dict[str, Any], model: str) -> dict[str, dict[str, float]]:
                 if any(s in ms for s in settings)
             }
     return table
+
+
+def drawn_from(folder: Path) -> str:
+    """Return what the picture says of its source, which tells whether it is of these results."""
+    digest = hashlib.sha256((folder / "latency.json").read_bytes()).hexdigest()
+    return f"latency.json, SHA-256 {digest}"
 
 
 def draw_latency(folder: Path, picture: Path) -> None:
@@ -71,11 +80,10 @@ def draw_latency(folder: Path, picture: Path) -> None:
     panels[-1].legend(fontsize=8, frameon=False, ncol=2, loc="upper center")
     panels[-1].set_ylim(0, 1.35)
     machine = found["machine"]
-    figure.suptitle(
-        f"Time of a call, lower is better ({machine['device']}, {machine['threads']} threads)",
-        fontsize=11,
-    )
+    device = f"{machine['device']}, {count_threads(machine['threads'])}"
+    figure.suptitle(f"Time of a call, lower is better ({device})", fontsize=11)
     figure.tight_layout()
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, metadata={"Date": None}, facecolor="white")
+    about = {"Date": None, "Description": drawn_from(folder)}
+    figure.savefig(picture, metadata=about, facecolor="white")
     pyplot.close(figure)

@@ -63,7 +63,7 @@ def resources_table(folder: Path) -> str:
     listed = "; ".join(f"{dtype}: {', '.join(sorted(names))}" for dtype, names in models.items())
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     rows = [
-        f"{len(kernels)} builds, each a kernel on a target. {listed}. {versions}.",
+        f"{len(kernels):,} builds, each a kernel on a target. {listed}. {versions}.",
         "",
         "| target | kernels | spilling | registers, most | shared KiB, most "
         "| loads of 128 bits | stores of 128 bits |",
@@ -79,7 +79,7 @@ def resources_table(folder: Path) -> str:
         )
     rows += [
         "",
-        "Whose widest access to memory is narrower, in bits:",
+        "Kernels whose widest access to memory is narrower, in bits:",
         "",
         "| kernel | targets | load | store |",
         "|---|---|---|---|",

@@ -99,6 +99,15 @@ def test_the_reference_is_what_the_script_makes() -> None:
     assert (ROOT / "docs/api.md").read_text() == made, "run python docs/api_page.py"
 
 
+def test_tables_and_plots_are_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    for page, made in runpy.run_path(str(ROOT / "docs/generate.py"))["pages"]().items():
+        assert page.read_text() == made, f"run python docs/generate.py: {page.name}"
+    plot = runpy.run_path(str(ROOT / "docs/latency_plot.py"))
+    source = plot["drawn_from"](ROOT / "benchmarks/results")
+    assert source in (ROOT / "docs/images/latency.svg").read_text(), "run python docs/generate.py"
+
+
 def test_the_page_about_fusion_says_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "fusion.md").read_text(), re.S)
     scope: dict[str, object] = {}

@@ -33,7 +33,8 @@ def first_line(error: BaseException) -> str:
 
 def reason_of(error: BaseException) -> str:
     """Return the first two lines of an error's message as one, of at most 300 characters."""
-    return " ".join(str(error).strip().splitlines()[:2])[:300]
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return " ".join(lines[:2])[:300]
 
 
 def kind_and_line(error: BaseException) -> str:

@@ -107,7 +107,7 @@ def test_compile_prints_tables_without_colours_into_a_pipe(
     [
         ("nothing", "is not a MODEL"),
         ("{file}:mke", "did you mean 'make'?"),
-        ("{file}:number", "gave a int"),
+        ("{file}:number", "of type int, not a module"),
         ("{file}:broken", "no weights here"),
         ("{file}:bare", "without inputs"),
         ("{file}:LIMIT", "not a module or a factory"),
@@ -117,13 +117,18 @@ def test_compile_prints_tables_without_colours_into_a_pipe(
         ("hf-config:bertt", "did you mean 'bert'?"),
         ("hf-config:bert,layers", "write name=value"),
         ("hf:", "needs a directory"),
-        ("hf:no/such/folder", "cannot load no/such/folder"),
+        ("hf:no/such/folder", "there is no folder no/such/folder"),
+        ("hf:no-such-folder", "cannot load no-such-folder"),
+        ("{folder}", "did you mean hf:"),
+        ("hf-config:bert,num_hidden_layers=x", "'num_hidden_layers'"),
     ],
 )
 def test_a_wrong_model_is_one_line_and_code_2(
     run, factory: Path, tmp_path: Path, model: str, said: str
 ) -> None:
-    ran = run("compile", model.format(file=factory), "--out", tmp_path / "out")
+    ran = run(
+        "compile", model.format(file=factory, folder=factory.parent), "--out", tmp_path / "out"
+    )
     assert ran.code == 2 and ran.out == ""
     assert said in ran.err and ran.err.startswith("error: ") and ran.err.count("\n") == 1
 

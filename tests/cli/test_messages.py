@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
         (["verify", "minilm", "--dtype", "float8"], "'float32', 'bfloat16', 'float16'"),
         (["verify", "minilm", "--shap", "batch=1"], "--shape"),
         (["verify", "hf-config:bert,num_layers=2"], "did you mean 'num_hidden_layers'?"),
-        (["verify", "hf-config:bert,num_hidden_layers=x"], "cannot make a bert"),
+        (["verify", "hf-config:bert,num_hidden_layers=x"], "expected int, got str"),
         (["verify", "hf-config:brt"], "did you mean"),
         (["verify", "./my:make"], "is not a module name"),
         (["verify", "minilm", "--shape", "seq=²"], "whole number"),
@@ -89,7 +90,7 @@ def test_a_float64_model_is_said_to_be_measured_by_nothing(
 def test_a_loader_that_failed_is_the_users(run: Callable[..., Ran], tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("def make():\n    return None\n")
     code, _, err = run("verify", f"{tmp_path / 'broken.py'}:make")
-    assert code == MISUSED and "gave a NoneType" in err and err.count("\n") == 1
+    assert code == MISUSED and "of type NoneType" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -312,3 +313,14 @@ def test_a_loaded_model_is_not_compiled_again(tmp_path: Path) -> None:
     for again in (turbotx.optimize, lambda m: turbotx.explain(m, x)):
         with pytest.raises(turbotx.TurbotxError, match="compiled already"):
             again(loaded)
+
+
+def test_a_warning_is_one_line(run: Callable[..., Ran], tmp_path: Path) -> None:
+    file, formatted = tmp_path / "warns.py", warnings.formatwarning
+    file.write_text(
+        "import sys, warnings\n"
+        "sys.stderr.write(warnings.formatwarning('it is slow', UserWarning, 'w.py', 3, 'x()'))\n"
+    )
+    ran = run("compile", f"{file}:make", "--stage", "fused")
+    assert ran.err.startswith("warning: it is slow\nerror: ")
+    assert warnings.formatwarning is formatted

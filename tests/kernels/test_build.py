@@ -70,7 +70,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_compiler_that_is_named_and_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(NoCompilerError, match="CXX is not a program, 'no-such-compiler'"):
+    with pytest.raises(NoCompilerError, match="CXX names 'no-such-compiler', which is not"):
         find_compiler()
 
 

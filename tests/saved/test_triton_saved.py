@@ -31,6 +31,7 @@ from turbotx.errors import (
     BuildWarning,
     IndexOutOfRangeError,
     InputError,
+    OptionsError,
     SavedFileError,
     SaveError,
 )
@@ -265,6 +266,10 @@ def test_other_devices_are_told_what_the_file_has(cubins: Cubins, path: Path) ->
         cubins.load(path, "sm_90")(ids(1, 2).to("meta"))
     with pytest.raises(SavedFileError, match="for sm_90 and sm_100, not for CPUs"):
         turbotx.load(path, device="cpu")
+    with pytest.raises(OptionsError, match="'gpu' is none that PyTorch knows: write cpu, cuda"):
+        turbotx.load(path, device="gpu")
+    with pytest.raises(OptionsError, match="'meta': turbotx runs on CPUs and NVIDIA GPUs"):
+        turbotx.load(path, device="meta")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -133,7 +133,7 @@ def test_who_names_none_gets_the_first_that_can_answer(client):
     ranks = client.post("/rerank", json={"query": "w1", "texts": ["w2"]}).json()
     assert ranks[0]["index"] == 0
     wrong = client.post("/rerank", json={"query": "w1", "texts": ["w2"], "model": "wide"})
-    assert wrong.status_code == 422 and "wide is a embedding model" in wrong.json()["error"]
+    assert wrong.status_code == 422 and "the kind of wide is embedding" in wrong.json()["error"]
 
 
 def test_all_models_are_described(client):

@@ -14,6 +14,7 @@ import textwrap
 import threading
 
 import pytest
+import torch
 
 from tests.serving.conftest import (
     fast_costs,
@@ -26,7 +27,10 @@ from tests.serving.conftest import (
 from tests.serving.test_app import classifier
 from turbotx.cli.models import ModelError
 from turbotx.cli.serve import serve_models, wait_briefly
+from turbotx.errors import DeviceError, OptionsError
 from turbotx.serving.engine import Head
+from turbotx.serving.generation.model import load_generator
+from turbotx.serving.model_files import load_model
 from turbotx.serving.served import ModelFailed
 from turbotx.serving.server import run, serve
 from turbotx.serving.settings import Settings, SettingsError
@@ -223,10 +227,25 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(unused_port, monkeypat
     with socket.socket() as other:
         other.bind(("127.0.0.1", unused_port))
         other.listen()
-        with pytest.raises(SettingsError, match=f"port {unused_port}: .*in use"):
+        with pytest.raises(SettingsError, match=f"port {unused_port}: .*in use; give another port"):
             serve(["no/such/model"], port=unused_port)
     with pytest.raises(SettingsError, match="cannot listen on"):
         serve(["no/such/model"], host="256.0.0.1")
+
+
+@pytest.mark.parametrize(
+    "device, error, said",
+    [
+        ("gpu", OptionsError, "'gpu' is none that PyTorch knows"),
+        ("mps", OptionsError, "runs on CPUs and NVIDIA GPUs"),
+        ("cuda", DeviceError, "PyTorch sees no CUDA device"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_model, load_generator])
+def test_a_device_that_is_not_here_is_refused(load, device, error, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(error, match=said):
+        load("no/such/model", device=device)
 
 
 @pytest.mark.parametrize("port", [-1, 65_536, 99_999])

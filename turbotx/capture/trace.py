@@ -58,6 +58,7 @@ from turbotx.capture.host_random import (
     refuse_seeding,
     watch_entropy,
 )
+from turbotx.capture.idle_conversions import idle_conversions
 from turbotx.capture.idle_dropout import IdleDropout
 from turbotx.capture.inplace_ops import write_out_of_place
 from turbotx.capture.input_names import find_hints, name_dims, name_inputs
@@ -335,7 +336,7 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
         strides, copies = corrected_strides(), copying_layers(flat.layers)
         with (
             SizeTensors(), IdleDropout(), strides, padding_as_eager(), sizes,
-            python_operators(), light, copies, recurrent_layers_whole(),
+            python_operators(), light, copies, recurrent_layers_whole(), idle_conversions(),
         ):  # fmt: skip
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False

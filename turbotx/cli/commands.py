@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -42,7 +43,14 @@ app = typer.Typer(
     "turbotx save.",
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="What to compile, see below.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="package.module:factory, path/to/file.py:factory, hf:PATH, hf-config:TYPE, minilm, "
+        "FILE.pt2 or FILE.ttx (docs/command_line.md).",
+    ),
+]
 Shape = Annotated[
     list[str] | None,
     typer.Option("--shape", metavar="batch=4,seq=128", help="Sizes; may be repeated."),
@@ -57,12 +65,12 @@ Weights = Annotated[
 Targets = Annotated[
     list[str] | None,
     typer.Option(
-        "--target", metavar="sm_90", help="cpu, or a GPU that need not be here: sm_80, sm_90, ..."
+        "--target", metavar="sm_90", help="cpu or a GPU, present or not: sm_80, sm_90, ..."
     ),
 ]
 Quantize = Annotated[
     str,
-    typer.Option(metavar="int8|fp8|int8-weights|int4-weights", help="See docs/quantization.md."),
+    typer.Option(metavar="int8|fp8|int8-weights|int4-weights", help="Quantise matrix products."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -77,7 +85,7 @@ def _print_version(asked: bool) -> None:
 def describe(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print version."),
     ] = False,
 ) -> None:
     """A kernel compiler for transformer inference."""  # noqa: D401  (what --help shows)
@@ -108,7 +116,7 @@ def compile_command(
         bool, typer.Option("--verify", help="Also run every launch against float64.")
     ] = False,
     packed: Annotated[
-        bool, typer.Option("--packed", help="The program over tokens, without padding.")
+        bool, typer.Option("--packed", help="Compile the program without padding.")
     ] = False,
     stage: Annotated[
         str,
@@ -157,7 +165,7 @@ def verify_command(
     quantize: Quantize = "",
     reference: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Of a .ttx file: the model that it was saved from."),
+        typer.Option(metavar="MODEL", help="The model that a .ttx file was saved from."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -172,13 +180,13 @@ def verify_command(
 def profile_command(
     model: Model,
     shape: Shape = None,
-    runs: Annotated[int, typer.Option(help="How many runs the medians are over.")] = 30,
+    runs: Annotated[int, typer.Option(help="Number of runs; times are medians.")] = 30,
     trace: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a Chrome trace there.")
+        Path | None, typer.Option(metavar="FILE", help="Write a Chrome trace to this file.")
     ] = None,
     page: Annotated[
         Path | None,
-        typer.Option("--report", metavar="FILE", help="Write report.html, with the times, there."),
+        typer.Option("--report", metavar="FILE", help="Write report.html to this file."),
     ] = None,
     dtype: Dtype = None,
     weights: Weights = None,
@@ -214,10 +222,10 @@ def bench_command(
         list[str] | None,
         typer.Option("--engine", metavar="NAME", help="turbotx, eager, compile, onnxruntime, ..."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often every engine has its turn.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every engine.")] = 5,
     threads: Annotated[int, typer.Option(min=0, help="Threads of every engine; 0: PyTorch's.")] = 0,
-    warmup: Annotated[int, typer.Option(min=0, help="Calls first that are not counted.")] = 3,
-    calls: Annotated[int, typer.Option(min=1, help="Calls a turn, fewer where one is long.")] = 8,
+    warmup: Annotated[int, typer.Option(min=0, help="Uncounted calls at first.")] = 3,
+    calls: Annotated[int, typer.Option(min=1, help="Calls per turn, fewer if they are long.")] = 8,
     streams: Annotated[int, typer.Option(min=1, help="Threads that call at the same time.")] = 1,
     dtype: Dtype = None,
     weights: Weights = None,
@@ -259,7 +267,8 @@ app.command("serve")(serve_command)
 def run_command(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in arguments
+    as_json, formatted = "--json" in arguments, warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         read_logs()
         # Not standalone, so that a wrong command line also gives an object with --json.
@@ -272,11 +281,13 @@ def run_command(argv: Sequence[str] | None = None) -> None:
             print(json.dumps({"error": message, "kind": "UsageError", "exit_code": MISUSED}))
         else:
             path = error.ctx.command_path if error.ctx else "turbotx"
-            message = message.replace("Value error, ", "")
-            Output(as_json).line(f"error: {message} See {path} --help.")
+            message = message.replace("Value error, ", "").rstrip(".")
+            Output(as_json).line(f"error: {message}. See {path} --help.")
         sys.exit(MISUSED)
     except typer.Abort:
         sys.exit(INTERRUPTED)
     except Exception as error:
         Output(as_json).failure(error)
         sys.exit(exit_code(error))
+    finally:
+        warnings.formatwarning = formatted

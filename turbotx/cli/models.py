@@ -24,7 +24,7 @@ from torch import nn
 from turbotx.capture.quiet import quiet_torch
 from turbotx.cli.inputs import huggingface_inputs
 from turbotx.engine.optimize import optimize
-from turbotx.errors import ModelError, first_line
+from turbotx.errors import ModelError, first_line, reason_of
 from turbotx.saved.load import SavedModule
 from turbotx.saved.weight_files import load_weights
 
@@ -100,7 +100,8 @@ def load_model(text: str, shape: Mapping[str, int]) -> ModelWithInputs:
         return _exported(Path(text))
     if ":" in text:
         return _made(text, shape)
-    raise ModelError(f"{text!r} is not a MODEL: write {FORMS}")
+    hint = f"did you mean hf:{text}? Otherwise " if Path(text).is_dir() else ""
+    raise ModelError(f"{text!r} is not a MODEL: {hint}write {FORMS}")
 
 
 def _convert(loaded: ModelWithInputs, dtype: str) -> ModelWithInputs:
@@ -140,6 +141,8 @@ def _huggingface(text: str, form: str, rest: str) -> nn.Module:
     folder = _minilm_folder() if text == "minilm" else rest
     if not folder:
         raise ModelError("hf: needs a directory or a name, as in hf:path/to/model")
+    if not Path(folder).is_dir() and (folder.startswith((".", "/", "~")) or folder.count("/") > 1):
+        raise ModelError(f"there is no folder {folder}: hf: takes a folder, or a name of the Hub")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         name = (config.architectures or [""])[0]
@@ -189,7 +192,9 @@ def _from_config(transformers: ModuleType, text: str) -> nn.Module:
         config = transformers.AutoConfig.for_model(kind, **given)
         return _encoder(transformers.AutoModel.from_config(config)).eval()
     except Exception as error:  # configs can fail in any way
-        raise ModelError(f"cannot make a {kind} from that config: {first_line(error)}") from error
+        raise ModelError(
+            f"no model of type {kind} can be made of that config: {reason_of(error)}"
+        ) from error
 
 
 def _number(text: str) -> Any:
@@ -247,7 +252,7 @@ def _made(text: str, shape: Mapping[str, int]) -> ModelWithInputs:
     if not isinstance(found, nn.Module):
         if not callable(found):
             raise ModelError(
-                f"{text} is a {type(found).__name__}, not a module or a factory of one"
+                f"{text} is of type {type(found).__name__}, not a module or a factory of one"
             )
         try:
             found = found()
@@ -276,12 +281,12 @@ def _import_file(path: Path) -> ModuleType:
 
 def _import_module(name: str) -> ModuleType:
     if not all(part.isidentifier() for part in name.split(".")):
-        raise ModelError(f"{name!r} is not a module name: {FORMS}")
+        raise ModelError(f"{name!r} is not a module name: write {FORMS}")
     sys.path.insert(0, "")  # the current folder, as for `python -m`
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ModelError(f"cannot import {name!r}: {first_line(error)}; {FORMS}") from error
+        raise ModelError(f"cannot import {name!r}: {first_line(error)}; write {FORMS}") from error
     except (Exception, SystemExit) as error:
         raise ModelError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
     finally:
@@ -297,10 +302,12 @@ def _with_inputs(text: str, found: Any, shape: Mapping[str, int]) -> ModelWithIn
         return ModelWithInputs(model, inputs if isinstance(inputs, tuple) else (inputs,), {})
     if not isinstance(found, nn.Module):
         kind = type(found).__name__
-        raise ModelError(f"{text} gave a {kind}, not a module or (module, example inputs)")
+        raise ModelError(
+            f"{text} gave something of type {kind}, not a module or (module, example inputs)"
+        )
     if not hasattr(found, "main_input_name"):
         raise ModelError(
-            f"{text} gave a {type(found).__name__} without inputs: return (module, inputs), "
-            "the example inputs a dict for keywords, a tuple or one tensor"
+            f"{text} gave {type(found).__name__} without inputs: return (module, inputs), the "
+            "example inputs a dict for keywords, a tuple or one tensor"
         )
     return ModelWithInputs(found, (), huggingface_inputs(found, shape))

@@ -52,11 +52,11 @@ CorsAllowOrigin = Annotated[
     _option(LISTEN, "Pages of this origin may ask, may be repeated; * for all.", metavar="ORIGIN"),
 ]
 UrlPrefix = Annotated[str, _option(LISTEN, "What every path begins with.", metavar="/PREFIX")]
-Backend = Annotated[
-    Literal["turbotx", "eager"], _option(MODEL, "What computes: turbotx, or PyTorch alone.")
+Backend = Annotated[Literal["turbotx", "eager"], _option(MODEL, "turbotx, or PyTorch alone.")]
+Device = Annotated[str, _option(MODEL, "cpu, cuda, or cuda:1.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"], _option(MODEL, "Dtype of the weights.")
 ]
-Device = Annotated[str, _option(MODEL, "PyTorch's name of it: cpu, cuda, cuda:1.")]
-Dtype = Annotated[Literal["float32", "bfloat16", "float16"], _option(MODEL, "Of the weights.")]
 Quantize = Annotated[
     Literal["none", "int8", "fp8", "int8-weights", "int4-weights"],
     _option(MODEL, "Products in int8 or fp8, or by int8 or int4 weights alone."),
@@ -70,22 +70,24 @@ Pooling = Annotated[
     str | None,
     _option(
         MODEL,
-        "Tokens to one vector: cls, max, mean, mean_sqrt_len_tokens, weightedmean, lasttoken, or "
-        "several joined by +; none: a vector a token; splade; default: as the model's files say.",
+        "How tokens become one vector: cls, max, mean, mean_sqrt_len_tokens, weightedmean, "
+        "lasttoken, or several joined with +; none: one vector per token; splade; default: the "
+        "model's files decide.",
     ),
 ]
 Normalize = Annotated[
-    bool | None, _option(MODEL, "Vectors of length 1; default: as the model's files say.")
+    bool | None, _option(MODEL, "Vectors of length 1; default: the model's files decide.")
 ]
 DefaultPrompt = Annotated[
-    str | None, _option(MODEL, "Put before every text; default: as the model's files say.")
+    str | None, _option(MODEL, "Put before every text; default: the model's files decide.")
 ]
 DefaultPromptName = Annotated[
-    str | None, _option(MODEL, "Which of the model's prompts that is.", metavar="NAME")
+    str | None,
+    _option(MODEL, "Name of the model's prompt to put before every text.", metavar="NAME"),
 ]
 ServedModelName = Annotated[
     list[str] | None,
-    _option(MODEL, "What answers call the model, one for each; default: its directory."),
+    _option(MODEL, "Name of each model in answers; default: its directory."),
 ]
 Task = Annotated[
     Literal["embed", "generate"],
@@ -100,32 +102,31 @@ Policy = Annotated[
 ]
 Padding = Annotated[
     Literal["auto", "packed", "padded"],
-    _option(BATCH, "Whether rows are filled up to their batch's longest; auto: not where the "
-            "model and the policy allow."),
+    _option(BATCH, "Whether rows are padded to their batch's longest; auto: only if the model "
+            "or the policy needs it."),
 ]  # fmt: skip
 MaxBatch = Annotated[int, _option(BATCH, "Sequences in a batch.")]
 MaxBatchTokens = Annotated[
-    int, _option(BATCH, "Tokens in a batch, with padding where there is any; 0: no limit.")
+    int, _option(BATCH, "Tokens in a batch, including padding; 0: no limit.")
 ]
 LazyMs = Annotated[float, _option(BATCH, "Wait this long for a batch to fill; 0: run when idle.")]
 MaxAgeMs = Annotated[
-    float, _option(BATCH, "Longest wait of a request; a third of it in work is admitted.")
+    float, _option(BATCH, "Longest wait of a request; work for a third of it is admitted.")
 ]
 CostFolder = Annotated[
-    Path | None, _option(BATCH, "Where measured costs are kept; default: turbotx's cache.")
+    Path | None, _option(BATCH, "Where measured costs are stored; default: turbotx's cache.")
 ]
 MaxSequences = Annotated[int, _option(GENERATE, "Sequences that decode together.")]
 MaxCacheNbytes = Annotated[
-    int, _option(GENERATE, "Bytes of keys and values, room to grow included.")
+    int, _option(GENERATE, "Bytes of keys and values, including room to grow.")
 ]
 PrefillTokens = Annotated[
-    int, _option(GENERATE, "Tokens of prompts that are read between two steps of decoding.")
+    int, _option(GENERATE, "Tokens of prompts read between two decoding steps.")
 ]
-MaxWaiting = Annotated[int, _option(GENERATE, "Sequences that may wait; beyond it 429.")]
+MaxWaiting = Annotated[int, _option(GENERATE, "Sequences that may wait; more get 429.")]
 PrefixCache = Annotated[
     bool,
-    _option(GENERATE, "Keep keys and values of texts for prompts that begin alike, while there is "
-            "room."),
+    _option(GENERATE, "Reuse keys and values for prompts that begin alike, while there is room."),
 ]  # fmt: skip
 MaxQueue = Annotated[int, _option(LIMIT, "Sequences that may wait.")]
 MaxClientBatch = Annotated[int, _option(LIMIT, "Inputs in one request.")]
@@ -134,16 +135,19 @@ TimeoutMs = Annotated[float, _option(LIMIT, "Longest time to answer one request,
 ReceiveTimeoutMs = Annotated[
     float, _option(LIMIT, "Longest time for a header, and between two parts of a body.")
 ]
-MaxConnections = Annotated[int, _option(LIMIT, "Connections; beyond it the most silent is closed.")]
+MaxConnections = Annotated[
+    int, _option(LIMIT, "Connections; beyond it the one silent longest is closed.")
+]
 TokenizerThreads = Annotated[int, _option(LIMIT, "Threads that tokenise.")]
 AutoTruncate = Annotated[
-    bool, _option(LIMIT, "Cut texts that are too long where a request does not say.")
+    bool, _option(LIMIT, "Truncate long texts unless a request says otherwise.")
 ]
 CacheNbytes = Annotated[int, _option(KEEP, "Bytes of answers kept; 0: no cache.")]
 Coalesce = Annotated[bool, _option(KEEP, "Compute identical inputs in flight once.")]
 Otel = Annotated[bool, _option(WATCH, "Trace every request with OpenTelemetry.")]
 LogLevel = Annotated[
-    Literal["debug", "info", "warning", "error"], _option(WATCH, "Of the JSON lines on stderr.")
+    Literal["debug", "info", "warning", "error"],
+    _option(WATCH, "Level of the JSON lines on stderr."),
 ]
 
 

@@ -83,7 +83,7 @@ def find_compiler() -> str:
         if found:
             return found
     if named:
-        raise NoCompilerError(f"no C++ compiler: the variable CXX is not a program, {named!r}")
+        raise NoCompilerError(f"no C++ compiler: CXX names {named!r}, which is not a program")
     raise NoCompilerError(
         "no C++ compiler: install g++ or clang++, or name one in the variable CXX"
     )

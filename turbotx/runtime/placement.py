@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from turbotx.errors import InputError, OptionsError
-from turbotx.runtime.cuda.device import CudaDevice, require_triton
+from turbotx.runtime.cuda.device import CudaDevice, require_cuda, require_triton
 from turbotx.runtime.device import Device
 
 
@@ -40,6 +40,29 @@ def find_device(model: nn.Module, leaves: Sequence[Any]) -> torch.device:
             f"move the model and its inputs with .to({str(max(places, key=_rank))!r})"
         )
     return next(iter(places), torch.device("cpu"))
+
+
+def device_named(name: str | torch.device) -> torch.device:
+    """Return the device of a name such as "cuda:1"; raise OptionsError if turbotx runs on none of
+    its kind."""
+    try:
+        place = torch.device(name)
+    except RuntimeError as error:
+        raise OptionsError(
+            f"device {name!r} is none that PyTorch knows: write cpu, cuda, or cuda:1"
+        ) from error
+    if place.type not in ("cpu", "cuda"):
+        raise OptionsError(
+            f"device {str(place)!r}: turbotx runs on CPUs and NVIDIA GPUs: write cpu or cuda"
+        )
+    return place
+
+
+def require_device(name: str) -> None:
+    """Raise OptionsError or DeviceError if turbotx cannot run on the device of that name here."""
+    place = device_named(name)
+    if place.type == "cuda":
+        require_cuda(place)
 
 
 def _rank(place: torch.device) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 
 from turbotx.errors import DeviceError, SavedFileError
 from turbotx.runtime.device import Device
-from turbotx.runtime.placement import open_device
+from turbotx.runtime.placement import device_named, open_device
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def open_place(
     for it, else the current GPU. Raises SavedFileError if the file has no program for this machine.
     """
     targets: Sequence[str] = manifest.get("targets", ["cpu"])
-    place = torch.device(device) if device is not None else _default_place(targets, weights)
+    place = device_named(device) if device is not None else _default_place(targets, weights)
     held = f"{path} has programs for {' and '.join(targets)}"
     again = "save the model with turbotx.save(..., targets=[{!r}]) for it"
     if place.type == "cpu":

@@ -9,6 +9,7 @@ accepted before it are finished::
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import math
@@ -70,7 +71,9 @@ def open_port(host: str, port: int) -> socket.socket:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(address)
     except (OSError, OverflowError) as error:
-        raise SettingsError(f"cannot listen on {host} port {port}: {error}") from error
+        hint = "; give another port" if getattr(error, "errno", 0) == errno.EADDRINUSE else ""
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"cannot listen on {host} port {port}: {reason}{hint}") from error
     return opened
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from turbotx.runtime.placement import require_device
 from turbotx.serving.engine import BatchEngine, Head, Padding, TorchEngine
 from turbotx.serving.model_info import ModelInfo
 from turbotx.serving.sentence_files import (
@@ -118,6 +119,7 @@ def load_model(
         raise ModelFilesError("padding 'packed' needs backend turbotx: eager runs padded")
     if quantize != "none" and backend == "eager":
         raise ModelFilesError(f"quantize {quantize!r} needs backend turbotx: leave one out")
+    require_device(device)
     tokenizer, info = describe_model(model, backend=backend, device=device, dtype=dtype, **choices)
     if quantize != "none":  # also part of the keys of saved costs and programs
         info = replace(info, dtype=f"{dtype}-{quantize}")

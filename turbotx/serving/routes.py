@@ -247,7 +247,7 @@ def require_head(service: Service, kind: str, scope: Scope) -> Head:
     """Return the model's head; raise BadInput if its kind is not the endpoint's."""
     info = service.model_of(scope).info
     if info.head.kind != kind:
-        raise BadInput(f"{info.name} is a {info.head.kind} model: use {PATHS[info.head.kind]}")
+        raise BadInput(f"the kind of {info.name} is {info.head.kind}: use {PATHS[info.head.kind]}")
     return info.head
 
 

@@ -125,7 +125,7 @@ def _loader_of(config: Any, kind: str, folder: Path) -> Any:
         return getattr(transformers, ENCODERS[config.model_type])
     if getattr(config, "is_encoder_decoder", False):
         raise ModelFilesError(
-            f"{folder} is a {config.model_type}, an encoder with a decoder: of those only "
+            f"{folder} is of type {config.model_type}, an encoder with a decoder: of those only "
             f"{', '.join(ENCODERS)} are served"
         )
     return transformers.AutoModel

@@ -40,6 +40,7 @@ class StandInCuda:
         self.invalid, self.recording = False, set()
         facts = {
             "is_available": lambda: True,
+            "device_count": lambda: 2,
             "get_device_capability": lambda index: capability,
             "get_device_name": lambda index: "Some GPU",
             "get_device_properties": lambda index: SimpleNamespace(
@@ -243,6 +244,14 @@ def test_a_device_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     StandInCuda(monkeypatch, capability=(7, 5))
     with pytest.raises(DeviceError, match=r"Some GPU has compute capability 7\.5.*need 8\.0"):
         CudaDevice(GPU, StandInDriver())
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    StandInCuda(monkeypatch)
+    require_cuda(torch.device("cuda"))
+    require_cuda(torch.device("cuda:1"))
+    with pytest.raises(DeviceError, match=r"there is no cuda:2: PyTorch sees 2 GPUs"):
+        CudaDevice(torch.device("cuda:2"), StandInDriver())
 
 
 def test_rocm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

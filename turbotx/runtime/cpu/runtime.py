@@ -98,7 +98,7 @@ def _build(
         if backend == "cpp":
             raise
         warnings.warn(
-            f"{error}; until then regions run through ATen, in planned memory, slower",
+            f"{error}; without one regions run through ATen, in planned memory, slower",
             BuildWarning,
             stacklevel=3,
         )

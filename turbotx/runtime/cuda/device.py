@@ -30,7 +30,7 @@ class CudaDevice:
     """One NVIDIA GPU. Raises DeviceError if it cannot be used."""
 
     def __init__(self, torch_device: torch.device, driver: Any = None) -> None:
-        require_cuda()
+        require_cuda(torch_device)
         index = torch_device.index
         self.index: int = torch.cuda.current_device() if index is None else index
         self.torch_device = torch.device("cuda", self.index)
@@ -220,8 +220,8 @@ _NOTHING = nullcontext()
 _unfinished: list[torch.cuda.CUDAGraph] = []
 
 
-def require_cuda() -> None:
-    """Raise DeviceError with a remedy if no program can run on a GPU."""
+def require_cuda(place: torch.device | None = None) -> None:
+    """Raise DeviceError with a remedy if no program can run on a GPU, or on the one given."""
     if torch.version.hip is not None:
         raise DeviceError(
             "this PyTorch is built for ROCm, and turbotx runs programs on NVIDIA GPUs and CPUs: "
@@ -237,6 +237,9 @@ def require_cuda() -> None:
                 else "it is a CPU build; install one with CUDA, see pytorch.org"
             )
         )
+    count = torch.cuda.device_count()
+    if place is not None and (place.index or 0) >= count:
+        raise DeviceError(f"there is no {place}: PyTorch sees {count} GPUs, the first is cuda:0")
 
 
 def require_triton() -> None:

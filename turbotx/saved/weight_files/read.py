@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from turbotx.errors import WeightsError, first_line
+from turbotx.errors import WeightsError, first_line, kind_and_line
 
 # Names searched for in a folder, in this order.
 USUAL_NAMES = (
@@ -42,7 +42,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except WeightsError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"cannot read {path}: {first_line(error)}") from error
+        raise WeightsError(
+            f"cannot read {path} as safetensors, .npz or a state dict of PyTorch: "
+            f"{kind_and_line(error)}"
+        ) from error
 
 
 def _find(path: Path) -> Path:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from turbotx.runtime.placement import require_device
 from turbotx.serving.generation.sampling import Sampling
 from turbotx.serving.model_files import DTYPES, POSITIONS, find_folder
 from turbotx.serving.sentence_files import ModelFilesError, loading, refuse_missing
@@ -64,6 +65,7 @@ def load_generator(
     """
     if dtype not in DTYPES:
         raise ModelFilesError(f"no dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    require_device(device)
     folder = find_folder(model)
     need_tokenizer(folder)
     with loading(str(folder)):
@@ -120,8 +122,8 @@ def _read(folder: Path, dtype: str) -> tuple[Any, Any]:
     )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelFilesError(
-            f"{folder} is a {config.model_type}, an encoder with a decoder: texts are made by "
-            "causal language models"
+            f"{folder} is of type {config.model_type}, an encoder with a decoder: texts are made "
+            "by causal language models"
         )
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
