@@ -389,5 +389,5 @@ class _Assembler:
         tensor, source, written, leaves = lay_out_returned(name, self._operand(leaf), fresh)
         self.out.tensors.setdefault(name, tensor)
         self._copy_into(leaf, "returned", source, written)
-        self.out.externs.append((g.target_name(leaf), "what is returned lies otherwise than eager's"))
+        self.out.externs.append((g.target_name(leaf), "what is returned lies otherwise in eager"))
         return leaves
