@@ -59,6 +59,7 @@ class Reach:
                 self._visit(hook, "a hook of all modules", 0, frozenset())
         for cls in dict.fromkeys(type(m) for m in model.modules()):
             self._visit_method(cls, "forward")
+            self._visit_method(cls, "__call__")
         while self._waiting:
             self._look_at_function(*self._waiting.pop())
 
