@@ -30,6 +30,8 @@ def unpatched(func: Any) -> Any:
     Raises CaptureError for a method of torch.Tensor that the user has replaced, and that calls the
     one before.
     """
+    if torch.compiler.is_dynamo_compiling():  # traces what modes do, and cannot look at frames
+        return func
     handler = sys._getframe(2)
     if handler.f_code is handle_torch_function.__code__ and handler.f_back is not None:
         asker, code = handler.f_back, handler.f_back.f_code
