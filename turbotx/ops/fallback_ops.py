@@ -15,7 +15,7 @@ from torch import fx
 
 from turbotx.ir.fx_nodes import dtype, is_tensor
 from turbotx.ir.subgraphs import WithGraphs
-from turbotx.ops.table import OPS, is_number_computed, is_stored
+from turbotx.ops.table import OPS, is_stored
 
 _ORDERS = "orders a row by comparisons: ATen's own sort does that"
 _WRITES = "writes at places that are known only when it runs, where two may be one"
