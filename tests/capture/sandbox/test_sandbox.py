@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import distributions, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrize
 
@@ -325,3 +325,25 @@ def test_cached_parametrizations_hold_nothing_of_a_trace() -> None:
         model[0].parametrizations.weight.original.mul_(3)
     for optimized in (fast, anew):
         torch.testing.assert_close(optimized(X), model(X))
+
+
+class Scored(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.normal = distributions.MultivariateNormal(torch.zeros(4), 2 * torch.eye(4))
+        self.kinds = distributions.Categorical(logits=torch.arange(4.0))
+
+    def forward(self, x):
+        return self.normal.log_prob(x) + self.normal.precision_matrix.sum(), self.kinds.probs * x
+
+
+def test_what_a_distribution_keeps_is_a_tensor_of_a_call() -> None:
+    model, like = Scored().eval(), Scored().eval()
+    found, _ = run(model, X, Y, X)
+    torch.testing.assert_close(found, [like(x) for x in (X, Y, X)])
+    for name in ("normal", "kinds"):
+        ours, theirs = vars(getattr(model, name)), vars(getattr(like, name))
+        assert ours.keys() == theirs.keys()
+        assert all(type(x) is type(theirs[key]) for key, x in ours.items())
+    model.kinds = distributions.Categorical(logits=torch.zeros(4))
+    torch.testing.assert_close(run(model, X)[0][0], model(X))
