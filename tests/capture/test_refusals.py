@@ -30,6 +30,18 @@ def test_torchscript_is_refused_and_the_model_runs_on(make: Any) -> None:
         turbotx.optimize(part)(torch.ones(1, 2))
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_modules_are_refused_before_their_first_call() -> None:
+    model, x = nn.Sequential(nn.LazyLinear(3), nn.LazyLinear(2)).eval(), torch.ones(2, 4)
+    fast = turbotx.optimize(model)
+    with pytest.raises(CaptureError, match="LazyLinear at '0' before its first call"):
+        fast(x)
+    with pytest.raises(CaptureError, match="LazyLinear before its first call"):
+        turbotx.optimize(model[0])
+    right = model(x)
+    torch.testing.assert_close(fast(x), right)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_packed_quantised_weights_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()

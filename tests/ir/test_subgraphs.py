@@ -43,7 +43,7 @@ def biased(q: torch.Tensor) -> torch.Tensor:
     ("model", "shapes", "listed"),
     [
         (Chooses().eval().requires_grad_(False), ((3, 6), (5, 6), (1, 6)), "cond"),
-        (doubled, ((2, 3), (4, 5)), "while_loop"),
+        (doubled, ((2, 3), (4, 5), (1, 3)), "while_loop"),
         (biased, ((1, 2, 16, 16), (2, 2, 24, 16)), "flex_attention"),
     ],
 )
@@ -66,3 +66,14 @@ def test_both_of_two_calls_stay() -> None:
     fast = turbotx.optimize(model)
     for x in (torch.ones(2, 3), -torch.ones(3, 3)):
         torch.testing.assert_close(fast(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention")
+def test_guards_of_a_graph_are_checked_by_the_call_alone() -> None:
+    def grouped(q: torch.Tensor, k: torch.Tensor) -> Any:
+        return flex_attention(q, k, k, enable_gqa=True)
+
+    fast = turbotx.optimize(grouped)
+    for batch, length in ((2, 16), (1, 24)):
+        q = torch.randn(batch, 4, length, 16)
+        torch.testing.assert_close(fast(q, q[:, :2]), grouped(q, q[:, :2]))

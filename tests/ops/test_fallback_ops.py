@@ -22,7 +22,6 @@ def test_reasons() -> None:
     assert why(aten.topk.default).startswith("aten.topk.default orders a row")
     assert why(aten.convolution.default).endswith("the vendor's library does that")
     assert why(aten.special_i0e.default) == "aten.special_i0e.default has no row in the op table"
-    assert why(aten.exp.default).endswith("works on complex numbers, which kernels do not")
 
 
 def test_a_float_of_sizes_that_no_kernel_computes() -> None:

@@ -350,3 +350,10 @@ def test_a_row_that_sees_nothing_is_what_eager_gives(form: str, rows_that_see_no
 def test_what_a_blind_row_gives_is_said_by_the_node(form: str) -> None:
     (node,) = recognized(FORMS[form], torch.ones(2, 5, dtype=torch.bool))
     assert node.kwargs.get("blind_nan", False) == (not form.startswith("sdpa"))
+
+
+def test_heads_of_no_width() -> None:
+    fast = turbotx.optimize(F.scaled_dot_product_attention)
+    for width in (0, 4):
+        q = torch.randn(2, 3, 5, width)
+        torch.testing.assert_close(fast(q, q, q), F.scaled_dot_product_attention(q, q, q))

@@ -20,6 +20,8 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from turbotx.capture.module_state.places import CallPlace
+from turbotx.capture.module_state.values import is_library
 from turbotx.errors import InputError
 
 
@@ -86,10 +88,11 @@ def leave_foreign(leaves: Iterable[Any]) -> None:
 
 def calls_forward(model: nn.Module) -> bool:
     """Return whether calling the model runs only its `forward` and hooks: no class overrides
-    `__call__`."""
+    `__call__`, and nobody has replaced PyTorch's."""
     if isinstance(model, fx.GraphModule):
         return True  # its __call__ only adds the failing line to an error
-    return not any(
+    plain = CallPlace(nn.Module).read()
+    return is_library(plain.__globals__.get("__name__")) and not any(
         "__call__" in vars(c) and not vars(c).get("turbotx_adds_nothing", False)
         for c in type(model).__mro__
         if c is not nn.Module

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch._export import utils
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.export import _trace
+from torch.export import _trace, _unlift
 from torch.fx.experimental import proxy_tensor
 from torch.utils._sympy.symbol import symbol_is_type
 
@@ -25,6 +25,7 @@ from turbotx.capture.tracing import replaced_in_thread
 from turbotx.ir.fake_results import BY_VALUES
 
 _OPS = "_materialize_cpp_cia_ops"
+_CHECKS = "_ok_to_generate_guards_fn"
 
 
 @contextmanager
@@ -40,13 +41,16 @@ def light_export() -> Iterator[None]:
 
 
 @contextmanager
-def ops_listed_once() -> Iterator[None]:
+def light_decomposition() -> Iterator[None]:
     """Context manager: this thread's decompositions of whole graphs list PyTorch's ops in C++ once,
-    not twice for each of 27 namespaces: a seventh of a small capture."""
-    if not hasattr(utils, _OPS):
-        yield
-        return
-    with replaced_in_thread(utils, _OPS, functools.cache(getattr(utils, _OPS))):
+    not twice for each of 27 namespaces: a seventh of a small capture. They add no call that checks
+    an export's guards, which `guards.py` does: it fails where its tensors are not given."""
+    with ExitStack() as stack:
+        if hasattr(utils, _OPS):
+            listed = functools.cache(getattr(utils, _OPS))
+            stack.enter_context(replaced_in_thread(utils, _OPS, listed))
+        if hasattr(_unlift, _CHECKS):
+            stack.enter_context(replaced_in_thread(_unlift, _CHECKS, lambda: False))
         yield
 
 

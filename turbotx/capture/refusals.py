@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export.graph_signature import OutputKind
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from turbotx.capture.ambient import Ambient, unknown_modes
 from turbotx.capture.composition import LeftToPyTorch, is_dense
@@ -65,6 +66,8 @@ def refuse_foreign_weights(model: nn.Module) -> None:
     """Raise CaptureError for a parameter or buffer of a subclass with its own computations: fake,
     distributed or quantized tensors. Raises LeftToPyTorch for parameters replaced by plain tensors,
     as `torch.func.functional_call` does for one call."""
+    for path, module in model.named_modules():
+        refuse_lazy(module, path)
     if not all(isinstance(p, nn.Parameter) for p in model.parameters()):
         raise LeftToPyTorch("the model's parameters are other tensors for this call")
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -76,6 +79,17 @@ def refuse_foreign_weights(model: nn.Module) -> None:
                 f"{why}, whose values kernels cannot read. Call the model without turbotx, or "
                 "optimize the parts whose weights are plain tensors"
             )
+
+
+def refuse_lazy(module: nn.Module, path: str = "") -> None:
+    """Raise CaptureError for a lazy module before its first call, which makes its parameters and
+    sets its class."""
+    if isinstance(module, LazyModuleMixin) and "_initialize_hook" in vars(module):
+        where = f" at {path!r}" if path else ""
+        raise CaptureError(
+            f"cannot capture the {type(module).__name__}{where} before its first call, from which "
+            "it takes its parameters' sizes: call the model once without turbotx, then optimize it"
+        )
 
 
 def refuse_parts(model: nn.Module) -> None:

@@ -62,7 +62,7 @@ from turbotx.capture.idle_conversions import idle_conversions
 from turbotx.capture.idle_dropout import IdleDropout
 from turbotx.capture.inplace_ops import write_out_of_place
 from turbotx.capture.input_names import find_hints, name_dims, name_inputs
-from turbotx.capture.light_export import light_export, ops_listed_once
+from turbotx.capture.light_export import light_decomposition, light_export
 from turbotx.capture.module_state.environment import watch_environment
 from turbotx.capture.module_state.identity import equal_to
 from turbotx.capture.module_state.record import StateRecord, find_model_names, make_record
@@ -352,7 +352,7 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
             decompose_nodes(exported.graph_module, kept)
         except NotNodeByNode:
             exported.graph_module.graph = before
-            with ops_listed_once():
+            with light_decomposition():
                 exported = exported.run_decompositions(table_without(kept))
     return _Exported(exported, fresh, squeezed, written, shown)
 

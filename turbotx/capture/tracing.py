@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from turbotx.capture.module_state.attribute_methods import active
+from turbotx.capture.module_state.places import CallPlace
 from turbotx.ir.fake_results import forget_results
 
 _lock = threading.RLock()
@@ -47,6 +49,8 @@ def tracing() -> Iterator[None]:
             with ExitStack() as stack:
                 if hasattr(tracer, "_Patcher"):
                     stack.enter_context(_replaced(tracer._Patcher, "patch_method", _limit_patches))
+                if hasattr(tracer, _CALL):
+                    stack.enter_context(_replaced(tracer, _CALL, _call_as_replaced))
                 if hasattr(export, "_compiling_state_context"):
                     stack.enter_context(
                         _replaced(export, "_compiling_state_context", _limit_context)
@@ -85,6 +89,8 @@ _LAST_TRACE = "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT"
 holds the model and its parameters."""
 
 
+_CALL = "_orig_module_call"
+"""PyTorch's name for what a call of a module runs when it is not traced."""
 _HIERARCHY = "_EXPORT_MODULE_HIERARCHY"
 _READS_HIERARCHY = "_get_module_call_graph"
 
@@ -199,6 +205,19 @@ def _limit_context(context: Any) -> Any:
             yield
 
     return limited
+
+
+def _call_as_replaced(plain: Any) -> Any:
+    """Return what runs a module's call: inside the model what stands in `nn.Module.__call__`, which
+    the user may have replaced, and PyTorch's own for the wrappers around it."""
+    now = CallPlace(nn.Module).read()
+
+    @functools.wraps(plain)
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inside = getattr(active, "recorder", None) is not None
+        return (now if inside else plain)(module, *args, **kwargs)
+
+    return plain if now is plain else call
 
 
 def _limit_patches(patch: Any) -> Any:

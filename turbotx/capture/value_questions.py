@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from turbotx.capture.decisions import AssumedCondition, Decisions, Outcomes
 from turbotx.capture.module_state.values import is_library
+from turbotx.capture.patched_functions import unpatched
 from turbotx.errors import CaptureError
 from turbotx.ir.expr import sizes_of
 from turbotx.ir.sizes import Sizes
@@ -110,7 +111,7 @@ class ValueQuestions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, func = kwargs or {}, unpatched(func)
         if func is Tensor.item and _is_unknown(args[0]):
             return self._ask(args[0], sys._getframe(1))
         if func in _QUESTIONS and isinstance(args[0], FakeTensor):

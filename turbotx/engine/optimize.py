@@ -20,6 +20,7 @@ from torch import nn
 
 from turbotx.capture.callables import CallableState, as_module
 from turbotx.capture.composition import LeftToPyTorch, left_to_pytorch
+from turbotx.capture.refusals import refuse_lazy
 from turbotx.engine.drop_in import OptimizedModule, original_of
 from turbotx.engine.engine import Engine
 from turbotx.engine.subclassing import make_twin, optimize_class, optimize_in_place, renew_engine
@@ -136,6 +137,7 @@ def optimize(target: Any = _NOTHING, /, *, in_place: bool = False, **options: An
 
 def _optimize_module(module: nn.Module, options: Options, in_place: bool) -> Any:
     _refuse_unknown_names(module, options)
+    refuse_lazy(module)
     if in_place:
         return optimize_in_place(module, options)
     original = original_of(module)

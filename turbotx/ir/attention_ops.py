@@ -17,6 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 NO_WINDOW = (-1, -1)
 
+_attend: Any = torch._C._nn.scaled_dot_product_attention
+"""PyTorch's function, whatever a user has put in its place in torch.nn.functional."""
+
 
 def attention(
     q: torch.Tensor,
@@ -73,9 +76,7 @@ def attention(
             mask = visible
         out = _attend_step_by_step(q, k, v, mask, scale, softcap, sinks)
     else:
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=plainly_causal, scale=scale, enable_gqa=grouped
-        )
+        out = _attend(q, k, v, mask, is_causal=plainly_causal, scale=scale, enable_gqa=grouped)
     if blind_nan and mask is not None and k.shape[2] != 0:
         out = out.masked_fill(~_sees(mask, sinks), float("nan"))
     return out.permute(0, 2, 1, 3).contiguous()

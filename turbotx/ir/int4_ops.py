@@ -17,7 +17,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 SMALLEST = 2.0**-100
 GROUP = 32
@@ -55,7 +54,7 @@ def dequantize_groups(packed: torch.Tensor, scale: torch.Tensor, depth: int) -> 
 
 
 def _groups(x: torch.Tensor, group: int) -> torch.Tensor:
-    return F.pad(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
+    return torch.constant_pad_nd(x, (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
 
 
 def divide(x: torch.Tensor, number: float) -> torch.Tensor:

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import fx
 
-from turbotx.ir.fx_nodes import is_tensor
+from turbotx.ir.fx_nodes import dtype, is_tensor
 from turbotx.ir.subgraphs import WithGraphs
-from turbotx.ops.table import OPS, is_number_computed
+from turbotx.ops.table import OPS, is_stored
 
 _ORDERS = "orders a row by comparisons: ATen's own sort does that"
 _WRITES = "writes at places that are known only when it runs, where two may be one"
@@ -51,8 +51,11 @@ def why_outside(node: fx.Node) -> str:
         return f"{target} {REASONS[name]}"
     if target not in OPS:
         return f"{target} has no row in the op table"
-    if all(is_tensor(n) or is_number_computed(n) for n in node.all_input_nodes):
-        return f"{target} works on complex numbers, which kernels do not"
+    odd = [n for n in (node, *node.all_input_nodes) if is_tensor(n) and not is_stored(n, target)]
+    if odd:
+        found = dtype(odd[0])
+        kind = "complex" if found.is_complex else str(found).removeprefix("torch.")
+        return f"{target} works on {kind} numbers, which kernels do not"
     return f"{target} takes a float made of sizes in a way that kernels do not compute"
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from turbotx.ir import fx_nodes as g
+from turbotx.ir.printer import SHORT
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,17 @@ def is_computed(node: Any) -> bool:
     if not g.is_tensor(node) or node.op != "call_function" or node.target not in OPS:
         return False
     sources = node.all_input_nodes
-    if any(g.dtype(n).is_complex for n in (node, *sources) if g.is_tensor(n)):
+    if not all(is_stored(n, node.target) for n in (node, *sources) if g.is_tensor(n)):
         return False
     return all(g.is_tensor(n) or is_number_computed(n) for n in sources)
+
+
+def is_stored(node: Any, target: Any) -> bool:
+    """Return whether kernels that compute `target` read and write numbers of a node's dtype: none
+    do complex ones and unsigned ones of more than 8 bits, and only turbotx's own ops float8."""
+    dtype = g.dtype(node)
+    own = getattr(target, "namespace", "turbotx") == "turbotx"
+    return dtype in SHORT and (own or dtype is not torch.float8_e4m3fn)
 
 
 def is_number_computed(node: Any) -> bool:

@@ -88,7 +88,7 @@ def _read_sdpa(node: fx.Node) -> AttentionPattern | None:
     mask, scale = g.argument(node, "attn_mask"), g.argument(node, "scale")
     if scale is None:
         width = g.shape(q)[-1]
-        scale = 1 / math.sqrt(int(width)) if width.is_Integer else math.nan
+        scale = 1 / math.sqrt(int(width)) if width.is_Integer and width != 0 else math.nan
     causal = bool(g.argument(node, "is_causal"))
     return AttentionPattern(q, k, v, mask, float(scale), causal)
 
@@ -104,8 +104,8 @@ def _why_not_products(found: AttentionPattern) -> str:
         shown = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
         return f"the kernels take float32, bfloat16 or float16, and its operands are {shown}"
     widths = [s[3] for s in shapes]
-    if not all(w.is_Integer for w in widths) or widths[0] != widths[1]:
-        return "its head_dim is not one number known from the graph"
+    if not all(w.is_Integer for w in widths) or widths[0] != widths[1] or widths[0] == 0:
+        return "its head_dim is not one number above 0 known from the graph"
     heads = [s[1] for s in shapes]
     grouped = all(h.is_Integer for h in heads) and int(heads[0]) % int(heads[1]) == 0
     if heads[1] != heads[2] or not (heads[0] == heads[1] or grouped):

@@ -144,7 +144,7 @@ def shown_spans(
 
 def bounds_of(lengths: torch.Tensor) -> torch.Tensor:
     """Return where sequences begin and the last ends, int64 (sequences + 1)."""
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    return torch.constant_pad_nd(lengths.cumsum(0), (1, 0))
 
 
 def require_binary(holds: bool) -> None:

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import distributions, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils import parametrize
 
 import turbotx
 from turbotx.capture.sandbox.leaks import find_leaks
@@ -281,3 +282,68 @@ def test_the_finder_of_leaks_finds_them() -> None:
     assert not find_leaks(functools.lru_cache(lambda: 1))
     cache()
     assert find_leaks(cache)
+
+
+def test_a_hook_of_every_module_leaves_what_eager_leaves() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+    fast, met, sums = turbotx.optimize(model, backend="aten"), list[str](), dict[str, Any]()
+
+    def note(module, given, output):
+        met.append(type(module).__name__)
+        sums[type(module).__name__] = output.sum()
+
+    handle = nn.modules.module.register_module_forward_hook(note)
+    try:
+        for x in (X, X, Y):
+            met.clear()
+            expected, found = model(x), list(met)
+            kept = dict(sums)
+            met.clear()
+            torch.testing.assert_close(fast(x), expected)
+            assert met == found == ["Linear", "ReLU", "Sequential"]
+            torch.testing.assert_close(sums, kept)
+    finally:
+        handle.remove()
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def test_cached_parametrizations_hold_nothing_of_a_trace() -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    parametrize.register_parametrization(model[0], "weight", Halved())
+    fast = turbotx.optimize(model, backend="aten")
+    with parametrize.cached():
+        first = fast(X)  # computed in the program, and in PyTorch's cache afterwards
+        assert not isinstance(model[0].weight, FakeTensor)
+        torch.testing.assert_close(first, model(X))
+        anew = turbotx.optimize(model, backend="aten")
+        torch.testing.assert_close(anew(X), first)
+    with torch.no_grad():
+        model[0].parametrizations.weight.original.mul_(3)
+    for optimized in (fast, anew):
+        torch.testing.assert_close(optimized(X), model(X))
+
+
+class Scored(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.normal = distributions.MultivariateNormal(torch.zeros(4), 2 * torch.eye(4))
+        self.kinds = distributions.Categorical(logits=torch.arange(4.0))
+
+    def forward(self, x):
+        return self.normal.log_prob(x) + self.normal.precision_matrix.sum(), self.kinds.probs * x
+
+
+def test_what_a_distribution_keeps_is_a_tensor_of_a_call() -> None:
+    model, like = Scored().eval(), Scored().eval()
+    found, _ = run(model, X, Y, X)
+    torch.testing.assert_close(found, [like(x) for x in (X, Y, X)])
+    for name in ("normal", "kinds"):
+        ours, theirs = vars(getattr(model, name)), vars(getattr(like, name))
+        assert ours.keys() == theirs.keys()
+        assert all(type(x) is type(theirs[key]) for key, x in ours.items())
+    model.kinds = distributions.Categorical(logits=torch.zeros(4))
+    torch.testing.assert_close(run(model, X)[0][0], model(X))

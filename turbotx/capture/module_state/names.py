@@ -39,6 +39,7 @@ _GLOBAL = frozenset(("LOAD_GLOBAL", "LOAD_NAME"))
 _ATTRIBUTE = frozenset(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"))
 _CLASS = frozenset(("type", "__class__", "cls"))
 """Names by which code gets an object's class, whose attributes it then reads unrecorded."""
+_LAYERS = ("torch.nn.modules.", nn.functional.__name__)
 _UNCALLED = frozenset(
     f"__{name}__"
     for name in (
@@ -209,10 +210,10 @@ def _home(value: Any) -> str:
 
 
 def _is_layer(function: types.FunctionType) -> bool:
-    """Return whether a function belongs to PyTorch's layers, which call functions that a user may
-    replace."""
+    """Return whether a function belongs to PyTorch's layers, or to what they call, as multi-head
+    attention does: they call functions that a user may replace."""
     home = function.__module__ or ""
-    return home.startswith("torch.nn.modules.") and home != nn.Module.__module__
+    return home.startswith(_LAYERS) and home != nn.Module.__module__
 
 
 def _functions_in(value: Any, depth: int = 0) -> Iterable[types.FunctionType]:

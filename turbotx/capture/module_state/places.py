@@ -34,6 +34,7 @@ from turbotx.capture.module_state.values import (
     describe_table,
     dict_of,
     held_by,
+    is_library,
     is_watchable,
 )
 
@@ -191,6 +192,20 @@ class ClassPlace(StatePlace):
     def dicts(self) -> list[dict[Any, Any]]:
         """Return the dicts of the classes up to the one that has the name."""
         return _class_dicts(self.cls, self.name)
+
+
+class CallPlace(ClassPlace):
+    """What calling a module of a class runs, which Python finds without asking the module."""
+
+    def __init__(self, cls: type) -> None:
+        super().__init__(cls, "__call__", f"{cls.__module__}.{cls.__qualname__}.__call__")
+
+    def read(self) -> Any:
+        """Return the class's `__call__`, without what a tracer puts around it meanwhile."""
+        value = super().read()
+        while hasattr(value, "__wrapped__") and is_library(value.__globals__.get("__name__")):
+            value = value.__wrapped__
+        return value
 
 
 class DefaultsPlace(StatePlace):

@@ -28,6 +28,7 @@ from turbotx.capture.module_state.own_changes import (
 from turbotx.capture.module_state.places import (
     TABLES,
     AttributePlace,
+    CallPlace,
     ItemPlace,
     OwnTensorsPlace,
     StatePlace,
@@ -118,6 +119,7 @@ def find_model_names(model: nn.Module, recorder: StateRecorder, given: Iterable[
     for module in model.modules():
         cls = type(module)
         names.enter(cls.forward, cls)
+        names.enter(CallPlace(cls).read(), cls)
         for value in vars(module).values():
             names.enter(value)
     return find_names((), recorder.meet, names)
@@ -145,6 +147,7 @@ def make_record(
         *places,
         *_find_ties(model, places, names),
         *hooks,
+        *map(CallPlace, dict.fromkeys(type(m) for m in model.modules())),
         *names.places.values(),
     ]
     every += [OwnTensorsPlace(x, name, _text(paths, x, name)) for x, name in recorder.kept.values()]

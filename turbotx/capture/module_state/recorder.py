@@ -15,7 +15,6 @@ replaced; other threads pay only for the check that they are not the tracing one
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -112,7 +111,7 @@ class StateRecorder:
         Objects first met later, in functions that only a trace reveals, count as read entirely."""
         try:
             self._watch_class(nn.Module)
-            with _global_hooks_inside(), _told_of_compiles(self._pause, self._resume):
+            with _told_of_compiles(self._pause, self._resume):
                 yield
         finally:
             for cls in self._classes:
@@ -297,33 +296,6 @@ def _told_of_compiles(begin: Callable[..., None], end: Callable[..., None]) -> I
     finally:
         handler.remove_start_callback(begin)
         handler.remove_end_callback(end)
-
-
-@contextmanager
-def _global_hooks_inside() -> Iterator[None]:
-    """Context manager: skip global module hooks in this thread unless a recorder is active, since
-    the wrappers that PyTorch and turbotx put around the model for a trace are modules too."""
-    thread = threading.get_ident()
-
-    def inside(hook: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            on = getattr(active, "recorder", None) is not None
-            return hook(*args, **kwargs) if on or threading.get_ident() != thread else None
-
-        return run
-
-    replaced = []
-    module = nn.modules.module
-    for hooks in (module._global_forward_hooks, module._global_forward_pre_hooks):
-        for key, hook in list(hooks.items()):
-            hooks[key] = inside(hook)
-            replaced.append((hooks, key, hook))
-    try:
-        yield
-    finally:
-        for hooks, key, hook in replaced:
-            if key in hooks:  # not removed meanwhile
-                hooks[key] = hook
 
 
 def _computes_attributes(owner: Any) -> bool:

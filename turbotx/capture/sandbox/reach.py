@@ -59,6 +59,7 @@ class Reach:
                 self._visit(hook, "a hook of all modules", 0, frozenset())
         for cls in dict.fromkeys(type(m) for m in model.modules()):
             self._visit_method(cls, "forward")
+            self._visit_method(cls, "__call__")
         while self._waiting:
             self._look_at_function(*self._waiting.pop())
 
@@ -220,6 +221,7 @@ def _is_users_object(value: Any) -> bool:
     if isinstance(value, (torch.jit.ScriptModule, fx.GraphModule, torch.Tensor, BaseException)):
         return False
     known = isinstance(value, nn.Module) or kind in _NAMESPACES
+    known |= kind.__module__.startswith("torch.distributions.")  # which keep what they compute
     if is_library_or_sympy(kind.__module__) and not known:
         return False
     return type(dict_of(value)) is dict

@@ -10,6 +10,7 @@ that the code wrote to is restored, however the trace ends::
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
+from torch.nn.utils import parametrize
 
+from turbotx.capture.module_state.attribute_methods import active
 from turbotx.capture.returned_arguments import ReturnedContainer
 from turbotx.capture.sandbox.effects import Effect, SizesNeeded, find_effects
 from turbotx.capture.sandbox.reach import Reach
@@ -60,7 +63,7 @@ class Sandbox:
         """Context manager: on exit, restore everything that the code wrote to; caches are bypassed
         inside."""
         try:
-            with self._reach.past_caches():
+            with self._reach.past_caches(), _parametrizations_anew(), _global_hooks_inside():
                 yield
         finally:
             for watched in self._watched:
@@ -107,6 +110,48 @@ class Sandbox:
             for d, size in enumerate(sizes)
             if size & symbols
         )
+
+
+@contextmanager
+def _parametrizations_anew() -> Iterator[None]:
+    """Context manager: inside `torch.nn.utils.parametrize.cached()`, compute parametrized weights
+    from their parameters, and leave none of this trace in PyTorch's cache of them."""
+    cache = parametrize._cache
+    before = dict(cache)
+    cache.clear()
+    try:
+        yield
+    finally:
+        cache.clear()
+        if parametrize._cache is cache:  # not left meanwhile, in another thread
+            cache.update(before)
+
+
+@contextmanager
+def _global_hooks_inside() -> Iterator[None]:
+    """Context manager: skip global module hooks in this thread unless a recorder is active, since
+    the wrappers that PyTorch and turbotx put around the model for a trace are modules too."""
+    thread = threading.get_ident()
+
+    def inside(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            on = getattr(active, "recorder", None) is not None
+            return hook(*args, **kwargs) if on or threading.get_ident() != thread else None
+
+        return run
+
+    replaced = []
+    module = nn.modules.module
+    for hooks in (module._global_forward_hooks, module._global_forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            hooks[key] = inside(hook)
+            replaced.append((hooks, key, hook))
+    try:
+        yield
+    finally:
+        for hooks, key, hook in replaced:
+            if key in hooks:  # not removed meanwhile
+                hooks[key] = hook
 
 
 def _symbols(size: object) -> frozenset[str]:
