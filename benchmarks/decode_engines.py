@@ -49,10 +49,10 @@ def _run_transformers(model: Any, make_cache: Callable[[int, int], Any]) -> Run:
     return run
 
 
-def make_turbotx(model: Any, folder: Path, quantize: Any = "none") -> Run:
+def make_turbotx(model: Any, folder: Path, **options: Any) -> Run:
     from transformers import DynamicCache
 
-    fast = turbotx.optimize(model, quantize=quantize)
+    fast = turbotx.optimize(model, **options)
     return _run_transformers(fast, lambda batch, length: DynamicCache(config=model.config))
 
 
@@ -179,6 +179,7 @@ ENGINES: dict[str, Callable[[Any, Path], Run]] = {
     "openvino": make_openvino,
     "ctranslate2": make_ctranslate2,
     "turbotx-int8-weights": partial(make_turbotx, quantize="int8-weights"),
+    "turbotx-int8-weights-head": partial(make_turbotx, quantize="int8-weights", keep_float=()),
     "turbotx-int4-weights": partial(make_turbotx, quantize="int4-weights"),
     "ctranslate2-int8": partial(make_ctranslate2, int8=True),
 }

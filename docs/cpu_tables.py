@@ -27,6 +27,7 @@ ENGINES = {
     "ctranslate2-int8": "CTranslate2, int8", "turbotx-packed": "turbotx, packed",
     "turbotx-packed-int8": "turbotx, packed, int8", "compile-static": "torch.compile, static",
     "turbotx-int8-weights": "turbotx, int8 weights",
+    "turbotx-int8-weights-head": "turbotx, int8 weights, head too",
     "turbotx-int4-weights": "turbotx, int4 weights",
 }  # fmt: skip
 
