@@ -7,7 +7,7 @@ import torch
 
 from turbotx.memory import pool as pool_module
 from turbotx.memory.arena import PlainRange
-from turbotx.memory.cpu_range import CpuRange
+from turbotx.memory.cpu_range import CpuRange, total_nbytes
 from turbotx.memory.planner import CHUNK_NBYTES
 from turbotx.memory.pool import ChunkPool, MemoryExhausted, PoolBusy, poison
 
@@ -131,6 +131,15 @@ def test_an_arena_cannot_outgrow_its_addresses():
     pool = ChunkPool(CPU, open_memory=lambda d, n: CpuRange(1 << 30, available=lambda: None))
     with pytest.raises(MemoryExhausted, match="addresses reserved"), pool.lease((1 << 30) + 1):
         pass
+
+
+def test_many_pools_fit_the_addresses_of_a_process():
+    """A process has 128 TiB of them, which 128 pools of 1 TiB each used up."""
+    total = total_nbytes() or 0
+    pools = [ChunkPool(CPU) for _ in range(300 if total < 1 << 37 else 30)]
+    arenas = [pool.ensure(100) for pool in pools]
+    assert all(arena.mapped_nbytes == CHUNK_NBYTES for arena in arenas)
+    assert CpuRange(1 << 60).capacity_nbytes >= total
 
 
 def test_trimming_waits_for_a_long_quiet_run():

@@ -52,10 +52,19 @@ def load_libc() -> ctypes.CDLL | None:
 
 def available_nbytes() -> int | None:
     """Return the memory and swap that the system can still provide, in bytes; None if unknown."""
+    return _sum_of_meminfo("MemAvailable", "SwapFree")
+
+
+def total_nbytes() -> int | None:
+    """Return the system's memory and swap in bytes; None if unknown."""
+    return _sum_of_meminfo("MemTotal", "SwapTotal")
+
+
+def _sum_of_meminfo(*keys: str) -> int | None:
     try:
         with open("/proc/meminfo") as lines:
             fields = dict(line.split(":", 1) for line in lines)
-        return sum(int(fields[key].split()[0]) * 1024 for key in ("MemAvailable", "SwapFree"))
+        return sum(int(fields[key].split()[0]) * 1024 for key in keys)
     except (OSError, KeyError, ValueError):
         return None
 
@@ -64,9 +73,11 @@ class CpuRange:
     """A reserved address range, of which bytes [address, address + mapped_nbytes) are ordinary
     memory.
 
-    One page on either side is also readable, for vector loads that extend past an end. Memory
-    returned by `unmap_to` stays readable (as zeros) but holds no pages, so that a stale view reads
-    wrong values instead of crashing the process. Raises MemoryExhausted.
+    No more addresses are reserved than twice the system's memory: a process has 128 TiB of them, of
+    which each arena of each optimized model takes a part. One page on either side is also readable,
+    for vector loads that extend past an end. Memory returned by `unmap_to` stays readable (as
+    zeros) but holds no pages, so that a stale view reads wrong values instead of crashing the
+    process. Raises MemoryExhausted.
     """
 
     stable = True
@@ -79,7 +90,9 @@ class CpuRange:
         self._available = available
         self._protected_nbytes = 0
         self.mapped_nbytes = 0
-        self.capacity_nbytes = align(address_nbytes, CHUNK_NBYTES)
+        total = total_nbytes()
+        wish = address_nbytes if total is None else min(address_nbytes, 2 * total)
+        self.capacity_nbytes = align(wish, CHUNK_NBYTES)
         raw = self._reserve()
         self.address = align(raw + MARGIN_NBYTES, CHUNK_NBYTES)
         self.close = weakref.finalize(self, libc.munmap, raw, self._reserved_nbytes)

@@ -27,7 +27,7 @@ from turbotx.memory.planner.plan import CHUNK_NBYTES, align
 log = logging.getLogger("turbotx.memory")
 
 ADDRESS_NBYTES = 1 << 40
-"""Addresses reserved per arena: more than any machine's memory, at no cost until used."""
+"""Addresses reserved per arena, at most; without cost until used."""
 
 POISON_BYTE = 0xFF
 """All bits set: NaN in every floating type, -1 in every signed integer type."""
