@@ -102,3 +102,31 @@ def test_what_a_call_runs_is_noticed(cls: Any, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(anew(X), model(X))
     torch.testing.assert_close(fast(X), before)
     assert fast.stats()["captures"] == 2
+
+
+def test_a_call_that_replaces_the_models_own_runs_once_beside_its_hooks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, calls = nn.Module.__call__, list[str]()
+
+    def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append("call")
+        return 1 + plain(self, *args, **kwargs)
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        calls.append("hook")
+        return 2 * output
+
+    model = Layers().eval()
+    fast = turbotx.optimize(model, backend="aten")
+    before = fast(X)
+    with monkeypatch.context() as patch:
+        patch.setattr(Layers, "__call__", counted, raising=False)
+        torch.testing.assert_close(fast(X), before + 1)
+        model.register_forward_hook(hook)
+        calls.clear()
+        torch.testing.assert_close(fast(X), 2 * before + 1)
+        assert calls == ["call", "hook"]
+    calls.clear()
+    torch.testing.assert_close(fast(X), 2 * before)
+    assert calls == ["hook"]

@@ -24,11 +24,19 @@ class EagerCalls:
     """The part of an engine that does not run programs: eager calls, warnings, counts."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.calls_forward = model, calls_forward(model)
+        self.model = model
+        self.forward_is_models = True
+        """False if a subclass of an optimized class has a `forward` of its own around it."""
         self.eager_calls = 0
         self.decided_otherwise = 0
         """Number of runs discarded because a decision came out differently, see `Decisions`."""
         self._told: set[str] = set()
+
+    @property
+    def calls_forward(self) -> bool:
+        """Whether programs cover `forward` alone, and hooks run around them: unless a class has a
+        `__call__` of its own, now."""
+        return self.forward_is_models and calls_forward(self.model)
 
     def run_eager(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a call in eager PyTorch, without turbotx and without gradients; return its output."""

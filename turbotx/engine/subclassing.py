@@ -89,7 +89,7 @@ def renew_engine(instance: Any, options: Options) -> Any:
     """Give an instance of a subclass of a decorated class an engine with new options; return it."""
     own = instance._turbotx_engine
     renewed = instance.__dict__["_turbotx_own_engine"] = _make_engine(own.model, options)
-    renewed.calls_forward = own.calls_forward
+    renewed.forward_is_models = own.forward_is_models
     return instance
 
 
@@ -102,7 +102,7 @@ def _own_engine(instance: Any, made: Any, options: Options) -> Engine | None:
         plain = type(own.__name__, (own,), {"_turbotx_made": True, "_turbotx_engine": None})
         plain.__module__, plain.__qualname__ = own.__module__, own.__qualname__
     engine = _make_engine(_view(instance, plain), options)
-    engine.calls_forward = engine.calls_forward and own.forward is made.forward
+    engine.forward_is_models = own.forward is made.forward
     instance.__dict__["_turbotx_own_engine"] = engine
     return engine
 
