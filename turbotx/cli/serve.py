@@ -21,7 +21,7 @@ def _option(panel: str, text: str, **more: Any) -> Any:
     return typer.Option(help=text, rich_help_panel=panel, show_default=True, **more)
 
 
-LISTEN, MODEL, BATCH, GENERATE, LIMIT, KEEP, WATCH = (
+PANELS = LISTEN, MODEL, BATCH, GENERATE, LIMIT, KEEP, WATCH = (
     "Listening", "Model", "Batching", "Generation", "Limits", "Cache", "Observing"
 )  # fmt: skip
 
