@@ -139,10 +139,11 @@ def table_without(kept: frozenset[str]) -> Any:
     are tagged random for their dropout: under autocast they are decomposed as usual.
     """
     table: Any = torch.export.default_decompositions()
+    whole = kept | _MISTAKEN
     for op in list(table):
         random = torch.Tag.nondeterministic_seeded in op.tags
         recurrent = {"num_layers", "batch_sizes"} & {a.name for a in op._schema.arguments}
-        if str(op) in kept | _MISTAKEN or (random and not recurrent):
+        if str(op) in whole or (random and not recurrent):
             del table[op]
     return table
 

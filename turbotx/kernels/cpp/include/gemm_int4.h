@@ -56,16 +56,9 @@ TTX_INLINE vec widen_int4(uint_vec octets, int which) {
 template <int WAYS, int ROWS>
 TTX_INLINE void add_octets(vec (&sum)[WAYS][ROWS][2], const float* a, long lda, uint_vec left,
                            uint_vec right) {
-#pragma GCC unroll 8
-  for (int i = 0; i < kOctet; ++i) {
-    vec first = widen_int4(left, i), second = widen_int4(right, i);
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r) {
-      vec x = broadcast(a[r * lda + i]);
-      sum[i % WAYS][r][0] += x * first;
-      sum[i % WAYS][r][1] += x * second;
-    }
-  }
+  add_widened<kOctet>(sum, a, lda, [&](int i, int half) __attribute__((always_inline)) {
+    return widen_int4(half ? right : left, i);
+  });
 }
 
 #ifdef __AVX512BF16__
@@ -87,17 +80,9 @@ TTX_INLINE int_vec widen_int4_pair(uint_vec octets, int which) {
 template <int WAYS, int ROWS>
 TTX_INLINE void add_octets(vec (&sum)[WAYS][ROWS][2], const bf16* a, long lda, uint_vec left,
                            uint_vec right) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kOctet / 2; ++i) {
-    int_vec first = widen_int4_pair(left, i), second = widen_int4_pair(right, i);
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r) {
-      std::int32_t pair;
-      std::memcpy(&pair, a + r * lda + 2 * i, sizeof pair);
-      multiply_pairs(sum[i % WAYS][r][0], int_vec{} + pair, first);
-      multiply_pairs(sum[i % WAYS][r][1], int_vec{} + pair, second);
-    }
-  }
+  add_widened_pairs<kOctet>(sum, a, lda, [&](int i, int half) __attribute__((always_inline)) {
+    return widen_int4_pair(half ? right : left, i);
+  });
 }
 #endif
 

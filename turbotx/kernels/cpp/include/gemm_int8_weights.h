@@ -37,19 +37,11 @@ inline std::int32_t flip_of(const PackedInt8& w) {
   return w.offset == 0 ? 0 : static_cast<std::int32_t>(0x80808080u);
 }
 
-// Multiplies one quad of k: a is the first row's, whose rows lie lda apart.
 template <int WAYS, int ROWS>
 TTX_INLINE void add_quads(vec (&sum)[WAYS][ROWS][2], const float* a, long lda, QuadPair quads) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kQuad; ++i) {
-    vec left = widen_quads(quads.left, i), right = widen_quads(quads.right, i);
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r) {
-      vec x = broadcast(a[r * lda + i]);
-      sum[i % WAYS][r][0] += x * left;
-      sum[i % WAYS][r][1] += x * right;
-    }
-  }
+  add_widened<kQuad>(sum, a, lda, [&](int i, int half) __attribute__((always_inline)) {
+    return widen_quads(half ? quads.right : quads.left, i);
+  });
 }
 
 #ifdef __AVX512BF16__
@@ -61,17 +53,9 @@ TTX_INLINE int_vec widen_quads_pair(int_vec quads, int first) {
 
 template <int WAYS, int ROWS>
 TTX_INLINE void add_quads(vec (&sum)[WAYS][ROWS][2], const bf16* a, long lda, QuadPair quads) {
-#pragma GCC unroll 2
-  for (int i = 0; i < kQuad; i += 2) {
-    int_vec left = widen_quads_pair(quads.left, i), right = widen_quads_pair(quads.right, i);
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r) {
-      std::int32_t pair;
-      std::memcpy(&pair, a + r * lda + i, sizeof pair);
-      multiply_pairs(sum[i / 2 % WAYS][r][0], int_vec{} + pair, left);
-      multiply_pairs(sum[i / 2 % WAYS][r][1], int_vec{} + pair, right);
-    }
-  }
+  add_widened_pairs<kQuad>(sum, a, lda, [&](int i, int half) __attribute__((always_inline)) {
+    return widen_quads_pair(half ? quads.right : quads.left, 2 * i);
+  });
 }
 #endif
 

@@ -83,6 +83,22 @@ void multiply_panel(const float* a, long lda, const W* panel, long depth, NextPa
   }
 }
 
+// Adds K consecutive k of some rows, `a` the first one's, times weights that are widened on the way:
+// widen(i, half) makes those of the i-th k for either half of a panel. Sums of a row take turns.
+template <int K, int WAYS, int ROWS, class Widen>
+TTX_INLINE void add_widened(vec (&sum)[WAYS][ROWS][2], const float* a, long lda, Widen widen) {
+#pragma GCC unroll 8
+  for (int i = 0; i < K; ++i) {
+    vec left = widen(i, 0), right = widen(i, 1);
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+      vec x = broadcast(a[r * lda + i]);
+      sum[i % WAYS][r][0] += x * left;
+      sum[i % WAYS][r][1] += x * right;
+    }
+  }
+}
+
 // Whether vdpbf16ps, two multiply-adds, is as fast as one: so on Zen 4 and 5, while it takes four times
 // as long on Sapphire Rapids, where numbers that have to be widened anyway become floats instead.
 inline bool pairs_are_fast() {
@@ -99,6 +115,22 @@ inline bool pairs_are_fast() {
 // second of headers to compile, and the compilers disagree about its types.
 TTX_INLINE void multiply_pairs(vec& sum, int_vec pair, int_vec weights) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(pair), "v"(weights));
+}
+
+// As add_widened, of bf16: widen(i, half) makes k 2i and 2i + 1 as pairs.
+template <int K, int WAYS, int ROWS, class Widen>
+TTX_INLINE void add_widened_pairs(vec (&sum)[WAYS][ROWS][2], const bf16* a, long lda, Widen widen) {
+#pragma GCC unroll 4
+  for (int i = 0; i < K / 2; ++i) {
+    int_vec left = widen(i, 0), right = widen(i, 1);
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+      std::int32_t pair;
+      std::memcpy(&pair, a + r * lda + 2 * i, sizeof pair);
+      multiply_pairs(sum[i % WAYS][r][0], int_vec{} + pair, left);
+      multiply_pairs(sum[i % WAYS][r][1], int_vec{} + pair, right);
+    }
+  }
 }
 
 template <int ROWS, class Pair>
